@@ -1,0 +1,24 @@
+"""How hard each task pulls on a shared model: per-sample gradient norms from the weight-gradient GEMM, without bias."""
+
+from __future__ import annotations
+
+from .estimator import CrossProduct, RunningEstimate, TaskGradient, cross_product
+from .ops import FusedGradNorm, fused_grad_norm, grad_dot, grad_gram
+from .sampler import TaskSampler
+from .tracker import GradNormTracker, StepStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossProduct",
+    "FusedGradNorm",
+    "GradNormTracker",
+    "RunningEstimate",
+    "StepStats",
+    "TaskGradient",
+    "TaskSampler",
+    "cross_product",
+    "fused_grad_norm",
+    "grad_dot",
+    "grad_gram",
+]

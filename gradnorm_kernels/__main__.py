@@ -1,0 +1,59 @@
+"""``python -m gradnorm_kernels``: what is installed here, which backends can run, and why the others cannot."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from . import __version__, backends
+
+
+def _version_of(package: str) -> str:
+    """A package's version, or why there is none: triton is missing on purpose where there is no Linux."""
+    try:
+        return str(importlib.import_module(package).__version__)
+    except ImportError as error:
+        return f"not importable ({error})"
+
+
+def _commit() -> str | None:
+    """The commit this file was checked out at, with a mark for uncommitted changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({error})"
+    return result.stdout.strip() or f"unknown ({result.stderr.strip()})"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        names.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return ", ".join(names)
+
+
+def describe() -> str:
+    """The text this module prints: one "name: value" a line, then one line a backend."""
+    facts = {"gradnorm_kernels": __version__, "commit": _commit(), "python": platform.python_version()}
+    facts |= {"platform": platform.platform(), "torch": torch.__version__, "triton": _version_of("triton")}
+    facts |= {"cuda (torch built for)": torch.version.cuda or "none: a CPU build", "gpu": _gpus()}
+    lines = [f"{name}: {value}" for name, value in facts.items() if value is not None]
+    lines.append("backends:")
+    for name, reason in backends.status().items():
+        lines.append(f"  {name}: " + ("can run here" if reason is None else f"cannot run here: {reason}"))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())

@@ -1,0 +1,72 @@
+"""Products of half-precision rows kept in float32, and sums of squares: what the torch backend means by "wide"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Rows widened at a time: bounds the float32 copies of half-precision inputs and costs nothing measurable.
+_BLOCK = 4096
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype products accumulate in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def exact_matmuls(device: torch.device) -> Iterator[None]:
+    """Keep the caller's autocast and TF32 or bf16 matmul settings away from the products inside."""
+    settings = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    if before not in ("none", "ieee"):
+        settings.fp32_precision = "ieee"
+    try:
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        if before not in ("none", "ieee"):
+            settings.fp32_precision = before
+
+
+def product_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """``out = a.T @ b``, or ``out += a.T @ b``, for a [T, m] and b [T, n] of x's dtype and out [m, n] wide."""
+    if a.dtype == out.dtype:
+        if accumulate:
+            torch.addmm(out, a.T, b, out=out)
+        else:
+            torch.mm(a.T, b, out=out)
+    elif a.is_cuda:  # tensor cores take the halves as they are and hand out their float32 accumulators
+        result = torch.mm(a.T, b, out_dtype=out.dtype)
+        out.add_(result) if accumulate else out.copy_(result)
+    else:
+        for lo in range(0, a.shape[0], _BLOCK):
+            rows = slice(lo, lo + _BLOCK)
+            product_(out, a[rows].to(out.dtype), b[rows].to(out.dtype), accumulate or lo > 0)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` in the wide dtype, for matrices [m, d], [n, d] or batches of them."""
+    dtype = wide_dtype(a.dtype)
+    if a.dtype != dtype and a.is_cuda:
+        multiply = torch.mm if a.dim() == 2 else torch.bmm
+        return multiply(a, b.mT, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype).mT
+
+
+def block_sums(matrix: Tensor, rows: list[int], columns: list[int]) -> Tensor:
+    """Sums of the blocks into which runs of ``rows`` and ``columns`` cut a matrix.
+
+    By segment_reduce: a product with indicator vectors would carry a NaN into its neighbours (NaN times 0), and
+    index_add is not deterministic on a GPU.
+    """
+    for lengths in (rows, columns):
+        sizes = torch.tensor(lengths, device=matrix.device)
+        matrix = torch.segment_reduce(matrix, "sum", lengths=sizes, unsafe=True, initial=0.0).T.contiguous()
+    return matrix

@@ -1,0 +1,154 @@
+"""Which algorithm on which backend for a call: a cost model over the call's shape, and ``explain()`` to say why.
+
+The model sees sizes only, never tensor data, so it costs no synchronisation and the same shapes always run the same way.
+It knows three prices (:mod:`gradnorm_kernels.tuning`): a stop at a sample's end in the weight-gradient pass, a short
+sample's Gram, and the tiles over all pairs of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, tuning
+from .backends import Plan
+
+# More tokens than any sample can have: every norm from a Gram.
+ALL_TOKENS = 1 << 62
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call's sizes. ``groups`` is the number of sums taken: for ``grad_gram`` each sample is its own."""
+
+    device: str
+    tokens: int
+    d_in: int
+    d_out: int
+    samples: int
+    groups: int
+    weight_grad: bool = False
+    group_gram: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, what each way was reckoned to cost, and why each backend can or cannot run."""
+
+    plan: Plan
+    wgrad_cost: float
+    gram_cost: float
+    reasons: tuple[str, ...]
+    backends: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.plan.backend}", *self.reasons]
+        lines += [f"  {name}: {'can run' if why is None else why}" for name, why in self.backends.items()]
+        return "\n".join(lines)
+
+
+def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> Explanation:
+    """The plan for a call, with its reasons. Raises RuntimeError if an explicit ``backend`` cannot run."""
+    status = backends.status()
+    name = backends.preferred() if backend == "auto" else backend
+    if status[name] is not None:
+        raise RuntimeError(f"backend={name!r} cannot run: {status[name]}")
+    prices = tuning.costs(problem.device, problem.d_in, problem.d_out)
+    weight, tokens = problem.d_in * problem.d_out, problem.tokens
+    width = problem.d_in + problem.d_out
+    samples, groups = max(problem.samples, 1), max(problem.groups, 1)
+
+    # The longest sample whose Gram costs no more than a stop at its end.
+    crossover = math.isqrt(int(prices.boundary * weight / (prices.gram * width))) if width else 0
+    gram_tokens = {"wgrad": 0, "gram": ALL_TOKENS, "auto": crossover}[algorithm]
+    if groups >= samples:
+        # Every sample is a group of its own: its slab is formed anyway, and with it the norm.
+        gram_tokens = 0
+    mean = tokens / samples
+    norm_cost = min(prices.boundary * weight, prices.gram * mean * mean * width) * samples
+    wgrad_cost = tokens * weight + norm_cost + (groups * groups * weight if problem.group_gram else 0)
+    pairs = tokens * tokens if problem.group_gram else tokens * tokens / groups
+    gram_cost = prices.pairs * pairs * width / 2
+    by_pairs = algorithm != "wgrad" and not problem.weight_grad and gram_cost < wgrad_cost
+    if algorithm == "gram" and groups >= samples and not problem.weight_grad:
+        by_pairs = True
+
+    plan = Plan(name, gram_tokens, "gram" if by_pairs else "wgrad", prices.slab, prices.tile)
+    return Explanation(
+        plan, wgrad_cost, gram_cost, _reasons(problem, algorithm, backend, plan, wgrad_cost, gram_cost), status
+    )
+
+
+def _reasons(
+    problem: Problem, algorithm: str, backend: str, plan: Plan, wgrad_cost: float, gram_cost: float
+) -> tuple[str, ...]:
+    plain = max(problem.tokens * problem.d_in * problem.d_out, 1)
+    asked = "asked for" if backend != "auto" else "the first that can run"
+    lines = [f"backend {plan.backend!r} is {asked}"]
+    if plan.sums == "gram":
+        lines.append(
+            f"norms and sums from all pairs of tokens: {gram_cost / plain:.2f} of a plain weight-gradient GEMM, "
+            f"where slabs of the weight's gradient take {wgrad_cost / plain:.2f}"
+        )
+    else:
+        why = (
+            "the weight's gradient is wanted"
+            if problem.weight_grad
+            else f"pairs of tokens take {gram_cost / plain:.2f}"
+        )
+        lines.append(
+            f"groups' sums from slabs of the weight's gradient: {wgrad_cost / plain:.2f} of a plain GEMM; {why}"
+        )
+        if plan.gram_tokens >= ALL_TOKENS:
+            lines.append("samples' norms from Grams: algorithm='gram'")
+        elif plan.gram_tokens == 0:
+            lines.append("samples' norms from the slabs" + (": algorithm='wgrad'" if algorithm == "wgrad" else ""))
+        else:
+            lines.append(
+                f"samples of at most {plan.gram_tokens} tokens: norm from the Gram; longer ones: from the slabs"
+            )
+    return tuple(lines)
+
+
+def explain(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    weight_grad: bool = False,
+    group_gram: bool = False,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    num_samples: int | None = None,
+    num_groups: int | None = None,
+) -> Explanation:
+    """What ``fused_grad_norm`` would run for these arguments (tensors on "meta" will do), and why. Reads no data.
+
+    Raises what ``fused_grad_norm`` would raise.
+    """
+    sizes = checks.fused_grad_norm(
+        x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
+    )
+    return choose(problem_of(sizes, x.device, weight_grad, group_gram), algorithm, backend)
+
+
+def problem_of(
+    sizes: checks.Sizes,
+    device: torch.device,
+    weight_grad: bool = False,
+    group_gram: bool = False,
+    pairwise: bool = False,
+) -> Problem:
+    """The problem that checked arguments make; sizes that only the ids' values tell are taken from the segments.
+
+    ``pairwise`` is for ``grad_gram``: each sample is a group of its own.
+    """
+    samples = sizes.segments if sizes.samples is None else sizes.samples
+    groups = samples if pairwise else 1 if sizes.groups is None else sizes.groups
+    shape = (device.type, sizes.tokens, sizes.d_in, sizes.d_out)
+    return Problem(*shape, samples, groups, weight_grad, group_gram or pairwise)

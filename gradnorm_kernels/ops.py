@@ -1,0 +1,287 @@
+"""The operators and the public functions: schemas, kernels, fakes.
+
+Each op is a ``torch.library`` operator in the namespace ``gradnorm_kernels``, made with ``torch.library.Library``
+(``custom_op`` costs microseconds more a call). The kernel validates, asks dispatch for a plan and calls the backend;
+the fake validates the same way and returns the shapes. The ops measure and are not differentiable: the kernels
+detach their inputs, and what they return carries no graph.
+
+Under ``torch.compile`` shapes must not depend on data: where ``sample_ids`` come without ``group_ids`` pass
+``num_samples``, where ``group_ids`` are given pass ``num_groups``. Without them the call still compiles, but with a graph
+break, or with sizes known only at run time under ``torch._dynamo.config.capture_dynamic_output_shape_ops``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, dispatch
+
+_LIBRARY = torch.library.Library("gradnorm_kernels", "DEF")
+_LIBRARY.define(
+    "fused_grad_norm(Tensor x, Tensor dy, Tensor? cu_seqlens, Tensor? sample_ids, Tensor? group_ids, "
+    "SymInt? num_samples, SymInt? num_groups, bool weight_grad, bool group_gram, str algorithm, str backend) "
+    "-> (Tensor sample_sq_norms, Tensor group_sq_norms, Tensor weight_grad, Tensor group_gram)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "grad_gram(Tensor x, Tensor dy, Tensor? cu_seqlens, Tensor? sample_ids, SymInt? num_samples, str algorithm, "
+    "str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "grad_dot(Tensor x, Tensor dy, Tensor v, Tensor? cu_seqlens, Tensor? sample_ids, SymInt? num_samples, str backend) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class FusedGradNorm(NamedTuple):
+    """What :func:`fused_grad_norm` returns."""
+
+    sample_sq_norms: Tensor
+    group_sq_norms: Tensor
+    weight_grad: Tensor | None
+    group_gram: Tensor | None
+
+
+def fused_grad_norm(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    weight_grad: bool = False,
+    group_gram: bool = False,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    num_samples: int | None = None,
+    num_groups: int | None = None,
+) -> FusedGradNorm:
+    """Squared norms of the per-sample gradients of a linear layer and of their sums over groups.
+
+    ``G_i = sum over the tokens t of sample i of dy_t x_t^T``;
+    ``sample_sq_norms[i] = ||G_i||^2``, ``group_sq_norms[k] = ||sum over the samples i of group k of G_i||^2``.
+    No ``G_i`` is ever stored.
+
+    Args:
+        x: the layer's inputs, [T, d_in] packed, or [B, L, d_in]: then each row of the batch is a segment.
+            float32, bfloat16, float16 or float64, any strides.
+        dy: the gradients of its outputs, [T, d_out] or [B, L, d_out], of x's dtype and device.
+        cu_seqlens: [S+1] int32 or int64, ascending from 0 to T: where the segments of a packed batch begin and end.
+            Empty segments are allowed. Default: one segment. Not for [B, L, d].
+        sample_ids: [S] int, the sample of each segment. Default: each segment is a sample.
+        group_ids: [N] int, the group of each sample. Default: one group.
+        weight_grad: also return the sum of all G_i.
+        group_gram: also return the inner products of the groups' sums.
+        algorithm: "wgrad" (norms from slabs of the weight's gradient), "gram" (norms from inner products of tokens;
+            loses digits where a sample's tokens cancel; sums of groups come from slabs where those are cheaper) or
+            "auto" (per sample, by its length).
+        backend: "torch", "triton", "cuda" or "auto".
+        num_samples: N, where ``sample_ids`` alone do not tell (the last samples may have no segment). Default: the
+            length of ``group_ids``, or else the largest sample id plus one.
+        num_groups: K. Default: the largest group id plus one.
+
+    The integer tensors are on x's device or on the CPU.
+
+    Returns:
+        ``sample_sq_norms`` [N] float64; ``group_sq_norms`` [K] float64; ``weight_grad`` [d_out, d_in] in x's dtype,
+        accumulated in float32 (float64 for float64), or None; ``group_gram`` [K, K] float64 or None. A sample or group without
+        tokens has norm 0. A NaN or Inf stays within its own sample and group. None carries an autograd graph.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is not as above.
+        RuntimeError: an explicit ``backend`` cannot run here; the text says why.
+    """
+    checks.tensors(x=x, dy=dy, cu_seqlens=cu_seqlens, sample_ids=sample_ids, group_ids=group_ids)
+    sample_sq, group_sq, total, gram = torch.ops.gradnorm_kernels.fused_grad_norm(
+        x,
+        dy,
+        cu_seqlens,
+        sample_ids,
+        group_ids,
+        num_samples,
+        num_groups,
+        weight_grad,
+        group_gram,
+        algorithm,
+        backend,
+    )
+    return FusedGradNorm(sample_sq, group_sq, total if weight_grad else None, gram if group_gram else None)
+
+
+def grad_gram(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    algorithm: str = "auto",
+    backend: str = "auto",
+    num_samples: int | None = None,
+) -> Tensor:
+    """Inner products of the per-sample gradients of a linear layer: ``<G_i, G_j>``, [N, N] float64, symmetric.
+
+    Arguments and errors as in :func:`fused_grad_norm`; the result carries no autograd graph.
+    """
+    checks.tensors(x=x, dy=dy, cu_seqlens=cu_seqlens, sample_ids=sample_ids)
+    gram: Tensor = torch.ops.gradnorm_kernels.grad_gram(
+        x, dy, cu_seqlens, sample_ids, num_samples, algorithm, backend
+    )
+    return gram
+
+
+def grad_dot(
+    x: Tensor,
+    dy: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    backend: str = "auto",
+    num_samples: int | None = None,
+) -> Tensor:
+    """Inner products of the per-sample gradients of a linear layer with a given matrix: ``<G_i, v>``, [N] float64.
+
+    ``v`` [d_out, d_in] is any of the floating dtypes, on x's device; products are taken in float32 (float64 if x is float64).
+    Other arguments and errors as in :func:`fused_grad_norm`. There is one algorithm, ``sum over t of dy_t . (v x_t)``: one
+    product of x with v. The result carries no autograd graph.
+    """
+    checks.tensors(x=x, dy=dy, v=v, cu_seqlens=cu_seqlens, sample_ids=sample_ids)
+    dots: Tensor = torch.ops.gradnorm_kernels.grad_dot(
+        x, dy, v, cu_seqlens, sample_ids, num_samples, backend
+    )
+    return dots
+
+
+def _fused_grad_norm(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None,
+    sample_ids: Tensor | None,
+    group_ids: Tensor | None,
+    num_samples: int | None,
+    num_groups: int | None,
+    weight_grad: bool,
+    group_gram: bool,
+    algorithm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = checks.fused_grad_norm(
+        x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
+    )
+    plan = dispatch.choose(dispatch.problem_of(sizes, x.device, weight_grad, group_gram), algorithm, backend).plan
+    sample_sq, group_sq, total, gram = backends.load(plan.backend).fused_grad_norm(
+        x.detach(), dy.detach(), cu_seqlens, sample_ids, group_ids, sizes, plan, weight_grad, group_gram
+    )
+    # A schema has no optional results: what was not asked for is an empty tensor.
+    return (
+        sample_sq,
+        group_sq,
+        x.new_empty(0) if total is None else total,
+        x.new_empty(0, dtype=torch.float64) if gram is None else gram,
+    )
+
+
+def _fused_grad_norm_fake(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None,
+    sample_ids: Tensor | None,
+    group_ids: Tensor | None,
+    num_samples: int | None,
+    num_groups: int | None,
+    weight_grad: bool,
+    group_gram: bool,
+    algorithm: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = checks.fused_grad_norm(
+        x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
+    )
+    samples, groups = _known(sizes.samples), _known(sizes.groups)
+    return (
+        x.new_empty(samples, dtype=torch.float64),
+        x.new_empty(groups, dtype=torch.float64),
+        x.new_empty((sizes.d_out, sizes.d_in) if weight_grad else (0,)),
+        x.new_empty((groups, groups) if group_gram else (0,), dtype=torch.float64),
+    )
+
+
+def _grad_gram(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None,
+    sample_ids: Tensor | None,
+    num_samples: int | None,
+    algorithm: str,
+    backend: str,
+) -> Tensor:
+    sizes = checks.grad_gram(x, dy, cu_seqlens, sample_ids, num_samples, algorithm, backend, backends.NAMES)
+    plan = dispatch.choose(dispatch.problem_of(sizes, x.device, pairwise=True), algorithm, backend).plan
+    gram: Tensor = backends.load(plan.backend).grad_gram(x.detach(), dy.detach(), cu_seqlens, sample_ids, sizes, plan)
+    return gram
+
+
+def _grad_gram_fake(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None,
+    sample_ids: Tensor | None,
+    num_samples: int | None,
+    algorithm: str,
+    backend: str,
+) -> Tensor:
+    sizes = checks.grad_gram(x, dy, cu_seqlens, sample_ids, num_samples, algorithm, backend, backends.NAMES)
+    samples = _known(sizes.samples)
+    return x.new_empty(samples, samples, dtype=torch.float64)
+
+
+def _grad_dot(
+    x: Tensor,
+    dy: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    sample_ids: Tensor | None,
+    num_samples: int | None,
+    backend: str,
+) -> Tensor:
+    sizes = checks.grad_dot(x, dy, v, cu_seqlens, sample_ids, num_samples, backend, backends.NAMES)
+    plan = dispatch.choose(dispatch.problem_of(sizes, x.device), backend=backend).plan
+    dots: Tensor = backends.load(plan.backend).grad_dot(
+        x.detach(), dy.detach(), v.detach(), cu_seqlens, sample_ids, sizes, plan
+    )
+    return dots
+
+
+def _grad_dot_fake(
+    x: Tensor,
+    dy: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    sample_ids: Tensor | None,
+    num_samples: int | None,
+    backend: str,
+) -> Tensor:
+    sizes = checks.grad_dot(x, dy, v, cu_seqlens, sample_ids, num_samples, backend, backends.NAMES)
+    return x.new_empty(_known(sizes.samples), dtype=torch.float64)
+
+
+def _known(size: int | None) -> int:
+    """A size for a fake's result: one that only the ids' values tell becomes a symbol of its own."""
+    return torch.library.get_ctx().new_dynamic_size() if size is None else size
+
+
+for _name, _kernel, _fake in (
+    ("fused_grad_norm", _fused_grad_norm, _fused_grad_norm_fake),
+    ("grad_gram", _grad_gram, _grad_gram_fake),
+    ("grad_dot", _grad_dot, _grad_dot_fake),
+):
+    # disable: after a graph break Dynamo would else trace the kernel's Python. fallthrough: no graph, and no warning that
+    # there is none.
+    _LIBRARY.impl(_name, torch.compiler.disable(_kernel), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"gradnorm_kernels::{_name}", _fake, lib=_LIBRARY)

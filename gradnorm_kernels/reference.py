@@ -1,0 +1,90 @@
+"""The truth in float64: every per-sample gradient is materialised. Never tuned; tests and benchmarks compare with it.
+
+The functions take what those of :mod:`gradnorm_kernels.ops` take, without ``algorithm`` and ``backend``, and return the
+same in float64. They check nothing and share no code with what they are compared with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sample_gradients(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    num_samples: int | None = None,
+) -> Tensor:
+    """``G_i = sum over the tokens t of sample i of dy_t x_t^T``: [N, d_out, d_in] float64."""
+    if x.dim() == 3:
+        offsets = [row * x.shape[1] for row in range(x.shape[0] + 1)]
+    else:
+        offsets = [0, x.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    ids = list(range(len(offsets) - 1)) if sample_ids is None else sample_ids.tolist()
+    count = max(ids, default=-1) + 1 if num_samples is None else num_samples
+    x, dy = x.detach().double().flatten(0, -2), dy.detach().double().flatten(0, -2)
+    gradients = x.new_zeros(count, dy.shape[1], x.shape[1])
+    for sample, lo, hi in zip(ids, offsets[:-1], offsets[1:], strict=True):
+        gradients[sample] += dy[lo:hi].T @ x[lo:hi]
+    return gradients
+
+
+def fused_grad_norm(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    weight_grad: bool = False,
+    group_gram: bool = False,
+    num_samples: int | None = None,
+    num_groups: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(sample_sq_norms, group_sq_norms, weight_grad, group_gram), all float64."""
+    if num_samples is None and group_ids is not None:
+        num_samples = len(group_ids)
+    gradients = sample_gradients(x, dy, cu_seqlens, sample_ids=sample_ids, num_samples=num_samples)
+    groups = [0] * len(gradients) if group_ids is None else group_ids.tolist()
+    if num_groups is None:
+        num_groups = 1 if group_ids is None else max(groups, default=-1) + 1
+    sums = gradients.new_zeros(num_groups, *gradients.shape[1:])
+    for gradient, group in zip(gradients, groups, strict=True):
+        sums[group] += gradient
+    flat = sums.flatten(1)
+    return (
+        gradients.square().sum((1, 2)),
+        flat.square().sum(1),
+        sums.sum(0) if weight_grad else None,
+        torch.mm(flat, flat.T) if group_gram else None,
+    )
+
+
+def grad_gram(
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    num_samples: int | None = None,
+) -> Tensor:
+    """``<G_i, G_j>``: [N, N] float64."""
+    flat = sample_gradients(x, dy, cu_seqlens, sample_ids=sample_ids, num_samples=num_samples).flatten(1)
+    return flat @ flat.T
+
+
+def grad_dot(
+    x: Tensor,
+    dy: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    num_samples: int | None = None,
+) -> Tensor:
+    """``<G_i, v>``: [N] float64."""
+    gradients = sample_gradients(x, dy, cu_seqlens, sample_ids=sample_ids, num_samples=num_samples)
+    return (gradients * v.detach().double()).sum((1, 2))

@@ -1,0 +1,181 @@
+"""Which modules are measured: the meaning of ``layers=`` and what kind of parameter each chosen module holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+Kind = Literal["linear", "conv1d", "embedding", "vector"]
+LayerChoice = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One measured module; which of its own parameters train is read at every micro-batch."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+
+
+@dataclass
+class Selection:
+    """The chosen layers, and the trainable parameters of the choice that cannot be measured."""
+
+    layers: list[Layer]
+    skipped: dict[str, int] = field(default_factory=dict)  # parameter name -> number of elements
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What the module's own parameters are to the tracker; None for a module that it cannot measure.
+
+    A subclass of ``nn.Linear`` counts as a linear: its output is taken to be ``x W^T + b``. ``Conv1D`` is GPT-2's
+    linear with a transposed weight. "vector" is any module whose own parameters have at most one dimension (norms,
+    gains, scales).
+    """
+    own = list(module.parameters(recurse=False))
+    if not own:
+        return None
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return None if module.sparse or module.max_norm is not None or module.scale_grad_by_freq else "embedding"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and own[0].dim() == 2:
+        return "conv1d"
+    if all(parameter.dim() <= 1 for parameter in own):
+        return "vector"
+    return None
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def last_attention(model: nn.Module) -> list[str]:
+    """Names of the linear projections inside the attention of the last decoder layer.
+
+    The decoder's layers are the longest ``nn.ModuleList`` of the model; the attention is the submodule of its last
+    element whose attribute name or class name says attention.
+
+    Raises:
+        ValueError: no such list, or no attention in its last element.
+    """
+    stacks = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    if not stacks:
+        raise ValueError(
+            'layers="last_attention" needs a model with a list of decoder layers; this one has none: '
+            "name the modules instead"
+        )
+    prefix, stack = max(stacks, key=lambda item: len(item[1]))
+    block = f"{prefix}.{len(stack) - 1}"
+    names: list[str] = []
+    for name, module in stack[-1].named_modules():
+        path = name.split(".")
+        inside = any("attn" in part.lower() or "attention" in part.lower() for part in path)
+        if inside and kind_of(module) in ("linear", "conv1d"):
+            names.append(f"{block}.{name}")
+    if not names:
+        raise ValueError(
+            f'layers="last_attention" found no attention projections inside {block!r}: '
+            "name the modules instead, as in layers=[...]"
+        )
+    return names
+
+
+def _matching(model: nn.Module, layers: LayerChoice) -> list[str]:
+    """The module names that ``layers`` picks, before kinds and trainability are looked at."""
+    modules = dict(model.named_modules())
+    if layers == "all":
+        return list(modules)
+    if layers == "last_attention":
+        return last_attention(model)
+    if isinstance(layers, str):
+        try:
+            pattern = re.compile(layers)
+        except re.error as error:
+            raise ValueError(
+                f'layers={layers!r} is neither "last_attention", "all" nor a regular expression: {error}'
+            ) from None
+        names = [name for name in modules if name and pattern.search(name)]
+        if not names:
+            raise ValueError(
+                f"layers={layers!r} matches no module name; the model has for example {_examples(modules)}"
+            )
+        return names
+    unknown = [name for name in layers if name not in modules]
+    if unknown:
+        raise ValueError(
+            f"layers names modules that the model does not have: {unknown}; it has for example {_examples(modules)}"
+        )
+    # A name stands for the module and everything inside it, so that "model.layers.3" means the whole layer.
+    return [name for name in modules if any(name == top or name.startswith(f"{top}.") for top in layers)]
+
+
+def _examples(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name][:5]
+
+
+def select_layers(model: nn.Module, layers: LayerChoice) -> Selection:
+    """Resolve ``layers`` to modules with trainable parameters.
+
+    A parameter that a chosen module shares with another module (tied embeddings) brings that module in too: the
+    gradient of a parameter is the sum over all its uses.
+
+    Raises:
+        ValueError: nothing matches, or nothing that matches has a parameter that trains and can be measured.
+        TypeError: ``layers`` is neither a string nor a sequence of strings.
+    """
+    if not isinstance(layers, str) and not (
+        isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)
+    ):
+        raise TypeError(
+            f'layers must be "last_attention", "all", a regular expression or a list of module names, got {layers!r}'
+        )
+    matching = _matching(model, layers)
+    modules = dict(model.named_modules())
+    chosen = {name for name in matching if _trains(modules[name])}
+    shared = {id(p) for name in chosen for p in modules[name].parameters(recurse=False)}
+    chosen |= {
+        name for name, module in modules.items() if any(id(p) in shared for p in module.parameters(recurse=False))
+    }
+    selection = Selection([])
+    for name, module in modules.items():
+        if name not in chosen:
+            continue
+        kind = kind_of(module)
+        if kind is None:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    selection.skipped[f"{name}.{leaf}" if name else leaf] = parameter.numel()
+        else:
+            selection.layers.append(Layer(name, module, kind))
+    if not selection.layers:
+        reason = (
+            f"its trainable parameters cannot be measured: {list(selection.skipped)[:5]}"
+            if selection.skipped
+            else "every parameter of it is frozen (requires_grad is False) or it has none"
+        )
+        raise ValueError(f"layers={layers!r} picks nothing that can be measured: {reason}; choose layers that train")
+    return selection
+
+
+def use_counts(model: nn.Module, selection: Selection) -> dict[int, int]:
+    """id(parameter) -> how many modules of the model own it: more than one means tied."""
+    counts: dict[int, int] = {}
+    wanted: set[int] = {id(p) for layer in selection.layers for p in layer.module.parameters(recurse=False)}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in wanted:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts
+
+
+def named(model: nn.Module, parameter: Tensor) -> str:
+    """The parameter's name in the model, for messages."""
+    return next((name for name, other in model.named_parameters() if other is parameter), "a parameter")

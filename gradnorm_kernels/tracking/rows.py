@@ -1,0 +1,170 @@
+"""Who owns which row: tasks, samples, weights and scales of one micro-batch, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Ids = Sequence[Hashable] | Tensor
+
+
+@dataclass
+class Rows:
+    """One micro-batch of B rows from N samples in ``num_blocks`` blocks. Index tensors are int64 on the CPU.
+
+    A row's gradient enters with the factor ``scale`` (it turns the row's share of the differentiated loss into its
+    share of the sample's mean over rows): G_p = sum over p's rows of scale_r * (gradient through row r).
+    """
+
+    batch: int
+    samples: list[Hashable]  # [N] keys, in order of first appearance
+    tasks: list[Hashable]  # [N] the task of each sample
+    row_sample: Tensor  # [B] -> N
+    sample_block: Tensor  # [N] -> blocks
+    block_keys: list[Hashable]
+    block_tasks: list[Hashable]
+    scale: Tensor  # [B] float64
+    sample_scale: Tensor | None  # [N] float64: the rows' common factor; None when rows of one sample differ
+    weight: Tensor  # [N] float64: share of the sample's rows present here
+    rows_present: list[int]  # [N]
+    mask: Tensor | None  # [B, L] bool
+    blocks_are_samples: bool
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_keys)
+
+    @property
+    def uniform_scale(self) -> float | None:
+        """The factor that all rows share, if they do: then a Gram can be scaled after the fact."""
+        first = float(self.scale[0])
+        return first if bool((self.scale == first).all()) else None
+
+
+def _as_list(ids: Ids, name: str) -> list[Hashable]:
+    if isinstance(ids, str) or not isinstance(ids, (Sequence, Tensor)):
+        raise TypeError(
+            f"{name} must be a list or a 1-D tensor with one id (int or string) a row, got {type(ids).__name__}"
+        )
+    if isinstance(ids, Tensor):
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise ValueError(f"{name} must be a 1-D integer tensor, got shape {tuple(ids.shape)} and dtype {ids.dtype}")
+        return list(ids.tolist())
+    wrong = next((value for value in ids if not isinstance(value, (int, str))), None)
+    if wrong is not None:
+        raise TypeError(f"{name} must hold ints or strings, got {wrong!r} ({type(wrong).__name__})")
+    return list(ids)
+
+
+def _per_row(value: float | Sequence[float] | Tensor, batch: int, name: str) -> Tensor:
+    """A number or [B] numbers as a [B] float64 tensor of finite values."""
+    try:
+        out = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or one number a row, got {value!r}") from None
+    if out.dim() == 0:
+        out = out.expand(batch)
+    if out.shape != (batch,):
+        raise ValueError(
+            f"{name} must be a number or have one entry a row: got shape {tuple(out.shape)} for {batch} rows"
+        )
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return out
+
+
+def _blocks(
+    tasks: list[Hashable], samples: list[Hashable], max_blocks: int
+) -> tuple[list[int], list[Hashable], list[Hashable]]:
+    """Samples to blocks: one each while they are at most ``max_blocks``, else equal folds inside each task."""
+    if len(samples) <= max_blocks:
+        return list(range(len(samples))), list(samples), list(tasks)
+    names = list(dict.fromkeys(tasks))
+    folds = max(3, max_blocks // len(names))
+    seen = dict.fromkeys(names, 0)
+    index: dict[tuple[Hashable, int], int] = {}
+    assigned = []
+    for task in tasks:
+        key = (task, seen[task] % folds)
+        seen[task] += 1
+        assigned.append(index.setdefault(key, len(index)))
+    return assigned, [("fold", *key) for key in index], [task for task, _ in index]
+
+
+def make_rows(
+    task_ids: Ids,
+    sample_ids: Ids | None,
+    attention_mask: Tensor | None,
+    row_scale: float | Sequence[float] | Tensor | None,
+    rows_per_sample: int | Sequence[int] | Tensor | None,
+    *,
+    serial: int,
+    max_blocks: int,
+) -> Rows:
+    """Check one micro-batch's description and work out its weights. ``serial`` tells micro-batches of a step apart."""
+    tasks_of_rows = _as_list(task_ids, "task_ids")
+    batch = len(tasks_of_rows)
+    if not batch:
+        raise ValueError("task_ids is empty: a micro-batch needs at least one row")
+    rows: list[Hashable] = (
+        [("row", serial, r) for r in range(batch)] if sample_ids is None else _as_list(sample_ids, "sample_ids")
+    )
+    if len(rows) != batch:
+        raise ValueError(f"sample_ids must have one entry a row like task_ids: got {len(rows)} for {batch} rows")
+    mask = None
+    if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+            given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+            raise ValueError(
+                f"attention_mask must be a [B, L] tensor with B = {batch} (the length of task_ids), got {given}"
+            )
+        mask = attention_mask.detach() != 0
+    index: dict[Hashable, int] = {}
+    tasks: list[Hashable] = []
+    for sample, task in zip(rows, tasks_of_rows, strict=True):
+        at = index.setdefault(sample, len(index))
+        if at == len(tasks):
+            tasks.append(task)
+        elif tasks[at] != task:
+            raise ValueError(
+                f"sample_ids: sample {sample!r} has rows of two tasks, {tasks[at]!r} and {task!r}; a sample belongs "
+                f"to one task"
+            )
+    row_sample = torch.tensor([index[sample] for sample in rows])
+    present = torch.bincount(row_sample, minlength=len(index))
+    whole = present[row_sample].to(torch.float64)
+    if rows_per_sample is not None:
+        whole = _per_row(rows_per_sample, batch, "rows_per_sample")
+        if bool((whole < present[row_sample]).any()) or bool((whole != whole.round()).any()):
+            raise ValueError(
+                f"rows_per_sample must be whole numbers, at least the rows of the sample in this micro-batch (up to "
+                f"{int(present.max())}), "
+                f"got {rows_per_sample!r}"
+            )
+    factor = _per_row(batch if row_scale is None else row_scale, batch, "row_scale")
+    scale = factor / whole
+    first_row = torch.tensor([rows.index(sample) for sample in index])
+    same_inside = bool((scale == scale[first_row][row_sample]).all())
+    block, keys, block_tasks = _blocks(tasks, list(index), max_blocks)
+    return Rows(
+        batch=batch,
+        samples=list(index),
+        tasks=tasks,
+        row_sample=row_sample,
+        sample_block=torch.tensor(block),
+        block_keys=keys if len(index) <= max_blocks else [(*key, serial) for key in keys if isinstance(key, tuple)],
+        block_tasks=block_tasks,
+        scale=scale,
+        sample_scale=scale[first_row] if same_inside else None,
+        weight=present.to(torch.float64) / whole[first_row],
+        rows_present=present.tolist(),
+        mask=mask,
+        blocks_are_samples=len(index) <= max_blocks,
+    )

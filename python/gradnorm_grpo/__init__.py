@@ -1,0 +1,1 @@
+"""The application: multi-task GRPO that measures the tasks' gradients, with its tasks, evaluation and report."""

@@ -1,0 +1,157 @@
+"""Checkpoints: everything a run needs to go on bit for bit, written beside its name and then renamed into place.
+
+A checkpoint is a folder ``checkpoint-<step>`` that transformers can load as a model, with ``state.pt`` (optimizer, schedule,
+random states, sampler, tracker, data positions) and ``manifest.json`` (size and SHA-256 of every file) in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+
+from .errors import StorageError, UserError
+from .metrics import write_json
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global generator, as plain numbers and tensors."""
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "python": random.getstate(),
+        "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(gauss)],  # type: ignore[union-attr]
+        "torch": torch.random.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put every global generator where :func:`random_state` found it."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
+    torch.random.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:120]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_310(file)
+
+
+def _digest_310(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(folder: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Any], keep: int) -> Path:
+    """Write ``folder/checkpoint-<step>`` whole or not at all, then drop all but the newest ``keep``."""
+    final = folder / f"checkpoint-{step}"
+    temporary = folder / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        torch.save(state, temporary / "state.pt")
+        files = sorted(path for path in temporary.iterdir() if path.is_file())
+        for path in files:
+            _flush_to_disk(path)
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+        write_json(temporary / "manifest.json", {"step": step, "files": manifest})
+        _flush_to_disk(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _flush_to_disk(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors turn a full disk into errors of their own.
+        free = shutil.disk_usage(folder).free >> 20
+        raise StorageError(
+            f"checkpoint {final} could not be written ({_reason(error)}; {free} MiB are free there)"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
+    try:
+        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its manifest.json is missing or not readable"
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+        if _digest(file) != entry["sha256"]:
+            return f"{name} is not what was written (its SHA-256 differs)"
+    return None
+
+
+def find_checkpoint(wanted: str, folder: Path) -> tuple[Path, str]:
+    """The checkpoint to resume from and a remark for the user.
+
+    ``wanted`` is a checkpoint, a run's folder, or 'auto'. Only 'auto' passes over a damaged checkpoint, and says so; the
+    others end in an error that names the newest intact one.
+    """
+    path = folder if wanted == "auto" else Path(wanted)
+    if not path.is_dir():
+        raise UserError(f"there is nothing to resume from: {path} does not exist")
+    choices = [path] if _NAME.fullmatch(path.name) else checkpoints(path)
+    if not choices:
+        raise UserError(f"there is nothing to resume from: {path} holds no checkpoint-<step> folder")
+    problem = fault(choices[-1])
+    if problem is None:
+        return choices[-1], ""
+    others = [other for other in reversed(checkpoints(choices[-1].parent)) if other != choices[-1]]
+    intact = next((other for other in others if fault(other) is None), None)
+    broken = f"checkpoint {choices[-1]} is damaged: {problem}"
+    if intact is None:
+        raise UserError(f"{broken}; there is no other intact one, so start the run again without --resume")
+    if wanted != "auto":
+        raise UserError(f"{broken}; resume from the intact {intact} with --resume {intact}")
+    return intact, f"{broken}; resuming from the older {intact}"
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The run's state in a checkpoint that :func:`find_checkpoint` has found intact."""
+    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return state

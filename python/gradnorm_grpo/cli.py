@@ -1,0 +1,149 @@
+"""The command line: `train`, `probe` and `report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .errors import UserError, one_of
+
+USAGE = """\
+usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {presets}
+       train_grpo.py train  --config FILE [--setting value ...]   train with a YAML file
+       train_grpo.py train  --resume RUN_DIR|CHECKPOINT|auto      go on where a run stopped
+       train_grpo.py probe  --preset NAME [--setting value ...]   measure every task without training
+       train_grpo.py report RUN_DIR                               table and HTML report of a run
+
+settings, as options or as keys of the YAML file:
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 the machine failed, 2 the request was wrong, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console()
+    try:
+        return _run(arguments, console)
+    except UserError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted; `train --resume RUN_DIR` goes on from the run's last checkpoint, if it has one")
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        _complain(
+            f"{error.strerror}{where}: everything logged before is intact; free some space, then go on with "
+            "`train --resume RUN_DIR` if the run has a checkpoint, or start it again"
+        )
+        return 1
+
+
+def _complain(message: str) -> None:
+    sys.stdout.flush()
+    print(f"train_grpo.py: error: {message}", file=sys.stderr)
+
+
+def _run(arguments: list[str], console: Console) -> int:
+    command = arguments.pop(0) if arguments else "--help"
+    if command in ("-h", "--help") or "--help" in arguments or "-h" in arguments:
+        _print_help()
+        return 0
+    if command not in ("train", "probe", "report"):
+        raise one_of("the command", command, ("train", "probe", "report"))
+    if command == "report":
+        return _report(arguments, console)
+    _quiet()
+    from .parse import parse_settings
+
+    settings, name = parse_settings(arguments, _saved_settings(arguments))
+    if command == "probe":
+        from .probe import probe
+
+        return _finish(probe(settings, name, console), console)
+    from .train import Training
+
+    training = Training(settings, name, console)
+    folder = training.run()
+    if training.interrupted:
+        console.print(f"stopped after step {training.grpo.step_number}; go on with: train_grpo.py train --resume {folder}")
+        return 130
+    return _finish(folder, console)
+
+
+def _finish(folder: Path, console: Console) -> int:
+    from .report import print_table, write_report
+
+    report = write_report(folder)
+    print_table(folder, console)
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(arguments: list[str], console: Console) -> int:
+    if len(arguments) != 1:
+        raise UserError("report needs one argument, the folder of a run")
+    folder = Path(arguments[0])
+    for name in ("run.json", "metrics.jsonl", "summary.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: give the folder of a finished run")
+    return _finish(folder, console)
+
+
+def _saved_settings(arguments: list[str]) -> dict[str, Any] | None:
+    """With `--resume PATH` and neither --preset nor --config: the settings the run was started with."""
+    options = dict(_option_values(arguments))
+    wanted = options.get("--resume", options.get("--resume_from_checkpoint", ""))
+    if {"--preset", "--config"} & options.keys():
+        return None
+    place = options.get("--output_dir", "") if wanted == "auto" else wanted
+    if not place:
+        raise UserError("--preset NAME, --config FILE or --resume RUN_DIR is needed; see --help")
+    from .folder import read_run
+    from .settings import Settings
+
+    path = Path(place)
+    if not path.is_dir():
+        raise UserError(f"there is nothing to resume from: {path} does not exist")
+    config: dict[str, Any] = read_run(path if (path / "run.json").is_file() else path.parent)["config"]
+    known = {spec.name for spec in dataclasses.fields(Settings)}
+    return {key: value for key, value in config.items() if key in known and key != "resume_from_checkpoint"}
+
+
+def _option_values(arguments: list[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for i, item in enumerate(arguments):
+        name, equals, value = item.partition("=")
+        if name.startswith("--"):
+            following = arguments[i + 1] if i + 1 < len(arguments) else ""
+            pairs.append((name, value if equals else following))
+    return pairs
+
+
+def _print_help() -> None:
+    from .parse import preset_names
+    from .settings import Settings
+
+    print(USAGE.format(presets=", ".join(preset_names())))
+    for spec in dataclasses.fields(Settings):
+        default = "" if spec.default is dataclasses.MISSING else f" [{spec.default!r}]"
+        print(f"  --{spec.name}{default}  {spec.metadata['help']}")
+
+
+def _quiet() -> None:
+    """Loading bars and notices of the libraries would bury the run's own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,0 +1,27 @@
+"""The one exception a user is meant to read, and the sentences that go with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right: printed as one sentence, without a traceback, exit code 2."""
+
+    exit_code = 2
+
+
+class StorageError(UserError):
+    """The machine, not the request: a disk that is full or gone. Exit code 1."""
+
+    exit_code = 1
+
+
+def one_of(setting: str, given: object, allowed: Iterable[str]) -> UserError:
+    """An error that names the setting, what was given, what is allowed and the likeliest spelling."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(str(given), names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    shown = ", ".join(names) if len(names) <= 24 else ", ".join(names[:24]) + f" and {len(names) - 24} more"
+    return UserError(f"{setting} must be one of {shown}, got {given!r}{hint}")

@@ -1,0 +1,91 @@
+"""A run's folder: its name, run.json, and what of it a resumed run reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+from .metrics import write_json
+from .settings import Settings
+
+_PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "reasoning_gym", "math_verify", "numpy")
+
+
+def new_folder(settings: Settings, name: str) -> Path:
+    """The folder of a new run: ``output_dir``, or the first free one of runs/<name>, runs/<name>-2, ..."""
+    if settings.output_dir:
+        folder = Path(settings.output_dir)
+        if (folder / "run.json").exists():
+            raise UserError(f"output_dir {folder} already holds a run: go on with --resume {folder}, or name another folder")
+    else:
+        folder = Path("runs") / name
+        number = 1
+        while folder.exists():
+            number += 1
+            folder = Path("runs") / f"{name}-{number}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {folder} cannot be made: {error.strerror}") from error
+    return folder
+
+
+def newest_folder(settings: Settings, name: str) -> Path:
+    """The folder that `--resume auto` means: ``output_dir``, or the latest of the runs with that name."""
+    if settings.output_dir:
+        return Path(settings.output_dir)
+    found = [path for path in (Path("runs") / name, *Path("runs").glob(f"{name}-*")) if (path / "run.json").is_file()]
+    if not found:
+        raise UserError(f"--resume auto finds no run named {name!r} under runs/: start one without --resume, or give its folder")
+    return max(found, key=lambda path: (path / "run.json").stat().st_mtime_ns)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of run.json."""
+    try:
+        run: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a run's folder: its run.json is missing or not readable") from error
+    return run
+
+
+def describe_run(command: str, settings: Settings, model: Any, tracked: list[str]) -> dict[str, Any]:
+    """The content of run.json for a run that starts now."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    versions["gradnorm_kernels"] = sys.modules["gradnorm_kernels"].__version__
+    return {
+        "command": command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "machine": {
+            "platform": platform.platform(),
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        },
+        "config": dataclasses.asdict(settings),
+        "tasks": [task["name"] for task in settings.tasks],
+        "model": settings.model,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tracked_layers": tracked,
+    }
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_json(folder / "run.json", run)

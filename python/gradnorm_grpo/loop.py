@@ -1,0 +1,232 @@
+"""The GRPO loop: draw tasks, sample groups, score, measure every task's gradient while going backward, update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from gradnorm_kernels import GradNormTracker, StepStats, TaskSampler
+
+from .errors import UserError
+from .metrics import Line
+from .objective import advantages, row_weights, token_losses
+from .rollout import Prompter, Rollouts, completion_logprobs, completion_texts, generate
+from .settings import Settings
+from .tasks import Example, Task
+
+
+@dataclass
+class Batch:
+    """The rollouts of one step, scored; one entry a prompt in the lists, [n, G] in the tensors."""
+
+    tasks: list[str]
+    examples: list[Example]
+    rollouts: Rollouts
+    rewards: Tensor
+    advantages: Tensor
+    sampling: dict[str, float]
+
+
+class Grpo:
+    """Model, optimizer, tracker, sampler and the tasks' data positions: what a step changes and a checkpoint keeps."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: Any,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        prompter: Prompter,
+        reference: Any = None,
+    ) -> None:
+        """``reference``: the frozen model that ``beta`` holds the trained one to; copied before the tracker hooks the model."""
+        self.settings, self.model, self.tokenizer, self.prompter = settings, model, tokenizer, prompter
+        self.reference = reference
+        self.tasks = {task.name: task for task in tasks}
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        try:
+            self.scheduler = get_scheduler(
+                settings.lr_scheduler_type,
+                self.optimizer,
+                num_warmup_steps=settings.warmup_steps,
+                num_training_steps=max(1, settings.max_steps * settings.num_iterations),
+            )
+            self.tracker = GradNormTracker(model, settings.tracker_layers, settings.tracker_fused) if settings.track else None
+            self.sampler: TaskSampler[str] = TaskSampler(
+                list(self.tasks),
+                settings.sampling_strategy,
+                exponent=settings.sampling_exponent,
+                floor=settings.sampling_floor,
+                decay=settings.sampling_decay,
+                seed=settings.seed,
+            )
+        except ValueError as error:
+            raise UserError(f"a setting does not fit: {error}") from error
+        self.draws = random.Random(settings.seed)
+        self.step_number = 0
+
+    # One step, from prompts to update
+
+    def step(self) -> Line:
+        """One batch of rollouts and its ``num_iterations`` updates; returns what happened."""
+        settings = self.settings
+        batch = self.rollout(self.draw(settings.prompts_per_step))
+        line: Line = {"kind": "train", "step": self.step_number + 1}
+        old: list[Tensor] = []
+        for iteration in range(settings.num_iterations):
+            # Later iterations have weights that have seen these prompts: only the first is measured.
+            line_loss, stats = self.backward(batch, old, measure=iteration == 0)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf)
+            if iteration == 0:
+                lr = self.scheduler.get_last_lr()[0]
+                line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **self.describe(batch, stats)}
+                self.sampler.update(stats)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        return line
+
+    def draw(self, n: int) -> list[str]:
+        """The tasks of the next n prompts, those of one task together."""
+        if self.settings.task_draws == "independent":
+            drawn = self.sampler.draw(n)
+            return sorted(drawn, key=list(self.tasks).index)
+        # Systematic sampling: one random offset, n evenly spaced points. Each task's count is n p rounded up or down.
+        offset, total, drawn = self.draws.random(), 0.0, []
+        for task, p in self.sampler.probabilities.items():
+            total += n * p
+            drawn += [task] * (math.ceil(min(total, n) - offset) - len(drawn))
+        return drawn + [list(self.tasks)[-1]] * (n - len(drawn))
+
+    def rollout(self, tasks: list[str]) -> Batch:
+        """Completions, rewards and advantages for the next example of each task in ``tasks``."""
+        settings, sampling = self.settings, self.sampler.probabilities
+        examples = [self.tasks[task].next_example() for task in tasks]
+        prompts = [self.prompter.ids(task, example) for task, example in zip(tasks, examples, strict=True)]
+        rollouts = generate(self.model, self.tokenizer, prompts, settings.num_generations, settings)
+        texts = completion_texts(self.tokenizer, rollouts)
+        group = settings.num_generations
+        scores = [self.tasks[tasks[i // group]].score(text, examples[i // group]) for i, text in enumerate(texts)]
+        rewards = torch.tensor(scores).view(len(tasks), group)
+        return Batch(tasks, examples, rollouts, rewards, advantages(rewards, settings.scale_rewards), sampling)
+
+    def backward(self, batch: Batch, old: list[Tensor], measure: bool) -> tuple[float, StepStats]:
+        """Accumulate the gradient of the step's loss in micro-batches of whole groups.
+
+        ``old`` receives the sampling-time log-probabilities in the first iteration and holds them for the later ones.
+        """
+        settings, total = self.settings, 0.0
+        first_iteration, group = not old, settings.num_generations
+        per_micro = settings.per_device_train_batch_size // group
+        counted = self._counted(batch.rollouts)
+        step_tokens = int(counted.sum())
+        self.model.train()
+        for micro, first in enumerate(range(0, len(batch.tasks), per_micro)):
+            last = min(first + per_micro, len(batch.tasks))
+            rollouts = batch.rollouts.rows(first, last)
+            mask = counted[first * group : last * group, : rollouts.completion_ids.shape[1]]
+            weights, scale = row_weights(mask, step_tokens, settings)
+            advantage = batch.advantages[first:last].reshape(-1).to(mask.device)
+            with self._measuring(batch.tasks[first:last], first, scale) if measure else contextlib.nullcontext():
+                logprobs = self.logprobs(self.model, rollouts)
+                if first_iteration:
+                    old.append(logprobs.detach())
+                losses = token_losses(logprobs, old[micro], advantage, self._reference_logprobs(rollouts), settings)
+                loss = (weights * torch.where(mask > 0, losses, 0.0).sum(1)).sum()
+                loss.backward()
+            total += float(loss.detach())
+        return total, self.tracker.step() if measure and self.tracker else StepStats()
+
+    def _measuring(self, tasks: list[str], first: int, scale: Tensor) -> contextlib.AbstractContextManager[None]:
+        if self.tracker is None:
+            return contextlib.nullcontext()
+        rows = [i for i in range(len(tasks)) for _ in range(self.settings.num_generations)]
+        return self.tracker.microbatch([tasks[i] for i in rows], [first + i for i in rows], row_scale=scale)
+
+    def _counted(self, rollouts: Rollouts) -> Tensor:
+        if not self.settings.mask_truncated_completions:
+            return rollouts.completion_mask
+        return rollouts.completion_mask * rollouts.ended[:, None]
+
+    def logprobs(self, model: Any, rollouts: Rollouts) -> Tensor:
+        """[n G, C] log-probabilities under ``model`` at the sampling temperature."""
+        return completion_logprobs(model, rollouts, self.settings.temperature, self.settings.shares_prompt)
+
+    def _reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return self.logprobs(self.reference, rollouts)
+
+    # What is logged
+
+    def describe(self, batch: Batch, stats: StepStats) -> Line:
+        """The step's numbers of every task, by metric key."""
+        rollouts, group = batch.rollouts, self.settings.num_generations
+        prompt_lengths = rollouts.prompt_mask.sum(1).tolist()
+        response_lengths = rollouts.completion_mask.sum(1).view(-1, group).float().mean(1).tolist()
+        line: Line = {"tokens": int(rollouts.completion_mask.sum()), "truncated": 1.0 - float(rollouts.ended.float().mean())}
+        for name, probability in batch.sampling.items():
+            key, at = f"tasks/{name}", [i for i, task in enumerate(batch.tasks) if task == name]
+            line[f"{key}/sampling_prob"] = probability
+            if not at:
+                continue
+            line[f"{key}/prompts"] = len(at)
+            line[f"{key}/reward"] = float(batch.rewards[at].mean())
+            line[f"{key}/reward_std"] = float(batch.rewards[at].std(1).mean())
+            line[f"{key}/abs_advantage"] = float(batch.advantages[at].abs().mean())
+            line[f"{key}/prompt_length"] = sum(prompt_lengths[i] for i in at) / len(at)
+            line[f"{key}/response_length"] = sum(response_lengths[i] for i in at) / len(at)
+            if name in stats:
+                g = stats[name]
+                line |= {f"{key}/grad_norm_sq": g.sq_norm, f"{key}/grad_norm_sq_se": g.std_error}
+                line |= {f"{key}/noise_scale": g.noise_scale, f"{key}/plug_in": g.plug_in, f"{key}/n": g.n}
+                line |= {f"{key}/mean_sq_norm": g.mean_sq_norm, f"{key}/pair_weight": g.pair_weight}
+        order = {task: i for i, task in enumerate(stats.tasks)} if stats else {}
+        names = [name for name in self.tasks if name in order]
+        for i, a in enumerate(names):
+            for b in names[i + 1 :]:
+                line[f"tasks/cosine/{a}/{b}"] = float(stats.cosines[order[a], order[b]])
+                line[f"tasks/inner_product/{a}/{b}"] = float(stats.inner_products[order[a], order[b]])
+        return line
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but weights and global random states."""
+        return {
+            "step": self.step_number,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "tracker": self.tracker.state_dict() if self.tracker else None,
+            "draws": self.draws.getstate(),
+            "positions": {name: task.position for name, task in self.tasks.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.step_number = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.sampler.load_state_dict(state["sampler"])
+        if self.tracker and state["tracker"]:
+            self.tracker.load_state_dict(state["tracker"])
+        version, numbers, gauss = state["draws"]
+        self.draws.setstate((version, tuple(numbers), gauss))
+        for name, task in self.tasks.items():
+            task.position = state["positions"][name]

@@ -1,0 +1,107 @@
+"""From a command line and a YAML file to Settings."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from .errors import UserError, one_of
+from .settings import Settings
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class _Parser(TrlParser):
+    """TRL's parser, with argparse's usage text and exit replaced by one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the application."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def parse_settings(arguments: list[str], saved: dict[str, Any] | None = None) -> tuple[Settings, str]:
+    """Settings and the run's name: the defaults, then the YAML file (or ``saved``, a resumed run's), then the options.
+
+    ``--preset NAME`` is ``--config`` of the file of that name among the presets.
+    """
+    arguments, config = _take_config(list(arguments))
+    values: dict[str, Any] = dict(saved or {})
+    if config is not None:
+        values = read_yaml(config)
+    known = {spec.name for spec in dataclasses.fields(Settings)}
+    for key in values:
+        if key not in known:
+            raise one_of(f"a key of {config}", key, known)
+    parser = _Parser(dataclass_types=[Settings], prog="train_grpo.py", allow_abbrev=False)
+    # Lists of mappings are for YAML: argparse would have to guess how to read them.
+    tasks = values.pop("tasks", [])
+    parser.set_defaults_with_config(**values)
+    taken = io.StringIO()
+    with contextlib.redirect_stderr(taken):
+        settings, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    if unknown:
+        option = next((text for text in unknown if text.startswith("--")), unknown[0])
+        raise one_of("an option", option.split("=")[0], [f"--{name}" for name in known])
+    settings = dataclasses.replace(settings, tasks=_select(tasks, settings.only_tasks))
+    return settings, config.stem if config else "run"
+
+
+def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
+    rest: list[str] = []
+    config: Path | None = None
+    items = iter(arguments)
+    for item in items:
+        name, _, value = item.partition("=")
+        if name not in ("--preset", "--config"):
+            rest.append(item)
+            continue
+        value = value or next(items, "")
+        if not value:
+            raise UserError(f"{name} needs a value")
+        if config is not None:
+            raise UserError("give one of --preset and --config, once")
+        if name == "--preset" and value not in preset_names():
+            raise one_of("--preset", value, preset_names())
+        config = PRESETS / f"{value}.yaml" if name == "--preset" else Path(value)
+    return rest, config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or a sentence saying what is wrong with it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def _select(tasks: Any, only: list[str]) -> list[dict[str, Any]]:
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) and task.get("name") for task in tasks):
+        raise UserError(f"tasks must be a list of mappings that each have a name, got {json.dumps(tasks, default=str)[:200]}")
+    names = [str(task["name"]) for task in tasks]
+    if not names:
+        raise UserError("tasks is empty: the YAML file must list at least one task under `tasks:`")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"tasks holds the name {name!r} {names.count(name)} times: every task needs its own")
+    for name in only:
+        if name not in names:
+            raise one_of("only_tasks", name, names)
+    return [task for task in tasks if not only or task["name"] in only]

@@ -1,0 +1,154 @@
+"""Puts the page together: what run.json, the results and the pictures say, in the frame of page.html and style.css."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from . import charts, panels
+from .numbers import clean, count, duration, fixed, with_error
+from .reading import Run, read_run
+from .results import ERRORS, MIN_PROMPTS, Cosine, TaskResult, cosines, task_results
+from .svg import NUM_COLOURS
+from .table import HEADINGS, footnotes, table_rows
+from .verdict import verdict
+
+_HERE = Path(__file__).parent
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write run_dir/report.html: one file that needs no network, with everything a run's folder tells.
+
+    Arguments: run_dir, the folder of a run, finished or not.
+    Returns: the path of the report. It is replaced in one step: a reader never sees half a page.
+    Raises: FileNotFoundError or ValueError where the folder is not a readable run.
+    """
+    run = read_run(run_dir)
+    text = render(run)
+    target = run.path / "report.html"
+    handle, temporary = tempfile.mkstemp(dir=run.path, prefix=".report-", suffix=".html")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner may read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    results = task_results(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["clean"] = clean
+    table = cosines(run, results)
+    steps = run.warm_start[0]
+    return environment.get_template("page.html").render(
+        style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        title=clean(run.path.resolve().name),
+        facts=_facts(run),
+        notes=[clean(note) for note in run.notes],
+        verdict=verdict(run, results, table),
+        headings=HEADINGS,
+        rows=table_rows(results),
+        footnotes=footnotes(results),
+        results=results,
+        min_prompts=MIN_PROMPTS,
+        swatch=_swatch,
+        pictures=_pictures(run, results) if len(run.steps) else None,
+        evaluations=charts.both_widths(lambda w: charts.evaluations(results, w))
+        if any(r.before or r.after for r in results)
+        else None,
+        warm_start=panels.warm_start(*run.warm_start) if np.isfinite(run.warm_start[1]).any() else None,
+        warm_start_steps=len(steps),
+        heat=_heat(results, table) if any(math.isfinite(c.value) for c in table.values()) else None,
+        settings=list(_flat(run.info.get("config", {}))),
+        versions=list(_flat({k: v for k, v in run.info.items() if k not in {"config", "tasks"}})),
+    )
+
+
+def _swatch(result: TaskResult) -> Markup:
+    """The task's colour as a small square; striped where the palette has begun again."""
+    striped = " striped" if result.index >= NUM_COLOURS else ""
+    return Markup('<i class="swatch{}" style="--c:var(--task-{})"></i>').format(striped, result.index % NUM_COLOURS)
+
+
+def _pictures(run: Run, results: list[TaskResult]) -> dict[str, Any]:
+    reward = panels.reward_limits(run)
+    gain = panels.gain_limits(run)
+    drawn = [r for r in results if math.isfinite(r.sq_norm)]
+    prob = [run.series[r.name]["sampling_prob"] for r in results]
+    return {
+        "pooled": charts.both_widths(lambda w: charts.pooled_pull(results, w)) if drawn else None,
+        "pull": [(r, with_error(r.sq_norm, r.std_error), panels.pull_panel(run, r)) for r in results],
+        "pooled_steps": panels.steps_per_dot(run),
+        "reward": [(r, panels.reward_panel(run, r, reward, gain)) for r in results],
+        "window": panels.reward_window(run),
+        "sampling": charts.both_widths(lambda w: charts.sampling(run, results, w)) if np.isfinite(prob).any() else None,
+    }
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The line of facts under the title: what ran, how long, on what."""
+    info, config = run.info, run.info.get("config")
+    seconds = (run.summary or {}).get("seconds")
+    last = run.totals["time"][-1] if len(run.steps) else math.nan
+    facts = [
+        ("model", info.get("model")),
+        ("parameters", count(float(info["parameters"])) if isinstance(info.get("parameters"), (int, float)) else None),
+        ("steps", f"{len(run.steps)}" + ("" if run.finished else " so far")),
+        ("time", duration(float(seconds) if isinstance(seconds, (int, float)) else float(last))),
+        ("tokens", count(float(np.nansum(run.totals["tokens"])))),
+        ("tracked layers", len(info["tracked_layers"]) if isinstance(info.get("tracked_layers"), list) else None),
+        ("started", str(info["started"])[:16].replace("T", " ") if info.get("started") else None),
+        ("seed", config.get("seed") if isinstance(config, dict) else None),
+    ]
+    return [(name, clean(value)) for name, value in facts if value is not None]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (dotted name, JSON value)."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif prefix:
+        yield clean(prefix), clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _heat(
+    results: list[TaskResult], table: dict[tuple[str, str], Cosine]
+) -> list[tuple[TaskResult, list[dict[str, str]]]]:
+    """The heat map's rows: per cell its text, error, class and strength of colour."""
+    return [(row, [_cell(row, column, table.get((row.name, column.name))) for column in results]) for row in results]
+
+
+def _cell(row: TaskResult, column: TaskResult, cosine: Cosine | None) -> dict[str, str]:
+    if row is column:
+        return {"text": "1", "error": "", "kind": "self", "strength": "0"}
+    if cosine is None or math.isnan(cosine.value):
+        return {"text": "–", "error": "", "kind": "unknown", "strength": "0"}
+    sure = cosine.trusted and abs(cosine.value) > ERRORS * cosine.std_error
+    return {
+        "text": fixed(cosine.value),
+        "error": f"± {fixed(cosine.std_error)}" if math.isfinite(cosine.std_error) else "",
+        # Colour only what is told apart from zero: the wildest values belong to the quietest tasks and mean the least.
+        "kind": ("plus" if cosine.value > 0 else "minus") if sure else "unsure",
+        "strength": f"{min(abs(cosine.value), 1.0):.3f}",
+    }

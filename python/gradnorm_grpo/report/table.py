@@ -1,0 +1,152 @@
+"""The final table: its cells and footnotes, shared by the terminal and the page, and how the terminal prints it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .numbers import MISSING, clean, count, fixed, percent, signed, significant, with_error
+from .reading import read_run
+from .results import ERRORS, MIN_PROMPTS, Imbalance, TaskResult, imbalance, task_results
+
+UNRESOLVED = "≈0"
+
+HEADINGS = (
+    "task",
+    "n",
+    "U ± se",
+    "plug-in",
+    "noise\nscale",
+    "share\nof pull",
+    "reward, first\n→ last third",
+    "gain",
+    "eval\nbefore → after",
+)
+# A terminal narrower than this gets two tables below each other, the first about the pull, the second about rewards.
+_WHOLE = 112
+_COLUMNS = [(0, 1, 2, 3, 4, 5), (0, 6, 7, 8)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task's cells as text, in the order of HEADINGS."""
+
+    result: TaskResult
+    cells: tuple[str, ...]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether U is known but not told apart from zero."""
+        return math.isfinite(self.result.sq_norm) and not self.result.resolved
+
+
+def _change(first: float, last: float) -> str:
+    if math.isnan(first) and math.isnan(last):
+        return MISSING
+    return f"{fixed(first)} → {fixed(last)}"
+
+
+def _noise(result: TaskResult) -> str:
+    """tr(Cov)/U where U is told apart from zero, else the least value that U's error allows."""
+    if result.resolved:
+        return significant(result.noise_scale)
+    bound = result.noise_scale_bound
+    return f"> {significant(bound)}" if math.isfinite(bound) else MISSING
+
+
+def table_rows(results: list[TaskResult]) -> list[Row]:
+    """The table's rows, in the order of the results."""
+    rows = []
+    for r in results:
+        pull = with_error(r.sq_norm, r.std_error)
+        if math.isfinite(r.sq_norm) and not r.resolved:
+            pull += f" {UNRESOLVED}"
+        before = r.before.reward if r.before else math.nan
+        after = r.after.reward if r.after else math.nan
+        cells = (
+            clean(r.name),
+            count(r.n),
+            pull,
+            significant(r.plug_in),
+            _noise(r),
+            percent(r.pull_share),
+            _change(r.reward_first, r.reward_last),
+            signed(r.gain, 3),
+            _change(before, after),
+        )
+        rows.append(Row(r, cells))
+    return rows
+
+
+def footnotes(results: list[TaskResult]) -> list[str]:
+    """One sentence for each mark that the table uses."""
+    notes = []
+    if any(math.isfinite(r.sq_norm) and not r.resolved for r in results):
+        notes.append(
+            f"{UNRESOLVED}: U is not distinguishable from zero (less than two standard errors above it, or its error "
+            f"is unknown or rests on fewer than {MIN_PROMPTS} prompts). A negative U is noise around a small value and "
+            "is printed as it came out. Such a task's share of the pull is as uncertain as its U, and its noise scale "
+            "is only bounded from below."
+        )
+    if any(math.isnan(r.sq_norm) for r in results):
+        notes.append(f"{MISSING} for U: no step drew two prompts of the task (n < 2), so U is not defined.")
+    if any(
+        MISSING in cell for row in table_rows(results) for cell in row.cells[1:] if math.isfinite(row.result.sq_norm)
+    ):
+        notes.append(f"{MISSING}: not measured, or not defined (as a standard error is below three prompts).")
+    return notes
+
+
+def _interval(found: Imbalance) -> str:
+    return f"{significant(found.low)} to {significant(found.high)}"
+
+
+def imbalance_sentence(results: list[TaskResult]) -> str:
+    """How far apart the loudest and the quietest task are, as far as the data can tell."""
+    found = imbalance(results)
+    if len(results) < 2:
+        return "Imbalance: undecided, since there is only one task."
+    if found is None:
+        resolved = [clean(r.name) for r in results if r.resolved]
+        only = f"only {resolved[0]} is" if resolved else "no task is"
+        return f"Imbalance: undecided, since {only} told apart from zero; a ratio needs two such tasks."
+    left_out = sum(not r.resolved for r in results)
+    quietest = "quietest of those told apart from zero" if left_out else "quietest"
+    sentence = (
+        f"Imbalance: {clean(found.loudest.name)} (loudest) against {clean(found.quietest.name)} ({quietest}) is "
+        f"{significant(found.ratio)} to 1 in squared norm ({_interval(found)} within {ERRORS:.0f} standard errors), "
+        f"{significant(math.sqrt(found.ratio))} to 1 in norm"
+    )
+    if left_out:
+        sentence += f"; {left_out} {'task is' if left_out == 1 else 'tasks are'} left out"
+    return sentence + "."
+
+
+def print_table(run_dir: Path | str, console: Console | None = None) -> None:
+    """Print the final table of a run, loudest task first, its footnotes and a line on the imbalance.
+
+    Arguments: run_dir, the folder of a run, finished or not; console, where to print (default: standard output).
+    Raises: FileNotFoundError or ValueError where the folder is not a readable run.
+    """
+    run = read_run(run_dir)
+    results = task_results(run)
+    console = console or Console()
+    rows = table_rows(results)
+    console.print(Text(f"{clean(run.path.resolve().name)}: {len(run.steps)} steps", style="bold"))
+    for columns in _COLUMNS if console.width < _WHOLE else [tuple(range(len(HEADINGS)))]:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for i in columns:
+            # Only a name may be broken over lines: half a number can be misread.
+            table.add_column(HEADINGS[i], justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
+        for row in rows:
+            # Text, not str: a task called [red] must not be read as markup.
+            table.add_row(*(Text(row.cells[i]) for i in columns), style="dim" if row.undecided else None)
+        console.print(table)
+    for line in (*footnotes(results), imbalance_sentence(results), *run.notes):
+        console.print(Text(line))

@@ -1,0 +1,165 @@
+"""The report's conclusions in plain words: each sentence is chosen by a test, and is "undecided" where the test is."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist, median
+
+from .numbers import clean, fixed, percent, signed, significant
+from .reading import Run
+from .results import Cosine, TaskResult, imbalance, rank_correlation
+from .table import imbalance_sentence
+
+
+def _names(results: list[TaskResult]) -> str:
+    names = [clean(r.name) for r in results]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _threshold(comparisons: int) -> float:
+    """Standard errors that keep the chance of any false finding among so many comparisons at 5% (Bonferroni)."""
+    return NormalDist().inv_cdf(1 - 0.025 / max(comparisons, 1))
+
+
+def loudness(results: list[TaskResult]) -> list[str]:
+    """Which tasks pull at all, how unequally, and how far the plug-in estimate would have misled."""
+    resolved = [r for r in results if r.resolved]
+    undecided = [r for r in results if math.isfinite(r.sq_norm) and not r.resolved]
+    unknown = [r for r in results if math.isnan(r.sq_norm)]
+    sentences = []
+    if resolved:
+        sentences.append(
+            f"The pull on the shared weights was told apart from zero for {len(resolved)} of {len(results)} "
+            f"{'task' if len(results) == 1 else 'tasks'}: {_names(resolved)}."
+        )
+    else:
+        sentences.append("No task's pull could be told apart from zero: more prompts a step or more steps are needed.")
+    if undecided:
+        sentences.append(
+            f"For {_names(undecided)} the data do not tell U from zero. The pull may be small or absent: "
+            "this is no proof of either."
+        )
+    if unknown:
+        sentences.append(f"For {_names(unknown)} there is no estimate: no step drew two of its prompts.")
+    sentences.append(imbalance_sentence(results))
+    found = imbalance(results)
+    if found and found.low <= 1:
+        sentences.append("That interval includes 1: these data do not show that the two differ.")
+    elif found and len(resolved) > 2:
+        sentences.append("The two were picked for being the extremes, so their ratio tends to come out high.")
+    if resolved and len(results) > 1 and len(resolved) == len(results):
+        top = resolved[0]
+        sentences.append(f"{clean(top.name)} alone has {percent(top.pull_share)} of the sum of all U (the total pull).")
+    factors = [r.plug_in / r.sq_norm for r in resolved if math.isfinite(r.plug_in)]
+    if len(factors) == 1:
+        sentences.append(
+            f"The plug-in estimate is {significant(factors[0])} times U for the one task told apart from zero."
+        )
+    elif factors:
+        sentences.append(
+            f"The plug-in estimate is {significant(median(factors))} times U at the median of the tasks told apart from "
+            f"zero ({significant(min(factors))} to {significant(max(factors))})."
+        )
+    return sentences
+
+
+def learning(results: list[TaskResult]) -> list[str]:
+    """Whose held-out reward changed, and whether loudness goes with gain."""
+    measured = [r for r in results if r.before and r.after]
+    tested = [r for r in measured if all(map(math.isfinite, r.eval_change))]
+    sentences = []
+    if not measured:
+        sentences.append(
+            "Whether the tasks got better is undecided: there is no held-out evaluation both before and after."
+        )
+    elif not tested:
+        sentences.append("Whether the tasks got better is undecided: the evaluations carry no standard errors.")
+    else:
+        z = _threshold(len(tested))
+        changed = [r for r in tested if abs(r.eval_change[0]) > z * r.eval_change[1]]
+        for word, sign in (("rose", 1), ("fell", -1)):
+            which = [r for r in changed if r.eval_change[0] * sign > 0]
+            if which:
+                list_ = "; ".join(
+                    f"{clean(r.name)} {signed(r.eval_change[0])} ± {fixed(r.eval_change[1])}" for r in which
+                )
+                sentences.append(f"Held-out reward {word}: {list_}.")
+        same = [r for r in tested if r not in changed]
+        if same:
+            sentences.append(f"No change of held-out reward beyond chance was seen for {_names(same)}.")
+    pairs = [(r.sq_norm, r.eval_change[0]) for r in results if r.resolved and math.isfinite(r.eval_change[0])]
+    if len(pairs) < 5:  # with four, even a perfect order comes about by chance once in twelve times
+        sentences.append(
+            "Whether louder tasks gain more is undecided: that takes at least five tasks told apart from zero and "
+            "evaluated twice."
+        )
+        return sentences if len(results) > 1 else sentences[:-1]
+    rho, p = rank_correlation([u for u, _ in pairs], [g for _, g in pairs])
+    if math.isnan(rho):
+        sentences.append("Whether louder tasks gain more is undecided: all of them changed alike.")
+    elif p < 0.05:
+        more = "more" if rho > 0 else "less"
+        sentences.append(
+            f"Louder tasks gained {more} in held-out reward (rank correlation {signed(rho)} over {len(pairs)} tasks, "
+            f"p = {p:.2g})."
+        )
+    else:
+        sentences.append(
+            f"That louder tasks gain more, or less, is not shown here (rank correlation {signed(rho)} over "
+            f"{len(pairs)} tasks, p = {p:.2f}). With so few tasks only a strong relation would show: this is no proof "
+            "that there is none."
+        )
+    return sentences
+
+
+def directions(results: list[TaskResult], table: dict[tuple[str, str], Cosine]) -> list[str]:
+    """Which tasks pull the same way and which against each other."""
+    pairs = [(a, b) for i, a in enumerate(results) for b in results[i + 1 :]]
+    known = {
+        (a.name, b.name): c
+        for a, b in pairs
+        if (c := table.get((a.name, b.name))) and c.trusted and math.isfinite(c.value) and math.isfinite(c.std_error)
+    }
+    if not known:
+        return (
+            ["Whether tasks help or hinder one another is undecided: no pair has a cosine with a known error."]
+            if pairs
+            else []
+        )
+    z = _threshold(len(known))
+    sentences = []
+    for words, sign in (("pull the same way", 1), ("pull against each other", -1)):
+        found = [(k, c) for k, c in known.items() if c.value * sign > z * c.std_error]
+        found.sort(key=lambda kc: -abs(kc[1].value))
+        if found:
+            shown = "; ".join(
+                f"{clean(a)} and {clean(b)} {signed(c.value)} ± {fixed(c.std_error)}" for (a, b), c in found[:3]
+            )
+            more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+            sentences.append(f"{len(found)} of {len(known)} pairs of tasks {words} (cosine): {shown}{more}.")
+    if not sentences:
+        sentences.append(f"In none of {len(known)} pairs is the cosine told apart from zero.")
+    return sentences
+
+
+def limits(run: Run) -> list[str]:
+    """What no number here can tell."""
+    layers = run.info.get("tracked_layers")
+    what = f"the {len(layers)} tracked layers" if isinstance(layers, list) and layers else "the tracked layers"
+    return [
+        f"All of this is about {what} of one model in one run with one seed. U is an average over a time in which the "
+        "weights changed; error bars cover the chance of which prompts and answers were drawn, not what another run "
+        "would bring."
+    ]
+
+
+def verdict(run: Run, results: list[TaskResult], table: dict[tuple[str, str], Cosine]) -> list[tuple[str, list[str]]]:
+    """Headings and sentences, in reading order. A run without a training step only says so."""
+    if not len(run.steps):
+        return [("Nothing to judge", ["No training step was finished, so nothing can be said about the tasks."])]
+    return [
+        ("Who pulls hardest", loudness(results)),
+        ("Who learned", learning(results)),
+        ("Do they get in each other's way", directions(results, table) or ["There is only one task."]),
+        ("What this cannot tell", limits(run)),
+    ]

@@ -1,0 +1,201 @@
+"""Prompts and completions: rendering questions, sampling groups with `generate`, and log-probabilities of what was sampled.
+
+A prompt runs once for its whole group wherever that is possible: its keys and values are computed once and repeated. In
+`generate` that saves the prefill, in training it saves forward and backward of all but one copy of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .settings import Settings
+from .tasks import Example, Task
+
+
+class Prompter:
+    """Turns examples into token ids, with the task's solved examples in front when few_shot asks for them."""
+
+    def __init__(self, tokenizer: Any, tasks: Sequence[Task], settings: Settings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        if settings.prompt_template == "chat" and not tokenizer.chat_template:
+            raise UserError("prompt_template is 'chat' but the tokenizer has no chat template: give text that holds {question}")
+        self._shots = {task.name: task.solved_examples(settings.few_shot) for task in tasks if settings.few_shot}
+
+    def text(self, task: str, example: Example) -> str:
+        """The whole prompt as text."""
+        shots = self._shots.get(task, [])
+        template = self.settings.prompt_template
+        if template != "chat":
+            end = self.tokenizer.eos_token + "\n"
+            solved = "".join(template.replace("{question}", shot.question) + shot.answer + end for shot in shots)
+            return solved + template.replace("{question}", example.question)
+        system = self.settings.system_prompt
+        messages = [{"role": "system", "content": system}] if system else []
+        for shot in shots:
+            messages += [{"role": "user", "content": shot.question}, {"role": "assistant", "content": shot.answer}]
+        messages.append({"role": "user", "content": example.question})
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def ids(self, task: str, example: Example) -> list[int]:
+        """The prompt's token ids."""
+        ids: list[int] = self.tokenizer(self.text(task, example), add_special_tokens=False)["input_ids"]
+        if len(ids) > self.settings.max_prompt_length:
+            raise UserError(
+                f"a prompt of task {task!r} has {len(ids)} tokens, more than max_prompt_length={self.settings.max_prompt_length}: "
+                "raise it, or lower few_shot or the task's config"
+            )
+        if len(ids) < 2:
+            raise UserError(f"a prompt of task {task!r} has {len(ids)} tokens; at least 2 are needed")
+        return ids
+
+    def target_ids(self, example: Example) -> list[int]:
+        """The reference answer and the end token."""
+        ids: list[int] = self.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token rows of different lengths as [B, L] int64 with their mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+@dataclass
+class Rollouts:
+    """n prompts with G completions each; row r belongs to prompt r // G."""
+
+    prompt_ids: Tensor  # [n, P], padded on the left
+    prompt_mask: Tensor  # [n, P]
+    completion_ids: Tensor  # [n G, C], padded on the right
+    completion_mask: Tensor  # [n G, C]: 1 up to and with the end token
+    ended: Tensor  # [n G] bool: has an end token
+    group: int  # G
+
+    def rows(self, first: int, last: int) -> Rollouts:
+        """Prompts first..last-1 with their groups, without columns that are padding in all of them."""
+        part = slice(first * self.group, last * self.group)
+        longest = int(self.completion_mask[part].sum(1).max())
+        skip = self.prompt_ids.shape[1] - int(self.prompt_mask[first:last].sum(1).max())
+        return Rollouts(
+            self.prompt_ids[first:last, skip:],
+            self.prompt_mask[first:last, skip:],
+            self.completion_ids[part, :longest],
+            self.completion_mask[part, :longest],
+            self.ended[part],
+            self.group,
+        )
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _prompt_cache(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, group: int) -> Any:
+    """Keys and values of all prompt tokens but the last, once a prompt, repeated for its group."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    ids, mask = prompt_ids[:, :-1], prompt_mask[:, :-1]
+    model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=_positions(mask),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(group)
+    return cache
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], group: int, settings: Settings, greedy: bool = False
+) -> Rollouts:
+    """Sample ``group`` completions of each prompt (one each, greedily, for evaluation)."""
+    model.eval()
+    device = model.device
+    batch = settings.generation_batch_size // settings.num_generations or len(prompts)
+    if greedy:
+        sampling: dict[str, Any] = {"do_sample": False}
+    else:
+        sampling = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+        }
+    prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, "left", device)
+    sampled: list[Tensor] = []
+    for first in range(0, len(prompts), batch):
+        ids, mask = pad(prompts[first : first + batch], tokenizer.pad_token_id, "left", device)
+        cache = _prompt_cache(model, ids, mask, group)
+        output = model.generate(
+            input_ids=ids.repeat_interleave(group, 0),
+            attention_mask=mask.repeat_interleave(group, 0),
+            past_key_values=cache,
+            max_new_tokens=settings.max_completion_length,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
+        sampled.append(output[:, ids.shape[1] :])
+    width = max(part.shape[1] for part in sampled)
+    completion = torch.cat(
+        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=tokenizer.pad_token_id) for part in sampled]
+    )
+    is_end = completion == tokenizer.eos_token_id
+    # Tokens up to and with the first end token; pad and end token may be the same id.
+    mask = ((is_end.cumsum(1) - is_end.long()) == 0).long()
+    lengths = torch.cat([torch.full((part.shape[0],), part.shape[1]) for part in sampled]).to(device)
+    mask = mask * (torch.arange(width, device=device)[None] < lengths[:, None])
+    return Rollouts(prompt_ids, prompt_mask, completion, mask, is_end.any(1), group)
+
+
+def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float, share_prompt: bool) -> Tensor:
+    """[n G, C] float32 log-probabilities of the completions' tokens, differentiable; padding holds arbitrary numbers."""
+    prompts = rollouts.prompt_ids.repeat_interleave(rollouts.group, 0)
+    mask = torch.cat([rollouts.prompt_mask.repeat_interleave(rollouts.group, 0), rollouts.completion_mask], 1)[:, :-1]
+    width = rollouts.completion_ids.shape[1]
+    if share_prompt:
+        cache = _prompt_cache(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.group)
+        ids = torch.cat([prompts[:, -1:], rollouts.completion_ids[:, :-1]], 1)
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask)[:, -width:],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+    else:
+        ids = torch.cat([prompts, rollouts.completion_ids], 1)[:, :-1]
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask),
+            use_cache=False,
+            logits_to_keep=width,
+        ).logits
+    chosen = rollouts.completion_ids[..., None]
+    # log p = logit - logsumexp: half the memory of a log_softmax over the vocabulary.
+    logits = logits.float() / temperature
+    return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1)
+
+
+def completion_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
+    """The completions as text, end and padding left out."""
+    rows = zip(rollouts.completion_ids.tolist(), rollouts.completion_mask.sum(1).tolist(), strict=True)
+    decoded: list[str] = [tokenizer.decode(ids[: int(n)], skip_special_tokens=True) for ids, n in rows]
+    return decoded

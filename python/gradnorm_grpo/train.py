@@ -1,0 +1,211 @@
+"""A whole training run: warm start, evaluation, GRPO with checkpoints, summary and report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from .checkpoint import find_checkpoint, load_state, random_state, restore_random_state, save_checkpoint
+from .errors import UserError
+from .evaluate import evaluate
+from .folder import describe_run, new_folder, newest_folder, read_run, write_run
+from .loop import Grpo
+from .metrics import Line, RunLog, report_trackers, write_json
+from .models import load_model
+from .progress import Display
+from .rollout import Prompter
+from .settings import Settings
+from .summary import gain_at, series, summarize
+from .tasks import build_tasks
+from .warm_start import warm_start
+
+
+class Interruption:
+    """The first Ctrl-C (or SIGTERM) asks for a stop after the step; the second stops at once."""
+
+    requested = False
+
+    @contextmanager
+    def watch(self) -> Iterator[Interruption]:
+        """Handle the two signals while the block runs."""
+
+        def handle(number: int, frame: Any) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+class Training:
+    """One run in its folder. After :meth:`run` returns, ``interrupted`` tells whether it stopped early."""
+
+    def __init__(self, settings: Settings, name: str, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.interrupted = False
+        self.started = time.monotonic()
+        set_seed(settings.seed)
+        self.tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
+        checkpoint = self._checkpoint_to_resume(name)
+        self.state = load_state(checkpoint) if checkpoint else None
+        self.model, self.tokenizer = load_model(settings, checkpoint)
+        self.prompter = Prompter(self.tokenizer, self.tasks, settings)
+        self.folder = checkpoint.parent if checkpoint else new_folder(settings, name)
+        console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
+        config = dataclasses.asdict(settings)
+        trackers = report_trackers(settings.report_to, self.folder, config)
+        self.log = RunLog(self.folder, trackers, self.state["metrics_bytes"] if self.state else None)
+        if self.state:
+            self.started -= self.state["seconds"]
+
+    def _checkpoint_to_resume(self, name: str) -> Path | None:
+        wanted = self.settings.resume_from_checkpoint
+        if not wanted:
+            return None
+        checkpoint, remark = find_checkpoint(wanted, newest_folder(self.settings, name) if wanted == "auto" else Path())
+        if remark:
+            self.console.print(remark, style="yellow", highlight=False, soft_wrap=True)
+        self.console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
+        return checkpoint
+
+    def run(self) -> Path:
+        """Everything from the warm start to the summary; returns the run's folder."""
+        reference = None
+        if self.state is None:
+            self._warm_start()
+        if self.settings.beta > 0.0:
+            reference = self._reference()
+        self.grpo = Grpo(self.settings, self.model, self.tokenizer, self.tasks, self.prompter, reference)
+        self._describe()
+        if self.state is not None:
+            self.grpo.load_state_dict(self.state["grpo"])
+            restore_random_state(self.state["random"])
+        else:
+            self._evaluate(0)
+            # Whatever came before, from the cache or not, GRPO starts from the same random state.
+            set_seed(self.settings.seed)
+        try:
+            self._loop()
+        finally:
+            self.log.close()
+            if self.grpo.tracker:
+                self.grpo.tracker.close()
+        if not self.interrupted:
+            names = [task.name for task in self.tasks]
+            summary = summarize(self.log.lines, names, self.settings.gain_window, self.seconds)
+            write_json(self.folder / "summary.json", summary)
+        return self.folder
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, what came before a resume included."""
+        return time.monotonic() - self.started
+
+    def _log(self, line: Line) -> Line:
+        line["time"] = round(self.seconds, 3)
+        self.log.write(line)
+        return line
+
+    def _describe(self) -> None:
+        tracked = self.grpo.tracker.layers if self.grpo.tracker else []
+        run = describe_run(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), self.settings, self.model, tracked)
+        if self.state is not None:
+            before = read_run(self.folder)
+            changed = [
+                f"{key} {before['config'].get(key)!r} -> {value!r}"
+                for key, value in run["config"].items()
+                if key not in ("resume_from_checkpoint", "output_dir") and before["config"].get(key) != value
+            ]
+            if changed:
+                self.console.print(f"settings changed since: {'; '.join(changed)}", style="yellow", soft_wrap=True)
+            resumed = [*before.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
+            run |= {"started": before["started"], "command": before["command"], "resumed": resumed}
+        write_run(self.folder, run)
+
+    def _warm_start(self) -> None:
+        steps = self.settings.warm_start_steps
+        if not steps:
+            return
+        with Display(self.console, "warm start", [], steps) as display:
+            cached = warm_start(
+                self.model,
+                self.tokenizer,
+                self.tasks,
+                self.prompter,
+                self.settings,
+                lambda step, loss: display.show(self._log({"kind": "warm_start", "step": step, "loss": loss})),
+            )
+        if cached:
+            self.console.print("warm start: weights from the cache", highlight=False)
+
+    def _reference(self) -> Any:
+        """The model GRPO started from, frozen; kept in the run's folder for a resume."""
+        reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+        path = self.folder / "reference.safetensors"
+        if self.state is None:
+            save_file({n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}, path)
+        elif path.is_file():
+            reference.load_state_dict(load_file(path), strict=False)
+        else:
+            raise UserError(f"{path} is missing: with beta > 0 a run cannot go on without the model it started from")
+        return reference
+
+    def _loop(self) -> None:
+        settings, grpo = self.settings, self.grpo
+        names = [task.name for task in self.tasks]
+        stop = Interruption()
+        with stop.watch(), Display(self.console, "step", names, settings.max_steps, grpo.step_number) as display:
+            while grpo.step_number < settings.max_steps and not stop.requested:
+                line = grpo.step()
+                self._add_gains(line)
+                display.show(self._log(line))
+                step, done = grpo.step_number, grpo.step_number == settings.max_steps
+                if done or (settings.eval_steps and step % settings.eval_steps == 0):
+                    self._evaluate(step)
+                if done or stop.requested or (settings.save_steps and step % settings.save_steps == 0):
+                    self._save()
+        self.interrupted = grpo.step_number < settings.max_steps
+
+    def _add_gains(self, line: Line) -> None:
+        """``learning_gain``: Gain(t) for the latest t that has its ``gain_window`` steps after it, this one included."""
+        steps = [*(earlier for earlier in self.log.lines if earlier["kind"] == "train"), line]
+        window = self.settings.gain_window
+        for task in self.tasks:
+            gain = gain_at(series(steps, task.name, "reward"), len(steps) - window, window)
+            if not math.isnan(gain):
+                line[f"tasks/{task.name}/learning_gain"] = gain
+
+    def _evaluate(self, step: int) -> None:
+        if self.settings.eval_prompts:
+            line = evaluate(self.model, self.tokenizer, self.tasks, self.prompter, self.settings)
+            self._log({"kind": "eval", "step": step, **line})
+
+    def _save(self) -> None:
+        state = {
+            "grpo": self.grpo.state_dict(),
+            "random": random_state(),
+            "metrics_bytes": self.log.size,
+            "seconds": self.seconds,
+        }
+        save_checkpoint(
+            self.folder, self.grpo.step_number, self.model, self.tokenizer, state, self.settings.save_total_limit
+        )

@@ -1,0 +1,136 @@
+"""A short supervised warm start: a base model that fails everything has groups of equal rewards and nothing to learn from.
+
+The result is kept in a cache, under a hash of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .models import smollm2_file
+from .rollout import Prompter, pad
+from .settings import Settings
+from .tasks import Task
+
+_FORMAT = 1  # raise when the procedure below changes: it is part of the key
+_SETTINGS = (
+    "model dtype train_layers tiny_hidden_size tiny_layers tasks prompt_template system_prompt few_shot seed eval_prompts "
+    "warm_start_steps warm_start_examples warm_start_batch_size warm_start_learning_rate weight_decay max_grad_norm "
+    "adam_beta1 adam_beta2 adam_epsilon"
+).split()
+
+
+def cache_file(settings: Settings, model: Any) -> Path | None:
+    """Where the warm-started weights of these settings belong; None when nothing is kept."""
+    if not settings.cache_dir:
+        return None
+    import reasoning_gym
+    import transformers
+
+    files = [smollm2_file()] if settings.model == "smollm2" else sorted(Path(settings.model).glob("*.safetensors"))
+    for task in settings.tasks:
+        files += [Path(task["path"])] if task.get("path") else []
+    parts = {
+        "format": _FORMAT,
+        "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name in _SETTINGS},
+        "model": str(model.config),
+        "device": model.device.type,
+        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "versions": [torch.__version__, transformers.__version__, reasoning_gym.__version__],
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    return Path(settings.cache_dir) / f"warm-start-{key}.safetensors"
+
+
+def warm_start(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    prompter: Prompter,
+    settings: Settings,
+    on_step: Callable[[int, float], None],
+) -> bool:
+    """Train on solved examples for ``warm_start_steps``; True if the weights came from the cache instead."""
+    cached = cache_file(settings, model)
+    if cached is not None and cached.is_file():
+        model.load_state_dict(load_file(cached, device=str(model.device)), strict=False)
+        return True
+    pairs = [
+        (prompter.ids(task.name, example), prompter.target_ids(example))
+        for task in tasks
+        for example in task.solved_examples(settings.warm_start_examples)
+    ]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.warm_start_learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.warm_start_learning_rate, total_steps=settings.warm_start_steps + 1, pct_start=0.2
+    )
+    order = _batches(len(pairs), settings.warm_start_batch_size, settings.warm_start_steps, settings.seed)
+    model.train()
+    for step, batch in enumerate(order, 1):
+        loss = _answer_loss(model, [pairs[i] for i in batch], tokenizer.pad_token_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        on_step(step, float(loss.detach()))
+    if cached is not None:
+        _store(model, cached)
+    return False
+
+
+def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    """Index batches that pass through all examples in a new order each time round."""
+    rng = random.Random(seed)
+    indices: list[int] = []
+    while len(indices) < size * steps:
+        indices += rng.sample(range(count), count)
+    return [indices[i * size : (i + 1) * size] for i in range(steps)]
+
+
+def _answer_loss(model: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> torch.Tensor:
+    """Mean over the examples of the mean cross-entropy of the answer's tokens."""
+    width = max(len(answer) for _, answer in pairs)
+    ids, mask = pad([prompt + answer for prompt, answer in pairs], pad_id, "left", model.device)
+    # Padded on the left but for the answers, which end together: the logits that count are the last ones.
+    logits = model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
+        use_cache=False,
+        logits_to_keep=width,
+    ).logits.float()
+    targets, counts = ids[:, -width:], torch.zeros(len(pairs), width, device=model.device)
+    for row, (_, answer) in enumerate(pairs):
+        counts[row, width - len(answer) :] = 1.0 / len(answer)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return (losses * counts).sum() / len(pairs)
+
+
+def _store(model: Any, path: Path) -> None:
+    """The trained weights only, written beside the name and renamed; a failure leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        save_file(weights, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
