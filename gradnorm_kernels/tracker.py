@@ -83,7 +83,7 @@ class GradNormTracker:
         if self.skipped:
             warnings.warn(
                 f"not measured, {sum(self.skipped.values()):.2%} of the trainable parameters: {_some(self.skipped)} "
-                "(only linears, embeddings and parameters of at most one dimension are)",
+                "(linears, embeddings, and norms and other leaf modules with parameters of one dimension are)",
                 stacklevel=2,
             )
         self.running: dict[Hashable, RunningEstimate] = {}

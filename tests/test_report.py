@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 
 from gradnorm_grpo.report import page, write_report
@@ -211,8 +212,6 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 
 
 def test_labels_keep_their_distance_and_order() -> None:
-    import numpy as np
-
     heights = _spread(np.array([0.9, 0.5, 0.02, 0.015, 0.01]), 0.1, 1.0)
     assert (np.diff(heights) <= -0.1 + 1e-12).all()
     assert heights.min() >= 0.05 and heights.max() <= 0.95

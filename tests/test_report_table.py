@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gradnorm_grpo.report import print_table
+from gradnorm_grpo.report import print_table, write_report
 from gradnorm_grpo.report.numbers import clean, duration, fixed, percent, shorten, signed, significant, with_error
 from gradnorm_grpo.report.reading import EvalPoint, read_run
 from gradnorm_grpo.report.results import TaskResult, cosines, imbalance, rank_correlation, task_results
@@ -108,8 +109,6 @@ def test_imbalance_interval_covers_the_truth_as_often_as_it_says() -> None:
     ],
 )
 def test_imbalance_is_claimed_only_among_resolved_tasks(results: list[TaskResult], words: str) -> None:
-    import re
-
     assert re.search(words, imbalance_sentence(results))
 
 
@@ -125,7 +124,7 @@ def test_a_negative_u_is_printed_as_it_is_and_marked(tmp_path: Path) -> None:
     assert "≈0: U is not distinguishable from zero" in text
     assert "– for U: no step drew two prompts of the task (n < 2)" in " ".join(text.split())
     noise, once = table_rows(task_results(read_run(tmp_path)))
-    assert noise.undecided and noise.cells[4].startswith("> ")  # U + 2 se still bounds the noise scale from below
+    assert noise.undecided and noise.cells[4] == "–"
     assert once.cells[:4] == ("once", "1", "–", "–")
 
 
@@ -186,6 +185,20 @@ def test_a_run_without_steps_is_not_judged(tmp_path: Path) -> None:
     assert verdict(run, results, cosines(run, results)) == [
         ("Nothing to judge", ["No training step was finished, so nothing can be said about the tasks."])
     ]
+
+
+def test_a_probe_is_measured_but_not_said_to_have_learned(tmp_path: Path) -> None:
+    write_synthetic_run(tmp_path, steps=12, evals=False)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"kind": "train"', '"kind": "probe"'))
+    run = read_run(tmp_path)
+    results = task_results(run)
+    found = dict(verdict(run, results, cosines(run, results)))
+    assert len(run.steps) == 12 and results[0].resolved
+    assert found["Who learned"] == ["Nothing was trained in this probe, so it says nothing about learning."]
+    assert "weights as they were" in found["What this cannot tell"][0]
+    assert "measured, not trained" in printed(tmp_path)
+    assert 'id="reward"' not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_rank_correlation_is_spearmans_with_a_permutation_p_value() -> None:

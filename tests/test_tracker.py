@@ -241,6 +241,34 @@ def test_what_cannot_be_measured_is_warned_about_once_with_its_share() -> None:
     assert tracker.layers == ["1"] and tracker.skipped == {"0.weight": pytest.approx(2 / 3)}
 
 
+def test_a_batch_norm_and_a_gain_on_a_whole_block_are_left_out_by_name() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3))
+            self.inner = nn.Linear(3, 3)
+
+    with pytest.warns(UserWarning, match="not measured") as seen:
+        tracker = gk.GradNormTracker(nn.Sequential(Block(), nn.BatchNorm1d(3)), "all")
+    assert len(seen) == 1
+    assert sorted(tracker.skipped) == ["0.gain", "1.bias", "1.weight"] and tracker.layers == ["0.inner"]
+
+
+def test_a_norm_that_does_not_run_row_by_row_is_refused_by_name() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x * self.weight + y
+
+    model = nn.ModuleDict({"odd": Odd()})
+    tracker = gk.GradNormTracker(model, "all")
+    with pytest.raises(RuntimeError, match=r"layer 'odd' \(Odd\) cannot be measured"), tracker.microbatch([0, 0]):
+        model["odd"](torch.ones(2, 3), torch.ones(2, 3)).sum().backward()
+
+
 def test_a_layer_that_is_never_called_is_warned_about_once() -> None:
     model = nn.ModuleDict({"used": nn.Linear(3, 3), "unused": nn.Linear(3, 3)})
     tracker = gk.GradNormTracker(model, "all")

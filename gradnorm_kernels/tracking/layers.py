@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Kind = Literal["linear", "conv1d", "embedding", "vector"]
 LayerChoice = str | Sequence[str]
@@ -34,8 +35,8 @@ def kind_of(module: nn.Module) -> Kind | None:
     """What the module's own parameters are to the tracker; None for a module that it cannot measure.
 
     A subclass of ``nn.Linear`` counts as a linear: its output is taken to be ``x W^T + b``. ``Conv1D`` is GPT-2's
-    linear with a transposed weight. "vector" is any module whose own parameters have at most one dimension (norms,
-    gains, scales).
+    linear with a transposed weight. "vector" is any module without submodules whose own parameters have at most one
+    dimension (norms, gains, scales), other than a batch norm, which makes every row depend on all others.
     """
     own = list(module.parameters(recurse=False))
     if not own:
@@ -46,7 +47,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         return None if module.sparse or module.max_norm is not None or module.scale_grad_by_freq else "embedding"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and own[0].dim() == 2:
         return "conv1d"
-    if all(parameter.dim() <= 1 for parameter in own):
+    leaf = next(module.children(), None) is None
+    if leaf and all(parameter.dim() <= 1 for parameter in own) and not isinstance(module, _BatchNorm):
         return "vector"
     return None
 

@@ -224,7 +224,7 @@ def vector_rows(use: Use) -> dict[str, Tensor]:
     try:
         with torch.enable_grad(), torch.autocast(use.dy.device.type, enabled=False):
             grads = torch.func.vmap(one_row)(use.x.to(wide), use.dy.to(wide))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"layer {use.layer.name!r} ({type(module).__name__}) cannot be measured: its forward does not run row by "
             f"row ({error}); leave it out of layers="

@@ -37,7 +37,7 @@ def _rows(width: float, results: list[TaskResult], extra: float = 36) -> tuple[F
     row = 44.0 if narrow else 30.0
     height = row * len(results) + extra
     names = [shorten(clean(r.name), 34 if narrow else 30) for r in results]
-    left = 14.0 if narrow else 24 + 6.4 * max(map(columns, names))
+    left = 14.0 if narrow else 24 + 6.9 * max(map(columns, names))
     figure = new_figure(width, height)
     axes = figure.add_axes((left / width, extra / height, 1 - (left + 20) / width, 1 - extra / height))
     axes.set_ylim(len(results) - 0.5, -0.5)
@@ -96,13 +96,13 @@ def pooled_pull(results: list[TaskResult], width: float) -> Markup:
 def _linear_below(u: Array, error: Array) -> float:
     """Where the axis turns from linear to logarithmic: the decade of the shortest row, |U| and its error bar together.
 
-    At most five decades below the longest, so that the logarithmic part keeps its room.
+    At most three decades below the longest, so that the logarithmic part keeps its room.
     """
     sizes = np.abs(np.nan_to_num(u)) + error
     sizes = sizes[sizes > 0]
     if not sizes.size:
         return 1.0
-    return float(10.0 ** math.floor(math.log10(max(sizes.min(), sizes.max() * 1e-5))))
+    return float(10.0 ** math.floor(math.log10(max(sizes.min(), sizes.max() * 1e-3))))
 
 
 def _decade_ticks(axes: Axes, threshold: float, width: float) -> None:
@@ -154,7 +154,7 @@ def sampling(run: Run, results: list[TaskResult], width: float) -> Markup:
     stack = np.nan_to_num(np.array([run.series[r.name]["sampling_prob"][at] for r in results]))
     height = max(250.0, 18.0 * len(results) + 60)
     names = [shorten(clean(r.name), 14 if narrow else 30) for r in results]
-    right = 24 + 6.4 * max(map(columns, names)) + (0 if narrow else 40)
+    right = 24 + 6.9 * max(map(columns, names)) + (0 if narrow else 40)
     with theme():
         figure = new_figure(width, height)
         axes = figure.add_axes((40 / width, 38 / height, 1 - (40 + right) / width, 1 - 46 / height))

@@ -99,7 +99,7 @@ def _pictures(run: Run, results: list[TaskResult]) -> dict[str, Any]:
         "pooled": charts.both_widths(lambda w: charts.pooled_pull(results, w)) if drawn else None,
         "pull": [(r, with_error(r.sq_norm, r.std_error), panels.pull_panel(run, r)) for r in results],
         "pooled_steps": panels.steps_per_dot(run),
-        "reward": [(r, panels.reward_panel(run, r, reward, gain)) for r in results],
+        "reward": [] if run.probe else [(r, panels.reward_panel(run, r, reward, gain)) for r in results],
         "window": panels.reward_window(run),
         "sampling": charts.both_widths(lambda w: charts.sampling(run, results, w)) if np.isfinite(prob).any() else None,
     }

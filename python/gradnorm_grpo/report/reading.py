@@ -33,6 +33,7 @@ TASK_METRICS = (
     "sampling_prob",
     "learning_gain",
 )
+STEP_KINDS = ("train", "probe")  # a probe measures like a training step, without the update
 STEP_METRICS = ("time", "loss", "grad_norm", "lr", "tokens")
 
 
@@ -73,6 +74,7 @@ class Run:
     evals: dict[str, list[EvalPoint]]  # task -> points, ascending in step
     warm_start: tuple[Array, Array]  # steps, loss
     summary: dict[str, Any] | None
+    probe: bool  # measured step after step with the weights left alone
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,6 +97,9 @@ def read_run(run_dir: Path | str) -> Run:
     lines = _read_metrics(path / "metrics.jsonl", notes)
     train = _train_lines(lines, notes)
     summary = _read_summary(path / "summary.json", notes)
+    probe = any(line["kind"] == "probe" for _, line in train)
+    if probe:
+        notes.append("A probe: the model was measured, not trained, so rewards early and late differ by chance alone.")
 
     def column(key: str) -> Array:
         return np.array([_number(line, key, number, path) for number, line in train], dtype=np.float64)
@@ -112,6 +117,7 @@ def read_run(run_dir: Path | str) -> Run:
         evals=_eval_points(lines, tasks, path),
         warm_start=_warm_start(lines, path),
         summary=summary,
+        probe=probe,
         notes=notes,
     )
 
@@ -164,7 +170,7 @@ def _train_lines(lines: list[tuple[int, dict[str, Any]]], notes: list[str]) -> l
     kept: list[tuple[int, dict[str, Any]]] = []
     dropped = 0
     for number, line in lines:
-        if line["kind"] != "train":
+        if line["kind"] not in STEP_KINDS:
             continue
         while kept and kept[-1][1]["step"] >= line["step"]:
             kept.pop()

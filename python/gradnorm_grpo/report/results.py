@@ -48,12 +48,6 @@ class TaskResult:
         return self.n >= MIN_PROMPTS and self.sq_norm > ERRORS * self.std_error
 
     @property
-    def noise_scale_bound(self) -> float:
-        """tr(Cov) / (U + 2 se): the least noise scale that an unresolved U allows; NaN where nothing is known."""
-        top = self.sq_norm + ERRORS * self.std_error
-        return self.noise_scale * self.sq_norm / top if top > 0 else NAN
-
-    @property
     def eval_change(self) -> tuple[float, float]:
         """Held-out reward after - before, and its standard error with both evaluations taken as independent."""
         if self.before is None or self.after is None:

@@ -52,14 +52,6 @@ def _change(first: float, last: float) -> str:
     return f"{fixed(first)} → {fixed(last)}"
 
 
-def _noise(result: TaskResult) -> str:
-    """tr(Cov)/U where U is told apart from zero, else the least value that U's error allows."""
-    if result.resolved:
-        return significant(result.noise_scale)
-    bound = result.noise_scale_bound
-    return f"> {significant(bound)}" if math.isfinite(bound) else MISSING
-
-
 def table_rows(results: list[TaskResult]) -> list[Row]:
     """The table's rows, in the order of the results."""
     rows = []
@@ -74,7 +66,7 @@ def table_rows(results: list[TaskResult]) -> list[Row]:
             count(r.n),
             pull,
             significant(r.plug_in),
-            _noise(r),
+            significant(r.noise_scale) if r.resolved else MISSING,  # a ratio to what may be zero says nothing
             percent(r.pull_share),
             _change(r.reward_first, r.reward_last),
             signed(r.gain, 3),
@@ -91,8 +83,8 @@ def footnotes(results: list[TaskResult]) -> list[str]:
         notes.append(
             f"{UNRESOLVED}: U is not distinguishable from zero (less than two standard errors above it, or its error "
             f"is unknown or rests on fewer than {MIN_PROMPTS} prompts). A negative U is noise around a small value and "
-            "is printed as it came out. Such a task's share of the pull is as uncertain as its U, and its noise scale "
-            "is only bounded from below."
+            "is printed as it came out. Such a task's share of the pull is as uncertain as its U, and it has no "
+            "noise scale, a ratio to what may be zero."
         )
     if any(math.isnan(r.sq_norm) for r in results):
         notes.append(f"{MISSING} for U: no step drew two prompts of the task (n < 2), so U is not defined.")

@@ -10,6 +10,8 @@ from .reading import Run
 from .results import Cosine, TaskResult, imbalance, rank_correlation
 from .table import imbalance_sentence
 
+_PROBE = "Nothing was trained in this probe, so it says nothing about learning."
+
 
 def _names(results: list[TaskResult]) -> str:
     names = [clean(r.name) for r in results]
@@ -57,8 +59,8 @@ def loudness(results: list[TaskResult]) -> list[str]:
         )
     elif factors:
         sentences.append(
-            f"The plug-in estimate is {significant(median(factors))} times U at the median of the tasks told apart from "
-            f"zero ({significant(min(factors))} to {significant(max(factors))})."
+            f"The plug-in estimate is {significant(median(factors))} times U at the median of the tasks told apart "
+            f"from zero ({significant(min(factors))} to {significant(max(factors))})."
         )
     return sentences
 
@@ -146,10 +148,10 @@ def limits(run: Run) -> list[str]:
     """What no number here can tell."""
     layers = run.info.get("tracked_layers")
     what = f"the {len(layers)} tracked layers" if isinstance(layers, list) and layers else "the tracked layers"
+    held = "belongs to the weights as they were" if run.probe else "is an average over a time in which they changed"
     return [
-        f"All of this is about {what} of one model in one run with one seed. U is an average over a time in which the "
-        "weights changed; error bars cover the chance of which prompts and answers were drawn, not what another run "
-        "would bring."
+        f"All of this is about the weights of {what} of one model in one run with one seed. U {held}; error bars cover "
+        "the chance of which prompts and answers were drawn, not what another run would bring."
     ]
 
 
@@ -159,7 +161,7 @@ def verdict(run: Run, results: list[TaskResult], table: dict[tuple[str, str], Co
         return [("Nothing to judge", ["No training step was finished, so nothing can be said about the tasks."])]
     return [
         ("Who pulls hardest", loudness(results)),
-        ("Who learned", learning(results)),
+        ("Who learned", [_PROBE] if run.probe else learning(results)),
         ("Do they get in each other's way", directions(results, table) or ["There is only one task."]),
         ("What this cannot tell", limits(run)),
     ]
