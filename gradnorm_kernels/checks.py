@@ -106,7 +106,7 @@ def fused_grad_norm(
     backend: str,
     backends: tuple[str, ...],
 ) -> Sizes:
-    """Check a call of ``fused_grad_norm`` without reading data; ``backends`` are the names that ``backend`` may take."""
+    """Check a call of ``fused_grad_norm`` without reading data; ``backends`` are the names ``backend`` may take."""
     _one_of("algorithm", algorithm, ALGORITHMS)
     _one_of("backend", backend, ("auto", *backends))
     _count("num_samples", num_samples)

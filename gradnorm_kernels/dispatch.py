@@ -1,6 +1,6 @@
 """Which algorithm on which backend for a call: a cost model over the call's shape, and ``explain()`` to say why.
 
-The model sees sizes only, never tensor data, so it costs no synchronisation and the same shapes always run the same way.
+The model sees sizes only, never tensor data: it costs no synchronisation, and the same shapes always run the same way.
 It knows three prices (:mod:`gradnorm_kernels.tuning`): a stop at a sample's end in the weight-gradient pass, a short
 sample's Gram, and the tiles over all pairs of tokens.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,23 +36,30 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """What would run, what each way was reckoned to cost, and why each backend can or cannot run."""
+class Choice:
+    """The plan for a call, and what its two ways were reckoned to cost, in multiply-adds of a plain GEMM."""
 
     plan: Plan
     wgrad_cost: float
     gram_cost: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, why, and of each backend why it cannot run (None if it can). ``str()`` is for people."""
+
+    plan: Plan
     reasons: tuple[str, ...]
     backends: dict[str, str | None]
 
     def __str__(self) -> str:
-        lines = [f"backend {self.plan.backend}", *self.reasons]
-        lines += [f"  {name}: {'can run' if why is None else why}" for name, why in self.backends.items()]
-        return "\n".join(lines)
+        states = [f"  {name}: {'can run' if why is None else why}" for name, why in self.backends.items()]
+        return "\n".join([*self.reasons, *states])
 
 
-def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> Explanation:
-    """The plan for a call, with its reasons. Raises RuntimeError if an explicit ``backend`` cannot run."""
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> Choice:
+    """The plan for a call. Raises RuntimeError if an explicit ``backend`` cannot run."""
     status = backends.status()
     name = backends.preferred() if backend == "auto" else backend
     if status[name] is not None:
@@ -61,56 +69,51 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
     width = problem.d_in + problem.d_out
     samples, groups = max(problem.samples, 1), max(problem.groups, 1)
 
-    # The longest sample whose Gram costs no more than a stop at its end.
-    crossover = math.isqrt(int(prices.boundary * weight / (prices.gram * width))) if width else 0
+    crossover = _crossover(prices, weight / width) if width else 0
     gram_tokens = {"wgrad": 0, "gram": ALL_TOKENS, "auto": crossover}[algorithm]
     if groups >= samples:
         # Every sample is a group of its own: its slab is formed anyway, and with it the norm.
         gram_tokens = 0
     mean = tokens / samples
-    norm_cost = min(prices.boundary * weight, prices.gram * mean * mean * width) * samples
+    norm_cost = min(prices.boundary * weight, (prices.gram * mean + prices.gram_token) * mean * width) * samples
     wgrad_cost = tokens * weight + norm_cost + (groups * groups * weight if problem.group_gram else 0)
     pairs = tokens * tokens if problem.group_gram else tokens * tokens / groups
-    gram_cost = prices.pairs * pairs * width / 2
+    gram_cost = prices.pairs * pairs * width
     by_pairs = algorithm != "wgrad" and not problem.weight_grad and gram_cost < wgrad_cost
     if algorithm == "gram" and groups >= samples and not problem.weight_grad:
         by_pairs = True
 
     plan = Plan(name, gram_tokens, "gram" if by_pairs else "wgrad", prices.slab, prices.tile)
-    return Explanation(
-        plan, wgrad_cost, gram_cost, _reasons(problem, algorithm, backend, plan, wgrad_cost, gram_cost), status
-    )
+    return Choice(plan, wgrad_cost, gram_cost)
 
 
-def _reasons(
-    problem: Problem, algorithm: str, backend: str, plan: Plan, wgrad_cost: float, gram_cost: float
-) -> tuple[str, ...]:
-    plain = max(problem.tokens * problem.d_in * problem.d_out, 1)
-    asked = "asked for" if backend != "auto" else "the first that can run"
-    lines = [f"backend {plan.backend!r} is {asked}"]
+def _crossover(prices: tuning.Costs, ratio: float) -> int:
+    """The longest sample whose Gram costs no more than a stop at its end; ``ratio`` is d_in d_out / (d_in + d_out).
+
+    Solves ``gram L^2 + gram_token L = boundary ratio``.
+    """
+    half = prices.gram_token / (2 * prices.gram)
+    return int(math.sqrt(half * half + prices.boundary * ratio / prices.gram) - half)
+
+
+def _reasons(problem: Problem, algorithm: str, backend: str, choice: Choice) -> tuple[str, ...]:
+    plan, plain = choice.plan, max(problem.tokens * problem.d_in * problem.d_out, 1)
+    wgrad, gram = (f"{cost / plain:.2f} of a plain GEMM" for cost in (choice.wgrad_cost, choice.gram_cost))
+    first = f"backend {plan.backend!r} is {'asked for' if backend != 'auto' else 'the first that can run'}"
     if plan.sums == "gram":
-        lines.append(
-            f"norms and sums from all pairs of tokens: {gram_cost / plain:.2f} of a plain weight-gradient GEMM, "
-            f"where slabs of the weight's gradient take {wgrad_cost / plain:.2f}"
+        return (
+            first,
+            f"norms and sums from all pairs of tokens ({gram}), not from slabs of the weight's gradient ({wgrad})",
         )
+    why = "the weight's gradient is wanted" if problem.weight_grad else f"all pairs of tokens: {gram}"
+    sums = f"sums from slabs of the weight's gradient ({wgrad}; {why})"
+    if plan.gram_tokens >= ALL_TOKENS:
+        norms = "samples' norms from Grams: algorithm='gram'"
+    elif plan.gram_tokens == 0:
+        norms = "samples' norms from the slabs" + (": algorithm='wgrad'" if algorithm == "wgrad" else "")
     else:
-        why = (
-            "the weight's gradient is wanted"
-            if problem.weight_grad
-            else f"pairs of tokens take {gram_cost / plain:.2f}"
-        )
-        lines.append(
-            f"groups' sums from slabs of the weight's gradient: {wgrad_cost / plain:.2f} of a plain GEMM; {why}"
-        )
-        if plan.gram_tokens >= ALL_TOKENS:
-            lines.append("samples' norms from Grams: algorithm='gram'")
-        elif plan.gram_tokens == 0:
-            lines.append("samples' norms from the slabs" + (": algorithm='wgrad'" if algorithm == "wgrad" else ""))
-        else:
-            lines.append(
-                f"samples of at most {plan.gram_tokens} tokens: norm from the Gram; longer ones: from the slabs"
-            )
-    return tuple(lines)
+        norms = f"samples of at most {plan.gram_tokens} tokens: norm from the Gram; longer ones: from the slabs"
+    return first, sums, norms
 
 
 def explain(
@@ -134,7 +137,9 @@ def explain(
     sizes = checks.fused_grad_norm(
         x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
     )
-    return choose(problem_of(sizes, x.device, weight_grad, group_gram), algorithm, backend)
+    problem = problem_of(sizes, x.device, weight_grad, group_gram)
+    choice = choose(problem, algorithm, backend)
+    return Explanation(choice.plan, _reasons(problem, algorithm, backend, choice), backends.status())
 
 
 def problem_of(

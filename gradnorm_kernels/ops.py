@@ -6,8 +6,8 @@ the fake validates the same way and returns the shapes. The ops measure and are 
 detach their inputs, and what they return carries no graph.
 
 Under ``torch.compile`` shapes must not depend on data: where ``sample_ids`` come without ``group_ids`` pass
-``num_samples``, where ``group_ids`` are given pass ``num_groups``. Without them the call still compiles, but with a graph
-break, or with sizes known only at run time under ``torch._dynamo.config.capture_dynamic_output_shape_ops``.
+``num_samples``, where ``group_ids`` are given pass ``num_groups``. Without them the call still compiles, but with a
+graph break, or with sizes known only at run time under ``torch._dynamo.config.capture_dynamic_output_shape_ops``.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def fused_grad_norm(
 
     Returns:
         ``sample_sq_norms`` [N] float64; ``group_sq_norms`` [K] float64; ``weight_grad`` [d_out, d_in] in x's dtype,
-        accumulated in float32 (float64 for float64), or None; ``group_gram`` [K, K] float64 or None. A sample or group without
-        tokens has norm 0. A NaN or Inf stays within its own sample and group. None carries an autograd graph.
+        accumulated in float32 (float64 for float64), or None; ``group_gram`` [K, K] float64 or None. A sample or group
+        without tokens has norm 0. A NaN or Inf stays within its own sample and group (and ``weight_grad``). No result
+        carries an autograd graph.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is not as above.
@@ -128,9 +129,7 @@ def grad_gram(
     Arguments and errors as in :func:`fused_grad_norm`; the result carries no autograd graph.
     """
     checks.tensors(x=x, dy=dy, cu_seqlens=cu_seqlens, sample_ids=sample_ids)
-    gram: Tensor = torch.ops.gradnorm_kernels.grad_gram(
-        x, dy, cu_seqlens, sample_ids, num_samples, algorithm, backend
-    )
+    gram: Tensor = torch.ops.gradnorm_kernels.grad_gram(x, dy, cu_seqlens, sample_ids, num_samples, algorithm, backend)
     return gram
 
 
@@ -146,14 +145,12 @@ def grad_dot(
 ) -> Tensor:
     """Inner products of the per-sample gradients of a linear layer with a given matrix: ``<G_i, v>``, [N] float64.
 
-    ``v`` [d_out, d_in] is any of the floating dtypes, on x's device; products are taken in float32 (float64 if x is float64).
-    Other arguments and errors as in :func:`fused_grad_norm`. There is one algorithm, ``sum over t of dy_t . (v x_t)``: one
-    product of x with v. The result carries no autograd graph.
+    ``v`` [d_out, d_in] is of any of the floating dtypes, on x's device; products are taken in float32 (float64 if x is
+    float64). Other arguments and errors as in :func:`fused_grad_norm`. There is one algorithm,
+    ``sum over t of dy_t . (v x_t)``: one product of x with v. The result carries no autograd graph.
     """
     checks.tensors(x=x, dy=dy, v=v, cu_seqlens=cu_seqlens, sample_ids=sample_ids)
-    dots: Tensor = torch.ops.gradnorm_kernels.grad_dot(
-        x, dy, v, cu_seqlens, sample_ids, num_samples, backend
-    )
+    dots: Tensor = torch.ops.gradnorm_kernels.grad_dot(x, dy, v, cu_seqlens, sample_ids, num_samples, backend)
     return dots
 
 
@@ -270,7 +267,7 @@ def _grad_dot_fake(
     return x.new_empty(_known(sizes.samples), dtype=torch.float64)
 
 
-def _known(size: int | None) -> int:
+def _known(size: int | None) -> int | torch.SymInt:
     """A size for a fake's result: one that only the ids' values tell becomes a symbol of its own."""
     return torch.library.get_ctx().new_dynamic_size() if size is None else size
 
@@ -280,8 +277,8 @@ for _name, _kernel, _fake in (
     ("grad_gram", _grad_gram, _grad_gram_fake),
     ("grad_dot", _grad_dot, _grad_dot_fake),
 ):
-    # disable: after a graph break Dynamo would else trace the kernel's Python. fallthrough: no graph, and no warning that
-    # there is none.
+    # disable: after a graph break Dynamo would else trace the kernel's Python. fallthrough: no graph, and no warning
+    # that there is none.
     _LIBRARY.impl(_name, torch.compiler.disable(_kernel), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"gradnorm_kernels::{_name}", _fake, lib=_LIBRARY)

@@ -4,8 +4,9 @@ A file's entries are measurements at shapes (d_in, d_out); a shape that was not 
 distance of the logarithms. Costs are in multiply-adds of a plain weight-gradient GEMM on the same device:
 
 - ``boundary``: stopping at a sample's end, per element of the weight;
-- ``gram``: one multiply-add of a short sample's Gram;
-- ``pairs``: one multiply-add of the tiles over all pairs of tokens;
+- ``gram``: a short sample's Gram, per pair of its tokens and element of a token's x and dy; ``gram_token``: the same,
+  per token;
+- ``pairs``: the tiles over all pairs of tokens, per pair of tokens and element;
 - ``slab``: the most elements of a slab of the weight's gradient; ``tile``: the most tokens at a side of a Gram tile.
 """
 
@@ -26,6 +27,7 @@ class Costs:
     d_out: int
     boundary: float
     gram: float
+    gram_token: float
     pairs: float
     slab: int
     tile: int

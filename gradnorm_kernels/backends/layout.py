@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Layout:
     groups: int
 
     def arrange(self, tensor: Tensor) -> Tensor:
-        """``tensor`` [T, d] or [B, L, d] as [T, d] in the layout's order, its rows contiguous; a copy only if needed."""
+        """``tensor`` [T, d] or [B, L, d] as [T, d] in the layout's order, rows contiguous; copied only if need be."""
         tensor = tensor.flatten(0, -2)
         if self.rows is not None:
             return tensor.index_select(0, self.rows.to(tensor.device))
@@ -53,6 +54,10 @@ def read(
         offsets = [row * x.shape[1] for row in range(sizes.segments + 1)]
     else:
         offsets = [0, sizes.tokens] if cu_seqlens is None else checks.read_offsets(cu_seqlens, sizes.tokens)
+    if sample_ids is None and group_ids is None:
+        ends = enumerate(pairwise(offsets))
+        stretches = [Stretch(lo, hi, sample, 0) for sample, (lo, hi) in ends if hi > lo]
+        return Layout(stretches, None, sizes.segments, 1)
     sample_of, samples = list(range(sizes.segments)), sizes.segments
     if sample_ids is not None:
         sample_of, samples = checks.read_ids("sample_ids", sample_ids, sizes.samples, "samples")
@@ -60,13 +65,14 @@ def read(
     if group_ids is not None:
         group_of, groups = checks.read_ids("group_ids", group_ids, sizes.groups, "groups")
 
-    # Groups and samples keep the order in which they first appear, so that a batch that is already sorted is not copied.
+    # Groups and samples keep the order in which they first appear: a batch that is already sorted is not copied.
     parts: dict[int, dict[int, list[tuple[int, int]]]] = {}
     for segment, sample in enumerate(sample_of):
         lo, hi = offsets[segment], offsets[segment + 1]
         if hi > lo:
             parts.setdefault(group_of[sample], {}).setdefault(sample, []).append((lo, hi))
-    stretches, runs, at, in_place = [], [], 0, True
+    stretches = []
+    runs, at, in_place = [], 0, True
     for group, members in parts.items():
         for sample, pieces in members.items():
             start = at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 @contextmanager
 def exact_matmuls(device: torch.device) -> Iterator[None]:
     """Keep the caller's autocast and TF32 or bf16 matmul settings away from the products inside."""
-    settings = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    settings: Any = getattr(torch.backends, "cuda" if device.type == "cuda" else "mkldnn").matmul
     before = settings.fp32_precision
     if before not in ("none", "ieee"):
         settings.fp32_precision = "ieee"
@@ -36,19 +37,19 @@ def exact_matmuls(device: torch.device) -> Iterator[None]:
 
 
 def product_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """``out = a.T @ b``, or ``out += a.T @ b``, for a [T, m] and b [T, n] of x's dtype and out [m, n] wide."""
+    """``out = a @ b``, or ``out += a @ b``, for a [m, T] and b [T, n] of x's dtype and out [m, n] wide."""
     if a.dtype == out.dtype:
         if accumulate:
-            torch.addmm(out, a.T, b, out=out)
+            torch.addmm(out, a, b, out=out)
         else:
-            torch.mm(a.T, b, out=out)
+            torch.mm(a, b, out=out)
     elif a.is_cuda:  # tensor cores take the halves as they are and hand out their float32 accumulators
-        result = torch.mm(a.T, b, out_dtype=out.dtype)
+        result = torch.mm(a, b, out_dtype=out.dtype)
         out.add_(result) if accumulate else out.copy_(result)
     else:
-        for lo in range(0, a.shape[0], _BLOCK):
+        for lo in range(0, len(b), _BLOCK):
             rows = slice(lo, lo + _BLOCK)
-            product_(out, a[rows].to(out.dtype), b[rows].to(out.dtype), accumulate or lo > 0)
+            product_(out, a[:, rows].to(out.dtype), b[rows].to(out.dtype), accumulate or lo > 0)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -61,11 +62,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def block_sums(matrix: Tensor, rows: list[int], columns: list[int]) -> Tensor:
-    """Sums of the blocks into which runs of ``rows`` and ``columns`` cut a matrix.
+    """Float64 sums of the blocks into which runs of ``rows`` and ``columns`` cut a matrix.
 
     By segment_reduce: a product with indicator vectors would carry a NaN into its neighbours (NaN times 0), and
     index_add is not deterministic on a GPU.
     """
+    matrix = matrix.double()
     for lengths in (rows, columns):
         sizes = torch.tensor(lengths, device=matrix.device)
         matrix = torch.segment_reduce(matrix, "sum", lengths=sizes, unsafe=True, initial=0.0).T.contiguous()

@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on bit for bit, written beside its name and then renamed into place.
 
-A checkpoint is a folder ``checkpoint-<step>`` that transformers can load as a model, with ``state.pt`` (optimizer, schedule,
-random states, sampler, tracker, data positions) and ``manifest.json`` (size and SHA-256 of every file) in it.
+A checkpoint is a folder ``checkpoint-<step>`` that transformers can load as a model, with ``state.pt`` (optimizer,
+schedule, random states, sampler, tracker, data positions) and ``manifest.json`` (size and SHA-256 of every file) in it.
 """
 
 from __future__ import annotations
@@ -92,9 +92,11 @@ def save_checkpoint(folder: Path, step: int, model: Any, tokenizer: Any, state: 
         _flush_to_disk(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors turn a full disk into errors of their own.
-        free = shutil.disk_usage(folder).free >> 20
+        before = checkpoints(folder)
+        advice = f"go on with --resume {before[-1]}" if before else "start the run again: it has no checkpoint yet"
         raise StorageError(
-            f"checkpoint {final} could not be written ({_reason(error)}; {free} MiB are free there)"
+            f"checkpoint {final} could not be written ({_reason(error)}; {shutil.disk_usage(folder).free >> 20} MiB are "
+            f"free there): what was written before is intact; free some space, then {advice}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -129,8 +131,8 @@ def fault(path: Path) -> str | None:
 def find_checkpoint(wanted: str, folder: Path) -> tuple[Path, str]:
     """The checkpoint to resume from and a remark for the user.
 
-    ``wanted`` is a checkpoint, a run's folder, or 'auto'. Only 'auto' passes over a damaged checkpoint, and says so; the
-    others end in an error that names the newest intact one.
+    ``wanted`` is a checkpoint, a run's folder, or 'auto'. Only 'auto' passes over a damaged checkpoint, and says so;
+    the others end in an error that names the newest intact one.
     """
     path = folder if wanted == "auto" else Path(wanted)
     if not path.is_dir():

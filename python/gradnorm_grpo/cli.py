@@ -26,7 +26,7 @@ settings, as options or as keys of the YAML file:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the machine failed, 2 the request was wrong, 130 interrupted."""
+    """Run one command and return the exit code: 0 done, 1 the machine failed, 2 a wrong request, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     try:
@@ -75,7 +75,9 @@ def _run(arguments: list[str], console: Console) -> int:
     training = Training(settings, name, console)
     folder = training.run()
     if training.interrupted:
-        console.print(f"stopped after step {training.grpo.step_number}; go on with: train_grpo.py train --resume {folder}")
+        console.print(
+            f"stopped after step {training.grpo.step_number}; go on with: train_grpo.py train --resume {folder}"
+        )
         return 130
     return _finish(folder, console)
 
@@ -142,6 +144,7 @@ def _print_help() -> None:
 def _quiet() -> None:
     """Loading bars and notices of the libraries would bury the run's own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

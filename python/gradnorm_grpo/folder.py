@@ -26,7 +26,9 @@ def new_folder(settings: Settings, name: str) -> Path:
     if settings.output_dir:
         folder = Path(settings.output_dir)
         if (folder / "run.json").exists():
-            raise UserError(f"output_dir {folder} already holds a run: go on with --resume {folder}, or name another folder")
+            raise UserError(
+                f"output_dir {folder} already holds a run: go on with --resume {folder}, or name another folder"
+            )
     else:
         folder = Path("runs") / name
         number = 1
@@ -46,7 +48,9 @@ def newest_folder(settings: Settings, name: str) -> Path:
         return Path(settings.output_dir)
     found = [path for path in (Path("runs") / name, *Path("runs").glob(f"{name}-*")) if (path / "run.json").is_file()]
     if not found:
-        raise UserError(f"--resume auto finds no run named {name!r} under runs/: start one without --resume, or give its folder")
+        raise UserError(
+            f"--resume auto finds no run named {name!r} under runs/: start one without --resume, or give its folder"
+        )
     return max(found, key=lambda path: (path / "run.json").stat().st_mtime_ns)
 
 

@@ -10,7 +10,11 @@ from .errors import UserError
 
 
 def read_questions(path: Path, task: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """(prompt, answer, the whole line) of every line ``{"prompt": ..., "answer": ...}``; a bad line is named by its number."""
+    """(prompt, answer, the whole line) of every line ``{"prompt": ..., "answer": ...}``.
+
+    Raises UserError for a file that cannot be read, holds fewer than two questions, or has a bad line, named by its
+    number.
+    """
     if not str(path) or path == Path():
         raise UserError(f"task {task!r} needs a path: the file of JSON lines to read")
     try:
@@ -26,11 +30,16 @@ def read_questions(path: Path, task: str) -> list[tuple[str, str, dict[str, Any]
             prompt, answer = row["prompt"], row["answer"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
-                f'{path}, line {number}: every line must be {{"prompt": text, "answer": text or number}}, got {line[:80]!r}'
+                f'{path}, line {number}: every line must be {{"prompt": text, "answer": text or number}}, '
+                f"got {line[:80]!r}"
             ) from error
         if not isinstance(prompt, str) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
-            raise UserError(f"{path}, line {number}: prompt must be text and answer text or a number, got {line[:80]!r}")
+            raise UserError(
+                f"{path}, line {number}: prompt must be text and answer text or a number, got {line[:80]!r}"
+            )
         rows.append((prompt, str(answer), row))
     if len(rows) < 2:
-        raise UserError(f"path of task {task!r}, {path}, holds {len(rows)} questions: at least 2 are needed, one to hold out")
+        raise UserError(
+            f"path of task {task!r}, {path}, holds {len(rows)} questions: at least 2 are needed, one to hold out"
+        )
     return rows

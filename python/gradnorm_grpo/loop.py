@@ -47,7 +47,7 @@ class Grpo:
         prompter: Prompter,
         reference: Any = None,
     ) -> None:
-        """``reference``: the frozen model that ``beta`` holds the trained one to; copied before the tracker hooks the model."""
+        """``reference``: the frozen model that ``beta`` holds the trained one to, copied before the tracker's hooks."""
         self.settings, self.model, self.tokenizer, self.prompter = settings, model, tokenizer, prompter
         self.reference = reference
         self.tasks = {task.name: task for task in tasks}
@@ -66,7 +66,9 @@ class Grpo:
                 num_warmup_steps=settings.warmup_steps,
                 num_training_steps=max(1, settings.max_steps * settings.num_iterations),
             )
-            self.tracker = GradNormTracker(model, settings.tracker_layers, settings.tracker_fused) if settings.track else None
+            self.tracker = (
+                GradNormTracker(model, settings.tracker_layers, settings.tracker_fused) if settings.track else None
+            )
             self.sampler: TaskSampler[str] = TaskSampler(
                 list(self.tasks),
                 settings.sampling_strategy,
@@ -181,7 +183,10 @@ class Grpo:
         rollouts, group = batch.rollouts, self.settings.num_generations
         prompt_lengths = rollouts.prompt_mask.sum(1).tolist()
         response_lengths = rollouts.completion_mask.sum(1).view(-1, group).float().mean(1).tolist()
-        line: Line = {"tokens": int(rollouts.completion_mask.sum()), "truncated": 1.0 - float(rollouts.ended.float().mean())}
+        line: Line = {
+            "tokens": int(rollouts.completion_mask.sum()),
+            "truncated": 1.0 - float(rollouts.ended.float().mean()),
+        }
         for name, probability in batch.sampling.items():
             key, at = f"tasks/{name}", [i for i, task in enumerate(batch.tasks) if task == name]
             line[f"{key}/sampling_prob"] = probability

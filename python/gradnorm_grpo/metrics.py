@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -59,14 +60,19 @@ def report_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any
         if name not in LOGGER_TYPE_TO_CLASS:
             raise one_of("report_to", name, [*LOGGER_TYPE_TO_CLASS, "none"])
         if name not in available:
-            raise UserError(f"report_to asks for {name!r}, which is not installed: run `pip install {name}` or leave it out")
+            raise UserError(
+                f"report_to asks for {name!r}, which is not installed: run `pip install {name}` or leave it out"
+            )
         kind = LOGGER_TYPE_TO_CLASS[name]
         place = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
         tracker = kind(folder.name, **place)
         if hasattr(tracker, "start"):
             tracker.start()
         tracker.store_init_configuration(
-            {key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value) for key, value in config.items()}
+            {
+                key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+                for key, value in config.items()
+            }
         )
         trackers.append(tracker)
     return trackers
@@ -88,7 +94,8 @@ class RunLog:
         content = self.path.read_bytes() if self.path.exists() else b""
         if len(content) < keep_bytes:
             raise UserError(
-                f"{self.path} has {len(content)} bytes but the checkpoint was written after {keep_bytes}: it was cut or replaced; "
+                f"{self.path} has {len(content)} bytes but the checkpoint was written after {keep_bytes}: it was cut "
+                f"or replaced; "
                 "start a new run, or put the file back"
             )
         if len(content) > keep_bytes:
@@ -99,7 +106,7 @@ class RunLog:
     @property
     def size(self) -> int:
         """Bytes written so far."""
-        return self._file.tell() if self._file.tell() else self.path.stat().st_size
+        return self.path.stat().st_size
 
     def write(self, line: Line) -> None:
         """Append one line and flush it. A write that fails (a full disk) leaves the lines before it whole."""
@@ -113,14 +120,14 @@ class RunLog:
             raise
         self.lines.append(line)
         for tracker in self._trackers:
-            tracker.log({key: value for key, value in line.items() if isinstance(value, (int, float))}, step=line["step"])
+            tracker.log(
+                {key: value for key, value in line.items() if isinstance(value, (int, float))}, step=line["step"]
+            )
 
     def _abandon(self, size: int) -> None:
         """Drop the torn line: the buffer with the file object, its written part by cutting the file back."""
-        try:
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            pass
         if self.path.is_file():
             os.truncate(self.path, size)
 

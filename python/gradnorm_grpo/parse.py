@@ -94,7 +94,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _select(tasks: Any, only: list[str]) -> list[dict[str, Any]]:
     if not isinstance(tasks, list) or not all(isinstance(task, dict) and task.get("name") for task in tasks):
-        raise UserError(f"tasks must be a list of mappings that each have a name, got {json.dumps(tasks, default=str)[:200]}")
+        raise UserError(
+            f"tasks must be a list of mappings that each have a name, got {json.dumps(tasks, default=str)[:200]}"
+        )
     names = [str(task["name"]) for task in tasks]
     if not names:
         raise UserError("tasks is empty: the YAML file must list at least one task under `tasks:`")

@@ -34,7 +34,9 @@ class Display:
         self._id = self._bar.add_task(title, total=total, completed=done)
         self._total = total
         self._latest: dict[str, Line] = {}
-        self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render) if console.is_terminal else None
+        self._live = (
+            Live(console=console, refresh_per_second=4, get_renderable=self._render) if console.is_terminal else None
+        )
 
     def __enter__(self) -> Display:
         if self._live:

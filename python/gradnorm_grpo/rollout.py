@@ -1,4 +1,5 @@
-"""Prompts and completions: rendering questions, sampling groups with `generate`, and log-probabilities of what was sampled.
+"""Prompts and completions: rendering questions, sampling groups with `generate`, log-probabilities of the sampled
+tokens.
 
 A prompt runs once for its whole group wherever that is possible: its keys and values are computed once and repeated. In
 `generate` that saves the prefill, in training it saves forward and backward of all but one copy of the prompt.
@@ -24,7 +25,9 @@ class Prompter:
     def __init__(self, tokenizer: Any, tasks: Sequence[Task], settings: Settings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         if settings.prompt_template == "chat" and not tokenizer.chat_template:
-            raise UserError("prompt_template is 'chat' but the tokenizer has no chat template: give text that holds {question}")
+            raise UserError(
+                "prompt_template is 'chat' but the tokenizer has no chat template: give text that holds {question}"
+            )
         self._shots = {task.name: task.solved_examples(settings.few_shot) for task in tasks if settings.few_shot}
 
     def text(self, task: str, example: Example) -> str:
@@ -47,7 +50,8 @@ class Prompter:
         ids: list[int] = self.tokenizer(self.text(task, example), add_special_tokens=False)["input_ids"]
         if len(ids) > self.settings.max_prompt_length:
             raise UserError(
-                f"a prompt of task {task!r} has {len(ids)} tokens, more than max_prompt_length={self.settings.max_prompt_length}: "
+                f"a prompt of task {task!r} has {len(ids)} tokens, more than "
+                f"max_prompt_length={self.settings.max_prompt_length}: "
                 "raise it, or lower few_shot or the task's config"
             )
         if len(ids) < 2:
@@ -149,6 +153,7 @@ def generate(
             max_new_tokens=settings.max_completion_length,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            repetition_penalty=1.0,  # some models ship another in their generation config
             **sampling,
         )
         sampled.append(output[:, ids.shape[1] :])
@@ -165,7 +170,7 @@ def generate(
 
 
 def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float, share_prompt: bool) -> Tensor:
-    """[n G, C] float32 log-probabilities of the completions' tokens, differentiable; padding holds arbitrary numbers."""
+    """[n G, C] float32 log-probabilities of the completions' tokens, differentiable; padding has arbitrary ones."""
     prompts = rollouts.prompt_ids.repeat_interleave(rollouts.group, 0)
     mask = torch.cat([rollouts.prompt_mask.repeat_interleave(rollouts.group, 0), rollouts.completion_mask], 1)[:, :-1]
     width = rollouts.completion_ids.shape[1]

@@ -28,6 +28,7 @@ class Settings:
     )
     dtype: str = field(default="float32", metadata=_help("Weights and arithmetic: float32, bfloat16 or float16."))
     device: str = field(default="auto", metadata=_help("'auto' (CUDA when there is one), 'cpu' or 'cuda'."))
+    num_threads: int = field(default=0, metadata=_help("Processor threads of torch; 0 leaves torch's choice."))
     train_layers: str = field(
         default="all", metadata=_help("'all', or N: the last N decoder layers and the final norm; the rest is frozen.")
     )
@@ -120,7 +121,9 @@ class Settings:
     # Evaluation, logging, saving
     eval_prompts: int = field(default=32, metadata=_help("Held-out questions of each task; 0 is no evaluation."))
     eval_steps: int = field(default=0, metadata=_help("Evaluate every so many steps; 0: before and after only."))
-    gain_window: int = field(default=4, metadata=_help("s in Gain(t) = mean reward of the next s steps - of the last s."))
+    gain_window: int = field(
+        default=4, metadata=_help("s in Gain(t) = mean reward of the next s steps - of the last s.")
+    )
     report_to: list[str] = field(default_factory=list, metadata=_help("accelerate's trackers: tensorboard, wandb ..."))
     output_dir: str = field(default="", metadata=_help("The run's folder; default: runs/<name of the preset>[-n]."))
     save_steps: int = field(default=0, metadata=_help("A checkpoint every so many steps; 0: at the end only."))
@@ -162,7 +165,8 @@ class Settings:
             raise UserError(f"prompt_template must be 'chat' or hold {{question}}, got {self.prompt_template!r}")
         if self.share_prompt == "true" and self.loss_type != "grpo":
             raise UserError(
-                f"share_prompt=true measures with loss_type='grpo' only, got loss_type={self.loss_type!r}: the others weigh "
+                f"share_prompt=true measures with loss_type='grpo' only, got loss_type={self.loss_type!r}: the others "
+                f"weigh "
                 "the completions of a prompt by their lengths; set share_prompt to auto"
             )
         if self.share_prompt == "true" and self.gradient_checkpointing:
@@ -196,6 +200,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "task_draws": ("systematic", "independent"),
 }
 _LOWEST: dict[str, float] = {
+    "num_threads": 0,
     "max_steps": 0,
     "num_generations": 2,
     "per_device_train_batch_size": 2,

@@ -19,8 +19,8 @@ def _mean(values: Sequence[float | None]) -> float:
 def gain_at(rewards: Sequence[float | None], t: int, window: int) -> float:
     """``Gain(t)`` = mean reward of the ``window`` steps from t on, minus that of the ``window`` steps before t.
 
-    ``rewards[i]`` is the mean reward of the i-th step, None where the task was not drawn. NaN where either side is short or
-    empty.
+    ``rewards[i]`` is the mean reward of the i-th step, None where the task was not drawn. NaN where either side is
+    short or empty.
     """
     if t < window or t + window > len(rewards):
         return math.nan
@@ -95,10 +95,14 @@ def summarize(lines: Sequence[Line], tasks: Sequence[str], gain_window: int, sec
             "pull_share": pull[task] / sum(pull.values()) if sum(pull.values()) > 0 else math.nan,
             "reward": _mean(rewards[-third:]),
             "reward_first": _mean(rewards[:third]),
-            "gain": _mean([gain for t in range(len(rewards)) if not math.isnan(gain := gain_at(rewards, t, gain_window))]),
+            "gain": _mean(
+                [gain for t in range(len(rewards)) if not math.isnan(gain := gain_at(rewards, t, gain_window))]
+            ),
             "eval_before": _evaluation(evals, task, 0),
             "eval_after": _evaluation(evals, task, -1) if len(evals) > 1 else math.nan,
             "eval_n": evals[-1].get(f"eval/{task}/n", 0) if evals else 0,
-            **{name: _mean(series(steps, task, name)) for name in ("abs_advantage", "prompt_length", "response_length")},
+            **{
+                name: _mean(series(steps, task, name)) for name in ("abs_advantage", "prompt_length", "response_length")
+            },
         }
     return {"tasks": table, "cosines": _cosines(steps, tasks, sq_norms), "steps": len(steps), "seconds": seconds}

@@ -31,23 +31,29 @@ def sort(rng: random.Random, low: int = 2, high: int = 4) -> tuple[str, str]:
     return f"sort {digits}", "".join(sorted(digits))
 
 
-def count(rng: random.Random, low: int = 3, high: int = 6) -> tuple[str, str]:
+def count(rng: random.Random, low: int = 2, high: int = 5) -> tuple[str, str]:
     """Count a letter in a text of ``low`` to ``high`` letters."""
     text = _text(rng, "abc", low, high)
     letter = rng.choice("abc")
     return f"count {letter} in {text}", str(text.count(letter))
 
 
-def add(rng: random.Random, low: int = 0, high: int = 9) -> tuple[str, str]:
+def add(rng: random.Random, low: int = 0, high: int = 12) -> tuple[str, str]:
     """Add two whole numbers between ``low`` and ``high``."""
     a, b = rng.randint(low, high), rng.randint(low, high)
     return f"add {a} {b}", str(a + b)
 
 
-def maximum(rng: random.Random, low: int = 2, high: int = 5) -> tuple[str, str]:
+def maximum(rng: random.Random, low: int = 4, high: int = 8) -> tuple[str, str]:
     """The largest of ``low`` to ``high`` digits."""
     digits = _text(rng, "0123456789", low, high)
     return f"max {digits}", max(digits)
+
+
+def compare(rng: random.Random, low: int = 10, high: int = 99) -> tuple[str, str]:
+    """Say whether the first of two numbers is smaller (<), equal (=) or larger (>)."""
+    a, b = rng.randint(low, high), rng.randint(low, high)
+    return f"compare {a} {b}", "<" if a < b else ">" if a > b else "="
 
 
 GENERATORS: dict[str, Callable[..., tuple[str, str]]] = {
@@ -57,6 +63,7 @@ GENERATORS: dict[str, Callable[..., tuple[str, str]]] = {
     "count": count,
     "add": add,
     "maximum": maximum,
+    "compare": compare,
 }
 
 

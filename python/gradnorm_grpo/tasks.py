@@ -55,11 +55,13 @@ class TaskSpec:
 class Task:
     """A stream of training examples, a list of held-out ones, and their score.
 
-    ``example(seed, index)`` gives example ``index`` of the stream with that seed, or None past the end. Training passes over
-    what is held out, so the two never share a question.
+    ``example(seed, index)`` gives example ``index`` of the stream with that seed, or None past the end. Training
+    passes over what is held out, so the two never share a question.
     """
 
-    def __init__(self, name: str, make: Callable[[int, int], Example], verifier: Verifier, seed: int, held_out: int) -> None:
+    def __init__(
+        self, name: str, make: Callable[[int, int], Example], verifier: Verifier, seed: int, held_out: int
+    ) -> None:
         self.name = name
         self._make, self._verifier, self._seed = make, verifier, seed
         self.held_out = self._distinct(seed + HELD_OUT_SEED, held_out)
@@ -84,7 +86,8 @@ class Task:
             if example.question not in self._held_out_questions:
                 return example
         raise UserError(
-            f"task {self.name!r} has no question left to train on: the {len(self.held_out)} held-out ones are all it makes; "
+            f"task {self.name!r} has no question left to train on: the {len(self.held_out)} held-out ones are all it "
+            f"makes; "
             "lower eval_prompts or widen the task's config"
         )
 
@@ -98,7 +101,9 @@ class Task:
             if len(kept) == count:
                 break
         if len(kept) < count:
-            raise UserError(f"task {self.name!r} has {len(kept)} solved examples that are not held out, {count} are needed")
+            raise UserError(
+                f"task {self.name!r} has {len(kept)} solved examples that are not held out, {count} are needed"
+            )
         return kept
 
     def score(self, text: str, example: Example) -> float:
@@ -130,7 +135,8 @@ def _build(raw: dict[str, Any], seed: int, eval_prompts: int) -> Task:
     for example in task.solved_examples(3):
         if not task.score(example.answer, example):
             raise UserError(
-                f"task {spec.name!r}: its reference answer {example.answer!r} to {example.question!r} scores 0; check its rewrite "
+                f"task {spec.name!r}: its reference answer {example.answer!r} to {example.question!r} scores 0; check "
+                f"its rewrite "
                 "and verifier"
             )
     return task
@@ -170,11 +176,23 @@ def _from_reasoning_gym(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
         return made[stream]
 
     def make(stream: int, index: int) -> Example:
-        entry = dataset(stream)[index]
+        entry = _generate(dataset(stream), index, spec.name)
         return Example(rewrite(entry["question"]), rewrite(str(entry["answer"] or "")), entry)
 
     verifier = VERIFIERS[spec.verifier] if spec.verifier else reasoning_gym_verifier(name, dataset(seed))
     return Task(spec.name, make, verifier, seed, eval_prompts)
+
+
+def _generate(dataset: Any, index: int, task: str) -> Any:
+    """Entry ``index``. Some generators give up on some of their seeds; then a far-off index stands in, always the same."""
+    for attempt in range(8):
+        try:
+            return dataset[index + attempt * (1 << 24)]
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            reason = error
+    raise UserError(
+        f"config of task {task!r} makes no question number {index}: {reason}; give it a wider one"
+    ) from reason
 
 
 def _from_synthetic(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
@@ -195,7 +213,9 @@ def _from_synthetic(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
 
 def _from_jsonl(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
     if not spec.verifier:
-        raise UserError(f"task {spec.name!r} reads JSON lines and needs a verifier: one of {', '.join(sorted(VERIFIERS))}")
+        raise UserError(
+            f"task {spec.name!r} reads JSON lines and needs a verifier: one of {', '.join(sorted(VERIFIERS))}"
+        )
     rewrite = _rewriter(spec)
     rows = [
         Example(rewrite(question), rewrite(answer), data)

@@ -68,7 +68,11 @@ class Training:
         checkpoint = self._checkpoint_to_resume(name)
         self.state = load_state(checkpoint) if checkpoint else None
         self.model, self.tokenizer = load_model(settings, checkpoint)
-        self.prompter = Prompter(self.tokenizer, self.tasks, settings)
+        prompter = Prompter(self.tokenizer, self.tasks, settings)
+        # Copied before the tracker's hooks; it gets its weights when GRPO begins.
+        reference = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.beta > 0.0 else None
+        # Made before the warm start, so that a setting that does not fit is found out at once.
+        self.grpo = Grpo(settings, self.model, self.tokenizer, self.tasks, prompter, reference)
         self.folder = checkpoint.parent if checkpoint else new_folder(settings, name)
         console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
         config = dataclasses.asdict(settings)
@@ -89,21 +93,18 @@ class Training:
 
     def run(self) -> Path:
         """Everything from the warm start to the summary; returns the run's folder."""
-        reference = None
-        if self.state is None:
-            self._warm_start()
-        if self.settings.beta > 0.0:
-            reference = self._reference()
-        self.grpo = Grpo(self.settings, self.model, self.tokenizer, self.tasks, self.prompter, reference)
-        self._describe()
-        if self.state is not None:
-            self.grpo.load_state_dict(self.state["grpo"])
-            restore_random_state(self.state["random"])
-        else:
-            self._evaluate(0)
-            # Whatever came before, from the cache or not, GRPO starts from the same random state.
-            set_seed(self.settings.seed)
         try:
+            self._describe()
+            if self.state is None:
+                self._warm_start()
+                self._set_reference()
+                self._evaluate(0)
+                # Whatever came before, from the cache or not, GRPO starts from the same random state.
+                set_seed(self.settings.seed)
+            else:
+                self._set_reference()
+                self.grpo.load_state_dict(self.state["grpo"])
+                restore_random_state(self.state["random"])
             self._loop()
         finally:
             self.log.close()
@@ -150,24 +151,24 @@ class Training:
                 self.model,
                 self.tokenizer,
                 self.tasks,
-                self.prompter,
+                self.grpo.prompter,
                 self.settings,
                 lambda step, loss: display.show(self._log({"kind": "warm_start", "step": step, "loss": loss})),
             )
         if cached:
             self.console.print("warm start: weights from the cache", highlight=False)
 
-    def _reference(self) -> Any:
-        """The model GRPO started from, frozen; kept in the run's folder for a resume."""
-        reference = copy.deepcopy(self.model).eval().requires_grad_(False)
-        path = self.folder / "reference.safetensors"
+    def _set_reference(self) -> None:
+        """With beta > 0, the weights GRPO starts from; kept in the run's folder for a resume."""
+        reference, path = self.grpo.reference, self.folder / "reference.safetensors"
+        if reference is None:
+            return
+        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
         if self.state is None:
-            save_file({n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}, path)
-        elif path.is_file():
-            reference.load_state_dict(load_file(path), strict=False)
-        else:
+            save_file(trained, path)
+        elif not path.is_file():
             raise UserError(f"{path} is missing: with beta > 0 a run cannot go on without the model it started from")
-        return reference
+        reference.load_state_dict(trained if self.state is None else load_file(path), strict=False)
 
     def _loop(self) -> None:
         settings, grpo = self.settings, self.grpo
@@ -186,7 +187,7 @@ class Training:
         self.interrupted = grpo.step_number < settings.max_steps
 
     def _add_gains(self, line: Line) -> None:
-        """``learning_gain``: Gain(t) for the latest t that has its ``gain_window`` steps after it, this one included."""
+        """``learning_gain``: Gain(t) for the latest t with ``gain_window`` steps from it on, this one the last."""
         steps = [*(earlier for earlier in self.log.lines if earlier["kind"] == "train"), line]
         window = self.settings.gain_window
         for task in self.tasks:
@@ -196,7 +197,7 @@ class Training:
 
     def _evaluate(self, step: int) -> None:
         if self.settings.eval_prompts:
-            line = evaluate(self.model, self.tokenizer, self.tasks, self.prompter, self.settings)
+            line = evaluate(self.model, self.tokenizer, self.tasks, self.grpo.prompter, self.settings)
             self._log({"kind": "eval", "step": step, **line})
 
     def _save(self) -> None:

@@ -46,8 +46,9 @@ def numeric(text: str, answer: str, data: dict[str, Any]) -> bool:
 def math_verify(text: str, answer: str, data: dict[str, Any]) -> bool:
     """Equal as mathematics, by the math-verify package.
 
-    Only its LaTeX grammar is used: its route for plain expressions goes through sympy's parse_expr, which evaluates Python.
-    Text without LaTeX is read as if it were boxed. Long texts and towers of powers, which sympy would compute, are wrong.
+    Only its LaTeX grammar is used: its route for plain expressions goes through sympy's parse_expr, which evaluates
+    Python. Text without LaTeX is read as if it were boxed. Long texts and towers of powers, which sympy would compute,
+    are wrong.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -64,11 +65,16 @@ def math_verify(text: str, answer: str, data: dict[str, Any]) -> bool:
 def _expensive(text: str) -> bool:
     """A big power, a factorial or a very long number: cheap to write, endless to compute."""
     powers = len(re.findall(r"\^|\*\*", text))
-    return powers > 3 or "!" in text or bool(re.search(r"(?:\^|\*\*)\s*\{?\s*-?\d{3,}|(?:\^|\*\*)[^a-zA-Z]*(?:\^|\*\*)|\d{30,}", text))
+    return (
+        powers > 3
+        or "!" in text
+        or bool(re.search(r"(?:\^|\*\*)\s*\{?\s*-?\d{3,}|(?:\^|\*\*)[^a-zA-Z]*(?:\^|\*\*)|\d{30,}", text))
+    )
 
 
 def arithmetic_value(text: str) -> tuple[Fraction, list[int]]:
-    """The value of an expression of whole numbers, + - * / and brackets, and the numbers in it. ValueError if it is not one."""
+    """The value of an expression of whole numbers, + - * / and brackets, and the numbers in it; ValueError for
+    others."""
     if len(text) > 120 or not re.fullmatch(r"[\d+\-*/() \t]+", text) or re.search(r"\d{10,}", text):
         raise ValueError("not a short arithmetic expression")
     numbers: list[int] = []
@@ -97,7 +103,7 @@ def arithmetic_value(text: str) -> tuple[Fraction, list[int]]:
 
 
 def expression(text: str, answer: str, data: dict[str, Any]) -> bool:
-    """An expression that uses every one of metadata["numbers"] once and equals metadata["target"] (24 if there is none)."""
+    """An expression that uses each of metadata["numbers"] once and equals metadata["target"] (24 if there is none)."""
     try:
         result, used = arithmetic_value(text)
     except ValueError:
@@ -131,7 +137,8 @@ def reasoning_gym_verifier(name: str, dataset: Any) -> Verifier:
         return OWN_SCORE[name]
     if name not in _HARMLESS and executes_text(dataset):
         raise UserError(
-            f"task {name!r} cannot be scored by reasoning-gym, which would execute what the model wrote: give the task a "
+            f"task {name!r} cannot be scored by reasoning-gym, which would execute what the model wrote: give the "
+            f"task a "
             f"verifier of {', '.join(sorted(VERIFIERS))}"
         )
 

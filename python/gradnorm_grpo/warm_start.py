@@ -1,4 +1,4 @@
-"""A short supervised warm start: a base model that fails everything has groups of equal rewards and nothing to learn from.
+"""A short supervised warm start: a model that fails everything has groups of equal rewards and nothing to learn from.
 
 The result is kept in a cache, under a hash of all that it depends on.
 """
@@ -24,10 +24,11 @@ from .tasks import Task
 
 _FORMAT = 1  # raise when the procedure below changes: it is part of the key
 _SETTINGS = (
-    "model dtype train_layers tiny_hidden_size tiny_layers tasks prompt_template system_prompt few_shot seed eval_prompts "
-    "warm_start_steps warm_start_examples warm_start_batch_size warm_start_learning_rate weight_decay max_grad_norm "
-    "adam_beta1 adam_beta2 adam_epsilon"
-).split()
+    *("model", "dtype", "train_layers", "tiny_hidden_size", "tiny_layers", "seed"),
+    *("tasks", "prompt_template", "system_prompt", "few_shot", "eval_prompts"),
+    *("warm_start_steps", "warm_start_examples", "warm_start_batch_size", "warm_start_learning_rate"),
+    *("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 
 
 def cache_file(settings: Settings, model: Any) -> Path | None:
