@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from pathlib import Path
+
+if importlib.util.find_spec("gradnorm_kernels") is None:  # a checkout that was not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gradnorm_grpo.cli import main
 

@@ -276,6 +276,17 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
+def test_a_task_that_may_starve_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *SMALL, "--max_steps", "0", "--sampling_floor", "0.6", "--warm_start_steps", "0"]) in (
+        0,
+        2,
+    )
+    assert "sampling_floor 0.6 may leave a task with 1.2" in capsys.readouterr().out
+
+
 def test_every_preset_parses_and_options_override_it() -> None:
     assert {"tiny", "smollm2"} <= set(preset_names())
     for name in preset_names():

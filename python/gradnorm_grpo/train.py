@@ -78,6 +78,15 @@ class Training:
         config = dataclasses.asdict(settings)
         trackers = report_trackers(settings.report_to, self.folder, config)
         self.log = RunLog(self.folder, trackers, self.state["metrics_bytes"] if self.state else None)
+        least = settings.prompts_per_step * settings.sampling_floor / len(self.tasks)
+        if settings.track and settings.sampling_strategy != "uniform" and least < 2:
+            console.print(
+                f"sampling_floor {settings.sampling_floor} may leave a task with {least:.1f} of a step's "
+                f"{settings.prompts_per_step} prompts: a task drawn fewer than twice a step is not measured",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
         if self.state:
             self.started -= self.state["seconds"]
 
