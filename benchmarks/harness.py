@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,6 +15,7 @@ import torch
 import gradnorm_kernels as gk
 from benchmarks.providers import Batch, Provider
 from gradnorm_kernels import reference
+from gradnorm_kernels.__main__ import commit
 from tests.tolerances import NORMS, WEIGHT_GRAD
 
 
@@ -95,7 +95,7 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gradnorm_kernels": gk.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -105,11 +105,3 @@ def _cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None

@@ -20,7 +20,7 @@ def _version_of(package: str) -> str:
         return f"not importable ({error})"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit this file was checked out at, with a mark for uncommitted changes; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
@@ -45,7 +45,7 @@ def _gpus() -> str:
 
 def describe() -> str:
     """The text this module prints: one "name: value" a line, then one line a backend."""
-    facts = {"gradnorm_kernels": __version__, "commit": _commit(), "python": platform.python_version()}
+    facts = {"gradnorm_kernels": __version__, "commit": commit(), "python": platform.python_version()}
     facts |= {"platform": platform.platform(), "torch": torch.__version__, "triton": _version_of("triton")}
     facts |= {"cuda (torch built for)": torch.version.cuda or "none: a CPU build", "gpu": _gpus()}
     lines = [f"{name}: {value}" for name, value in facts.items() if value is not None]

@@ -12,6 +12,7 @@ from transformers import set_seed
 pytest.importorskip("trl")
 pytest.importorskip("reasoning_gym")
 
+from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.evaluate import evaluate
 from gradnorm_grpo.loop import Grpo
 from gradnorm_grpo.metrics import report_trackers
@@ -55,6 +56,12 @@ def test_warm_start_and_its_cache(tmp_path: Path) -> None:
     assert again and nothing == []
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"], "no temporary file stays"
+    kept = next(tmp_path.iterdir())
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:100])
+    with pytest.raises(UserError, match="is damaged .* delete it"):
+        _warm(settings)
+    kept.write_bytes(whole)
     for change in (["--warm_start_steps", "31"], ["--seed", "1"], ["--only_tasks", "copy", "add"]):
         changed = _settings(*small, "--cache_dir", str(tmp_path), *change)
         assert cache_file(changed, model) != cache_file(settings, model), change

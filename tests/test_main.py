@@ -63,18 +63,18 @@ def test_commit(tmp_path, monkeypatch):
     package = tmp_path / "gradnorm_kernels"
     package.mkdir()
     monkeypatch.setattr(main, "__file__", str(package / "__main__.py"))
-    assert main._commit() is None
+    assert main.commit() is None
     assert "commit:" not in main.describe()
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.com"]
     subprocess.run([*git, "init", "-q"], check=True)
-    assert (main._commit() or "").startswith("unknown (fatal:"), "a checkout without a commit has no name to print"
+    assert (main.commit() or "").startswith("unknown (fatal:"), "a checkout without a commit has no name to print"
     (package / "file").write_text("one")
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    assert head.startswith(main._commit() or "none")
+    assert head.startswith(main.commit() or "none")
     (package / "file").write_text("two")
-    assert (main._commit() or "").endswith("-dirty")
+    assert (main.commit() or "").endswith("-dirty")
 
 
 def test_gpus_by_name_and_architecture(monkeypatch):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from gradnorm_kernels.__main__ import commit
+
 from .errors import UserError
 from .metrics import write_json
 from .settings import Settings
@@ -76,6 +78,7 @@ def describe_run(command: str, settings: Settings, model: Any, tracked: list[str
         "command": command,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions,
+        "commit": commit(),
         "machine": {
             "platform": platform.platform(),
             "processors": os.cpu_count(),

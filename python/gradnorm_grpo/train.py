@@ -56,6 +56,30 @@ class Interruption:
                 signal.signal(number, handler)
 
 
+def remarks(settings: Settings, num_tasks: int) -> list[str]:
+    """What the settings do to the measurement that its reader should know, a sentence each."""
+    if not settings.track:
+        return []
+    found = []
+    least = settings.prompts_per_step * settings.sampling_floor / num_tasks
+    if settings.sampling_strategy != "uniform" and least < 2:
+        found.append(
+            f"sampling_floor {settings.sampling_floor} may leave a task with {least:.1f} of a step's "
+            f"{settings.prompts_per_step} prompts: a task drawn fewer than twice a step is not measured"
+        )
+    if settings.scale_rewards == "batch":
+        found.append(
+            "scale_rewards 'batch' divides by a standard deviation over all prompts: they depend on each other, so U "
+            "and its error are no longer exact; 'group' or 'none' keep them so"
+        )
+    if settings.num_iterations > 1:
+        found.append(
+            f"num_iterations {settings.num_iterations}: U is measured in the first iteration of each step only, as the "
+            "later weights have seen the same prompts"
+        )
+    return found
+
+
 class Training:
     """One run in its folder. After :meth:`run` returns, ``interrupted`` tells whether it stopped early."""
 
@@ -78,15 +102,8 @@ class Training:
         config = dataclasses.asdict(settings)
         trackers = report_trackers(settings.report_to, self.folder, config)
         self.log = RunLog(self.folder, trackers, self.state["metrics_bytes"] if self.state else None)
-        least = settings.prompts_per_step * settings.sampling_floor / len(self.tasks)
-        if settings.track and settings.sampling_strategy != "uniform" and least < 2:
-            console.print(
-                f"sampling_floor {settings.sampling_floor} may leave a task with {least:.1f} of a step's "
-                f"{settings.prompts_per_step} prompts: a task drawn fewer than twice a step is not measured",
-                style="yellow",
-                highlight=False,
-                soft_wrap=True,
-            )
+        for remark in remarks(settings, len(self.tasks)):
+            console.print(remark, style="yellow", highlight=False, soft_wrap=True)
         if self.state:
             self.started -= self.state["seconds"]
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .errors import StorageError, UserError
 from .models import smollm2_file
 from .rollout import Prompter, pad
 from .settings import Settings
@@ -64,7 +66,13 @@ def warm_start(
     """Train on solved examples for ``warm_start_steps``; True if the weights came from the cache instead."""
     cached = cache_file(settings, model)
     if cached is not None and cached.is_file():
-        model.load_state_dict(load_file(cached, device=str(model.device)), strict=False)
+        try:
+            weights = load_file(cached, device=str(model.device))
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the cached warm start {cached} is damaged ({error}): delete it, and it is made again"
+            ) from error
+        model.load_state_dict(weights, strict=False)
         return True
     pairs = [
         (prompter.ids(task.name, example), prompter.target_ids(example))
@@ -133,5 +141,11 @@ def _store(model: Any, path: Path) -> None:
     try:
         save_file(weights, temporary)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        # safetensors turns a full disk into an error of its own.
+        raise StorageError(
+            f"the warm start could not be kept in {path} ({error}): free some space, or give another --cache_dir "
+            "(an empty one keeps nothing), and start again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
