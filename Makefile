@@ -12,7 +12,7 @@ ARGS ?=
 
 help:
 	@echo "make setup    install everything into $(VENV) (PYTHON=python3.12 picks the interpreter)"
-	@echo "make train    train SmolLM2-135M on five reasoning tasks and write a report into runs/; ARGS= passes settings"
+	@echo "make train    train SmolLM2-135M on four reasoning tasks and write a report into runs/; ARGS= passes settings"
 	@echo "make test     ruff, mypy and the test suite"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   rewrite the files to the house format"
