@@ -141,3 +141,37 @@ def test_report_to_tensorboard(tmp_path: Path) -> None:
     tracker.log({"x": 1.0}, step=1)
     tracker.finish()
     assert any(path.name.startswith("events.") for path in tmp_path.rglob("*"))
+
+
+def test_report_trackers_start_in_a_fresh_process_and_say_why_they_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelerate.tracking
+    from accelerate.logging import get_logger
+    from accelerate.state import PartialState
+
+    class Talking:
+        """Logs through accelerate at its start, as trackio's tracker does."""
+
+        requires_logging_directory = False
+
+        def __init__(self, run_name: str) -> None:
+            self.run_name = run_name
+
+        def start(self) -> None:
+            get_logger(__name__).debug("started")
+
+        def store_init_configuration(self, values: dict) -> None:
+            self.values = values
+
+    class Broken(Talking):
+        def start(self) -> None:
+            raise ConnectionError("no server at hand")
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "talking", Talking)
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "broken", Broken)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["talking", "broken"])
+    PartialState._reset_state()
+    assert report_trackers(["talking"], tmp_path, {"a": [1]})[0].values == {"a": "[1]"}
+    with pytest.raises(UserError, match=r"'broken' could not start \(no server at hand\)"):
+        report_trackers(["broken"], tmp_path, {})

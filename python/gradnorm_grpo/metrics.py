@@ -52,8 +52,10 @@ def report_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any
     wanted = [name for name in names if name != "none"]
     if not wanted:
         return []
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+    PartialState()  # accelerate's trackers log through its own logger, which refuses to speak before this
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     trackers = []
     for name in wanted:
@@ -65,9 +67,14 @@ def report_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any
             )
         kind = LOGGER_TYPE_TO_CLASS[name]
         place = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
-        tracker = kind(folder.name, **place)
-        if hasattr(tracker, "start"):
-            tracker.start()
+        try:
+            tracker = kind(folder.name, **place)
+            if hasattr(tracker, "start"):
+                tracker.start()
+        except Exception as error:  # a login, a server or a disk that is missing: each tracker has errors of its own
+            reason = " ".join(str(error).split())[:200]
+            advice = "put that right or leave it out"
+            raise UserError(f"report_to: {name!r} could not start ({reason}): {advice}") from error
         tracker.store_init_configuration(
             {
                 key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
