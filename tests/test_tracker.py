@@ -176,6 +176,11 @@ def test_refusals_name_what_to_do(model: nn.Module, data: tuple[Tensor, Tensor])
         ({"task_ids": torch.zeros(2)}, ValueError, "task_ids must be a 1-D integer tensor"),
         ({"task_ids": TASKS, "sample_ids": [1]}, ValueError, "sample_ids must have one entry a row"),
         ({"task_ids": ["a", "b"], "sample_ids": [1, 1]}, ValueError, "sample 1 has rows of two tasks"),
+        (
+            {"task_ids": TASKS, "sample_ids": [1] * ROWS, "rows_per_sample": [6, 6, 6, 7, 7, 7]},
+            ValueError,
+            "the same for all rows of a sample",
+        ),
         ({"task_ids": TASKS, "row_scale": [1.0]}, ValueError, "row_scale must be a number or have one entry a row"),
         ({"task_ids": TASKS, "row_scale": math.inf}, ValueError, "row_scale must be finite"),
         ({"task_ids": TASKS, "row_scale": "B"}, TypeError, "row_scale must be a number"),

@@ -31,7 +31,6 @@ class Rows:
     weight: Tensor  # [N] float64: share of the sample's rows present here
     rows_present: list[int]  # [N]
     mask: Tensor | None  # [B, L] bool
-    blocks_are_samples: bool
 
     @property
     def num_samples(self) -> int:
@@ -81,7 +80,7 @@ def _per_row(value: float | Sequence[float] | Tensor, batch: int, name: str) -> 
 
 
 def _blocks(
-    tasks: list[Hashable], samples: list[Hashable], max_blocks: int
+    tasks: list[Hashable], samples: list[Hashable], max_blocks: int, serial: int
 ) -> tuple[list[int], list[Hashable], list[Hashable]]:
     """Samples to blocks: one each while they are at most ``max_blocks``, else equal folds inside each task."""
     if len(samples) <= max_blocks:
@@ -95,7 +94,7 @@ def _blocks(
         key = (task, seen[task] % folds)
         seen[task] += 1
         assigned.append(index.setdefault(key, len(index)))
-    return assigned, [("fold", *key) for key in index], [task for task, _ in index]
+    return assigned, [("fold", *key, serial) for key in index], [task for task, _ in index]
 
 
 def make_rows(
@@ -139,6 +138,7 @@ def make_rows(
             )
     row_sample = torch.tensor([index[sample] for sample in rows])
     present = torch.bincount(row_sample, minlength=len(index))
+    first_row = torch.tensor([rows.index(sample) for sample in index])
     whole = present[row_sample].to(torch.float64)
     if rows_per_sample is not None:
         whole = _per_row(rows_per_sample, batch, "rows_per_sample")
@@ -148,23 +148,23 @@ def make_rows(
                 f"{int(present.max())}), "
                 f"got {rows_per_sample!r}"
             )
+        if bool((whole != whole[first_row][row_sample]).any()):
+            raise ValueError(f"rows_per_sample must be the same for all rows of a sample, got {rows_per_sample!r}")
     factor = _per_row(batch if row_scale is None else row_scale, batch, "row_scale")
     scale = factor / whole
-    first_row = torch.tensor([rows.index(sample) for sample in index])
     same_inside = bool((scale == scale[first_row][row_sample]).all())
-    block, keys, block_tasks = _blocks(tasks, list(index), max_blocks)
+    block, keys, block_tasks = _blocks(tasks, list(index), max_blocks, serial)
     return Rows(
         batch=batch,
         samples=list(index),
         tasks=tasks,
         row_sample=row_sample,
         sample_block=torch.tensor(block),
-        block_keys=keys if len(index) <= max_blocks else [(*key, serial) for key in keys if isinstance(key, tuple)],
+        block_keys=keys,
         block_tasks=block_tasks,
         scale=scale,
         sample_scale=scale[first_row] if same_inside else None,
         weight=present.to(torch.float64) / whole[first_row],
         rows_present=present.tolist(),
         mask=mask,
-        blocks_are_samples=len(index) <= max_blocks,
     )
