@@ -61,11 +61,11 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert all(".self_attn." in name for name in described["tracked_layers"]) and len(described["tracked_layers"]) == 4
     lines = _lines(run)
     assert [(line["kind"], line["step"]) for line in lines if line["kind"] != "warm_start"] == [
-        *(("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4)),
+        *(("eval_base", 0), ("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4)),
     ]
     assert sum(line["kind"] == "warm_start" for line in lines) == 3
     for line in lines:
-        if line["kind"] == "eval":
+        if line["kind"] in ("eval_base", "eval"):
             assert all(line[f"eval/{task}/n"] == 6 and 0 <= line[f"eval/{task}/reward"] <= 1 for task in tasks)
         if line["kind"] == "train":
             assert {"loss", "grad_norm", "lr", "tokens"} <= line.keys()

@@ -74,14 +74,16 @@ def write_synthetic_run(
         for s in range(1, warm + 1)
     ]
 
-    def evaluate(step: int, level: np.ndarray) -> None:
-        line: dict[str, Any] = {"kind": "eval", "step": step, "time": 200.0 + 30 * step}
+    def evaluate(step: int, level: np.ndarray, kind: str = "eval") -> None:
+        line: dict[str, Any] = {"kind": kind, "step": step, "time": 200.0 + 30 * step}
         for name, p in zip(names, level, strict=True):
             reward = rng.binomial(128, p) / 128
             line |= {f"eval/{name}/reward": reward, f"eval/{name}/n": 128}
             line[f"eval/{name}/reward_se"] = math.sqrt(reward * (1 - reward) / 127)
         lines.append(line)
 
+    if evals and warm:
+        evaluate(0, np.zeros(k), "eval_base")  # a model that solves nothing before its warm start
     if evals:
         evaluate(0, start)
     running = pull.copy()

@@ -25,7 +25,7 @@ NAN = math.nan
 
 
 def task(name: str = "a", u: float = 1.0, se: float = 0.1, n: float = 100, **more: object) -> TaskResult:
-    base = TaskResult(name, 0, n, u, se, 2 * u, 5.0, 0.5, 0.1, 0.2, 0.01, None, None, 0.5, 40.0, 3.0)
+    base = TaskResult(name, 0, n, u, se, 2 * u, 5.0, 0.5, 0.1, 0.2, 0.01, None, None, None, 0.5, 40.0, 3.0)
     return replace(base, **more)  # type: ignore[arg-type]
 
 
@@ -167,6 +167,15 @@ def test_the_verdict_names_what_changed_and_what_is_undecided() -> None:
     assert "No change of held-out reward beyond chance was seen for same." in sentences
     assert "undecided" in sentences[-1]
     assert "undecided" in learning([task()])[0]
+
+
+def test_the_warm_start_is_told_apart_from_grpo() -> None:
+    given, low = EvalPoint(0, 0.0, 0.0, 200), EvalPoint(0, 0.5, 0.035, 200)
+    results = [task("up", base=given, before=low, after=replace(low, step=9)), task("b", before=low, after=low)]
+    sentences = learning(results)
+    assert sentences[0].startswith("Held-out reward rose in the supervised warm start: up +0.50 ± 0.0")
+    assert sentences[1] == "No change of held-out reward beyond chance was seen under GRPO for up and b."
+    assert [row.cells[-1] for row in table_rows(results)] == ["0.00 → 0.50 → 0.50", "0.50 → 0.50"]
 
 
 def test_cosines_find_the_planted_conflict(tmp_path: Path) -> None:

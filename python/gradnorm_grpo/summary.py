@@ -79,6 +79,7 @@ def summarize(lines: Sequence[Line], tasks: Sequence[str], gain_window: int, sec
     """The content of summary.json."""
     steps = [line for line in lines if line["kind"] in ("train", "probe")]
     evals = [line for line in lines if line["kind"] == "eval"]
+    base = [line for line in lines if line["kind"] == "eval_base"]
     estimates = {task: pooled(steps, task) for task in tasks}
     sq_norms = {task: estimate.value for task, estimate in estimates.items()}
     pull = {task: max(value, 0.0) if value == value else 0.0 for task, value in sq_norms.items()}
@@ -98,6 +99,7 @@ def summarize(lines: Sequence[Line], tasks: Sequence[str], gain_window: int, sec
             "gain": _mean(
                 [gain for t in range(len(rewards)) if not math.isnan(gain := gain_at(rewards, t, gain_window))]
             ),
+            "eval_base": _evaluation(base, task, 0),
             "eval_before": _evaluation(evals, task, 0),
             "eval_after": _evaluation(evals, task, -1) if len(evals) > 1 else math.nan,
             "eval_n": evals[-1].get(f"eval/{task}/n", 0) if evals else 0,

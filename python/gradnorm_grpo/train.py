@@ -122,6 +122,8 @@ class Training:
         try:
             self._describe()
             if self.state is None:
+                if self.settings.warm_start_steps:
+                    self._evaluate(0, "eval_base")
                 self._warm_start()
                 self._set_reference()
                 self._evaluate(0)
@@ -221,10 +223,11 @@ class Training:
             if not math.isnan(gain):
                 line[f"tasks/{task.name}/learning_gain"] = gain
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, kind: str = "eval") -> None:
+        """``kind``: "eval_base" for the model as it was given, before the warm start."""
         if self.settings.eval_prompts:
             line = evaluate(self.model, self.tokenizer, self.tasks, self.grpo.prompter, self.settings)
-            self._log({"kind": "eval", "step": step, **line})
+            self._log({"kind": kind, "step": step, **line})
 
     def _save(self) -> None:
         state = {

@@ -121,11 +121,12 @@ def _decade_ticks(axes: Axes, threshold: float, width: float) -> None:
 
 
 def evaluations(results: list[TaskResult], width: float) -> Markup:
-    """Held-out reward of every task before (hollow) and after (filled) training, with two standard errors."""
-    shown = [r for r in results if r.before or r.after]
+    """Held-out reward of every task, with two standard errors: of the model as given (diamond, where it was then
+    warm-started), before GRPO (hollow) and after it (filled)."""
+    shown = [r for r in results if r.base or r.before or r.after]
     with theme():
         figure, axes, shift = _rows(width, shown)
-        points = [p for r in shown for p in (r.before, r.after) if p]
+        points = [p for r in shown for p in (r.base, r.before, r.after) if p]
         spread = [np.array([p.reward - ERRORS * p.error, p.reward + ERRORS * p.error, p.reward]) for p in points]
         axes.set_xlim(*shared_limits(spread, (0.0, 1.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
@@ -133,16 +134,17 @@ def evaluations(results: list[TaskResult], width: float) -> Markup:
         for y, r in enumerate(shown):
             colour = task_colour(r.index)
             middle = y + shift
-            if r.before and r.after:
-                axes.plot([r.before.reward, r.after.reward], [middle] * 2, color=colour, lw=5, alpha=0.3, zorder=2)
-            for point, offset, fill in ((r.before, 0.13, PAPER), (r.after, -0.13, colour)):
+            ends = [p.reward for p in (r.base, r.before, r.after) if p]
+            axes.plot(ends, [middle] * len(ends), color=colour, lw=5, alpha=0.3, zorder=2)
+            marks = ((r.base, 0.0, PAPER, "D"), (r.before, 0.13, PAPER, "o"), (r.after, -0.13, colour, "o"))
+            for point, offset, fill, marker in marks:
                 if point is None:
                     continue
                 error = ERRORS * point.error
                 if math.isfinite(error):
                     ends = [point.reward - error, point.reward + error]
                     axes.plot(ends, [middle + offset] * 2, color=colour, lw=1.6, zorder=3)
-                axes.plot([point.reward], [middle + offset], marker="o", ms=8, color=fill, mec=colour, mew=2, zorder=4)
+                axes.plot([point.reward], [middle + offset], marker=marker, ms=8, color=fill, mec=colour, mew=2, zorder=4)
         return inline_svg(figure, "Held-out reward of every task before and after training")
 
 

@@ -74,8 +74,9 @@ def render(run: Run) -> str:
         swatch=_swatch,
         pictures=_pictures(run, results) if len(run.steps) else None,
         evaluations=charts.both_widths(lambda w: charts.evaluations(results, w))
-        if any(r.before or r.after for r in results)
+        if any(r.base or r.before or r.after for r in results)
         else None,
+        given=any(r.base for r in results),
         warm_start=panels.warm_start(*run.warm_start) if np.isfinite(run.warm_start[1]).any() else None,
         warm_start_steps=len(steps),
         heat=_heat(results, table) if any(math.isfinite(c.value) for c in table.values()) else None,

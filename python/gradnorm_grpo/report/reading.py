@@ -72,6 +72,7 @@ class Run:
     inner_products: dict[tuple[str, str], Array]  # (a, b), a before b in `tasks`
     cosines: dict[tuple[str, str], Array]
     evals: dict[str, list[EvalPoint]]  # task -> points, ascending in step
+    base: dict[str, list[EvalPoint]]  # task -> the model as it was given, before the warm start: one point or none
     warm_start: tuple[Array, Array]  # steps, loss
     summary: dict[str, Any] | None
     probe: bool  # measured step after step with the weights left alone
@@ -114,7 +115,8 @@ def read_run(run_dir: Path | str) -> Run:
         series={task: {key: column(f"tasks/{task}/{key}") for key in TASK_METRICS} for task in tasks},
         inner_products={(a, b): column(f"tasks/inner_product/{a}/{b}") for a, b in pairs},
         cosines={(a, b): column(f"tasks/cosine/{a}/{b}") for a, b in pairs},
-        evals=_eval_points(lines, tasks, path),
+        evals=_eval_points(lines, tasks, path, "eval"),
+        base=_eval_points(lines, tasks, path, "eval_base"),
         warm_start=_warm_start(lines, path),
         summary=summary,
         probe=probe,
@@ -208,10 +210,12 @@ def _number(line: dict[str, Any], key: str, number: int, path: Path) -> float:
     return float(value) if math.isfinite(value) else math.nan
 
 
-def _eval_points(lines: list[tuple[int, dict[str, Any]]], tasks: list[str], path: Path) -> dict[str, list[EvalPoint]]:
+def _eval_points(
+    lines: list[tuple[int, dict[str, Any]]], tasks: list[str], path: Path, kind: str
+) -> dict[str, list[EvalPoint]]:
     points: dict[str, dict[int, EvalPoint]] = {task: {} for task in tasks}
     for number, line in lines:
-        if line["kind"] != "eval":
+        if line["kind"] != kind:
             continue
         for task in tasks:
             reward, error, n = (

@@ -21,6 +21,12 @@ MIN_PROMPTS = 10
 MIN_STEPS = 10
 
 
+def _difference(first: EvalPoint | None, second: EvalPoint | None) -> tuple[float, float]:
+    if first is None or second is None:
+        return NAN, NAN
+    return second.reward - first.reward, math.hypot(first.error, second.error)
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """One task over the whole run. Numbers are NaN where the run does not hold them."""
@@ -36,6 +42,7 @@ class TaskResult:
     reward_first: float
     reward_last: float
     gain: float
+    base: EvalPoint | None  # the model as it was given, before the warm start
     before: EvalPoint | None
     after: EvalPoint | None
     abs_advantage: float
@@ -50,9 +57,12 @@ class TaskResult:
     @property
     def eval_change(self) -> tuple[float, float]:
         """Held-out reward after - before, and its standard error with both evaluations taken as independent."""
-        if self.before is None or self.after is None:
-            return NAN, NAN
-        return self.after.reward - self.before.reward, math.hypot(self.before.error, self.after.error)
+        return _difference(self.before, self.after)
+
+    @property
+    def warm_start_change(self) -> tuple[float, float]:
+        """The same for the supervised warm start: held-out reward before GRPO - that of the model as it was given."""
+        return _difference(self.base, self.before)
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,7 @@ def task_results(run: Run) -> list[TaskResult]:
                 reward_first=given.get("reward_first", mean(series["reward"][:third])),
                 reward_last=given.get("reward", mean(series["reward"][len(run.steps) - third :])),
                 gain=given.get("gain", mean(series["learning_gain"])),
+                base=run.base[task][0] if run.base[task] else _summary_eval(given, "eval_base", 0),
                 before=before or _summary_eval(given, "eval_before", 0),
                 after=after or _summary_eval(given, "eval_after", len(run.steps)),
                 abs_advantage=given.get("abs_advantage", mean(series["abs_advantage"])),

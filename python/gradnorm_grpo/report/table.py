@@ -26,10 +26,10 @@ HEADINGS = (
     "share\nof pull",
     "reward, first\n→ last third",
     "gain",
-    "eval\nbefore → after",
+    "eval\n(given →) before → after",
 )
 # A terminal narrower than this gets two tables below each other, the first about the pull, the second about rewards.
-_WHOLE = 112
+_WHOLE = 120
 _COLUMNS = [(0, 1, 2, 3, 4, 5), (0, 6, 7, 8)]
 
 
@@ -52,6 +52,12 @@ def _change(first: float, last: float) -> str:
     return f"{fixed(first)} → {fixed(last)}"
 
 
+def _evaluations(result: TaskResult) -> str:
+    """Held-out reward before and after GRPO, and in front of them that of the model as given if it was warm-started."""
+    change = _change(*(point.reward if point else math.nan for point in (result.before, result.after)))
+    return f"{fixed(result.base.reward)} → {change}" if result.base and change != MISSING else change
+
+
 def table_rows(results: list[TaskResult]) -> list[Row]:
     """The table's rows, in the order of the results."""
     rows = []
@@ -59,8 +65,6 @@ def table_rows(results: list[TaskResult]) -> list[Row]:
         pull = with_error(r.sq_norm, r.std_error)
         if math.isfinite(r.sq_norm) and not r.resolved:
             pull += f" {UNRESOLVED}"
-        before = r.before.reward if r.before else math.nan
-        after = r.after.reward if r.after else math.nan
         cells = (
             clean(r.name),
             count(r.n),
@@ -70,7 +74,7 @@ def table_rows(results: list[TaskResult]) -> list[Row]:
             percent(r.pull_share),
             _change(r.reward_first, r.reward_last),
             signed(r.gain, 3),
-            _change(before, after),
+            _evaluations(r),
         )
         rows.append(Row(r, cells))
     return rows

@@ -65,11 +65,27 @@ def loudness(results: list[TaskResult]) -> list[str]:
     return sentences
 
 
+def _changes(found: list[tuple[TaskResult, tuple[float, float]]], phase: str) -> list[str]:
+    """Which of the changes (difference, its standard error) are beyond chance, up and down, and which are not."""
+    z = _threshold(len(found))
+    changed = [(r, d, e) for r, (d, e) in found if abs(d) > z * e]
+    sentences = []
+    for word, sign in (("rose", 1), ("fell", -1)):
+        which = "; ".join(f"{clean(r.name)} {signed(d)} ± {fixed(e)}" for r, d, e in changed if d * sign > 0)
+        if which:
+            sentences.append(f"Held-out reward {word}{phase}: {which}.")
+    same = [r for r, (d, e) in found if abs(d) <= z * e]
+    if same:
+        sentences.append(f"No change of held-out reward beyond chance was seen{phase} for {_names(same)}.")
+    return sentences
+
+
 def learning(results: list[TaskResult]) -> list[str]:
     """Whose held-out reward changed, and whether loudness goes with gain."""
     measured = [r for r in results if r.before and r.after]
+    warm = [r for r in results if all(map(math.isfinite, r.warm_start_change))]
     tested = [r for r in measured if all(map(math.isfinite, r.eval_change))]
-    sentences = []
+    sentences = _changes([(r, r.warm_start_change) for r in warm], " in the supervised warm start")
     if not measured:
         sentences.append(
             "Whether the tasks got better is undecided: there is no held-out evaluation both before and after."
@@ -77,18 +93,7 @@ def learning(results: list[TaskResult]) -> list[str]:
     elif not tested:
         sentences.append("Whether the tasks got better is undecided: the evaluations carry no standard errors.")
     else:
-        z = _threshold(len(tested))
-        changed = [r for r in tested if abs(r.eval_change[0]) > z * r.eval_change[1]]
-        for word, sign in (("rose", 1), ("fell", -1)):
-            which = [r for r in changed if r.eval_change[0] * sign > 0]
-            if which:
-                list_ = "; ".join(
-                    f"{clean(r.name)} {signed(r.eval_change[0])} ± {fixed(r.eval_change[1])}" for r in which
-                )
-                sentences.append(f"Held-out reward {word}: {list_}.")
-        same = [r for r in tested if r not in changed]
-        if same:
-            sentences.append(f"No change of held-out reward beyond chance was seen for {_names(same)}.")
+        sentences += _changes([(r, r.eval_change) for r in tested], " under GRPO" if warm else "")
     pairs = [(r.sq_norm, r.eval_change[0]) for r in results if r.resolved and math.isfinite(r.eval_change[0])]
     if len(pairs) < 5:  # with four, even a perfect order comes about by chance once in twelve times
         sentences.append(
