@@ -96,13 +96,21 @@ def _rewards(n: int, group: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "share_prompt"), [*((loss_type, "false") for loss_type in LOSS_TYPES), ("grpo", "true")]
+    ("loss_type", "share_prompt", "layers"),
+    [
+        *((loss_type, "false", "last_attention") for loss_type in LOSS_TYPES),
+        ("grpo", "true", "last_attention"),
+        ("grpo", "false", "all"),  # with the output embedding among them
+    ],
 )
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradients_and_u_match_the_definitions(loss_type: str, share_prompt: str, accumulation: int) -> None:
+def test_gradients_and_u_match_the_definitions(
+    loss_type: str, share_prompt: str, layers: str, accumulation: int
+) -> None:
     settings = _settings(
         loss_type=loss_type,
         share_prompt=share_prompt,
+        tracker_layers=layers,
         gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=18 // accumulation,
     )

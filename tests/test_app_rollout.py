@@ -65,6 +65,10 @@ def test_logprobs_equal_a_teacher_forced_recomputation(generation_batch_size: in
     torch.manual_seed(0)
     rollouts = generate(model, tokenizer, PROMPTS, 4, settings)
     got = completion_logprobs(model, rollouts, 0.8, share_prompt).detach()
+    padded = completion_logprobs(model, rollouts, 0.8, share_prompt, pad_logits=True).detach()
+    counted = rollouts.completion_mask > 0
+    torch.testing.assert_close(got[counted], padded[counted], rtol=0, atol=1e-5)
+    assert not got[~counted].any() and not model.get_output_embeddings()._forward_pre_hooks
     checked = 0
     for row in range(12):
         prompt = PROMPTS[row // 4]

@@ -168,7 +168,11 @@ class Grpo:
 
     def logprobs(self, model: Any, rollouts: Rollouts) -> Tensor:
         """[n G, C] log-probabilities under ``model`` at the sampling temperature."""
-        return completion_logprobs(model, rollouts, self.settings.temperature, self.settings.shares_prompt)
+        head = model.get_output_embeddings()
+        watched = self.tracker is not None and any(model.get_submodule(name) is head for name in self.tracker.layers)
+        return completion_logprobs(
+            model, rollouts, self.settings.temperature, self.settings.shares_prompt, pad_logits=watched
+        )
 
     def _reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
         if self.reference is None:

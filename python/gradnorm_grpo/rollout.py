@@ -7,7 +7,9 @@ A prompt runs once for its whole group wherever that is possible: its keys and v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,34 +171,61 @@ def generate(
     return Rollouts(prompt_ids, prompt_mask, completion, mask, is_end.any(1), group)
 
 
-def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float, share_prompt: bool) -> Tensor:
-    """[n G, C] float32 log-probabilities of the completions' tokens, differentiable; padding has arbitrary ones."""
+@contextmanager
+def _only_at(model: Any, kept: Tensor) -> Iterator[None]:
+    """The output embedding sees the hidden states [B, W, H] at ``kept`` [B, W] alone: logits become [1, kept.sum(), V].
+
+    The vocabulary is the widest layer of a small model by far, and most completions are shorter than the longest.
+    """
+
+    def select(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][kept][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def completion_logprobs(
+    model: Any, rollouts: Rollouts, temperature: float, share_prompt: bool, pad_logits: bool = False
+) -> Tensor:
+    """[n G, C] float32 log-probabilities of the completions' tokens, differentiable; padding has arbitrary ones.
+
+    ``pad_logits``: logits of the padding too, for a tracker that watches the output embedding's rows.
+    """
     prompts = rollouts.prompt_ids.repeat_interleave(rollouts.group, 0)
     mask = torch.cat([rollouts.prompt_mask.repeat_interleave(rollouts.group, 0), rollouts.completion_mask], 1)[:, :-1]
     width = rollouts.completion_ids.shape[1]
+    counted = torch.ones_like(rollouts.completion_mask) if pad_logits else rollouts.completion_mask
+    counted = counted.bool()
     if share_prompt:
         cache = _prompt_cache(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.group)
         ids = torch.cat([prompts[:, -1:], rollouts.completion_ids[:, :-1]], 1)
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, -width:],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        with contextlib.nullcontext() if pad_logits else _only_at(model, counted):
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=_positions(mask)[:, -width:],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
     else:
         ids = torch.cat([prompts, rollouts.completion_ids], 1)[:, :-1]
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask),
-            use_cache=False,
-            logits_to_keep=width,
-        ).logits
-    chosen = rollouts.completion_ids[..., None]
+        with contextlib.nullcontext() if pad_logits else _only_at(model, counted):
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=_positions(mask),
+                use_cache=False,
+                logits_to_keep=width,
+            ).logits
+    chosen = rollouts.completion_ids[counted]
     # log p = logit - logsumexp: half the memory of a log_softmax over the vocabulary.
-    logits = logits.float() / temperature
-    return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1)
+    logits = logits.reshape(len(chosen), -1).float() / temperature
+    found = logits.gather(-1, chosen[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return found.new_zeros(counted.shape).masked_scatter(counted, found)
 
 
 def completion_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
