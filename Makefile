@@ -8,12 +8,22 @@ PIP := $(BIN)/pip --disable-pip-version-check install -qq --no-input
 # More arguments for the command behind `train` and `bench`, as in: make train ARGS="--max_steps 20"
 ARGS ?=
 
-.PHONY: help setup train test lint format bench clean
+# More settings of `make gpu-check`: where its results go, and PROFILE=1 for a profile with ncu.
+OUT ?=
+PROFILE ?=
+
+.PHONY: help setup train test test-interpreted test-versions kernels-report gpu-check lint format bench clean
 
 help:
 	@echo "make setup    install everything into $(VENV) (PYTHON=python3.12 picks the interpreter)"
 	@echo "make train    train SmolLM2-135M on four reasoning tasks and write a report into runs/; ARGS= passes settings"
 	@echo "make test     ruff, mypy and the test suite"
+	@echo "make test-interpreted  only the Triton kernels, in Triton's interpreter"
+	@echo "make test-versions     the Triton kernels interpreted and compiled under other versions of Triton as well"
+	@echo "make kernels-report    every kernel compiled for sm_80 and sm_90: registers, spills, shared memory; a JSON line each"
+	@echo "make gpu-check         on a machine with a GPU: build, tests, sanitizer, benchmarks, in nine minutes; OUT= names the"
+	@echo "                       results folder, ARGS=--dry-run walks the steps without a GPU, PROFILE=1 adds a profile;"
+	@echo "                       PYTHON=python3 takes that Python instead of $(VENV) and installs nothing"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   rewrite the files to the house format"
 	@echo "make bench    the benchmarks, a quarter of an hour on two cores; ARGS= goes to benchmarks.cpu_ratio"
@@ -21,12 +31,13 @@ help:
 
 setup: $(STAMP)
 
-# A stamp file: nothing is installed again until one of these three files changes.
-$(STAMP): pyproject.toml constraints.txt setup.py
+# A stamp file: nothing is installed again until one of these files changes.
+$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; name a Python of at least 3.10 with PYTHON=" >&2; exit 1; }
 	@echo "setup: creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "setup: installing the library, the application and the tools at the versions in constraints.txt (a minute or two)"
+	@echo "setup: installing the library, the application and the tools at the versions in constraints.txt, and compiling"
+	@echo "       gradnorm_kernels._C (a few minutes)"
 	@$(PIP) -c constraints.txt -e ".[rl,bench,dev]"
 	@# The model of the training preset is a file inside this package. Its dependencies serve a chat program that is not
 	@# used here, and one of them is compiled from source for several minutes: so the package alone, without them.
@@ -45,8 +56,34 @@ lint: setup
 # Several processes of one thread each: the tests are many and small, and threads that wait for each other's core cost
 # more than they bring (on two busy cores: 413 tests in 2 minutes this way, in 7 with one process of two threads).
 # A file stays in one process, because its tests share a model.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+
 test: lint
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(PYTEST) --dist loadfile $(ARGS)
+	@TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
+
+test-interpreted: setup
+	@TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
+
+# The pinned Triton is tested by `make test`. The others go into folders of their own, in front of it on the path;
+# Triton 3.6 does not interpret under NumPy 2.4.
+OTHERS := build/triton
+test-versions: setup
+	@for pair in "3.6.0 2.3.5" "3.9.0 2.4.6"; do set -- $$pair; \
+	  folder=$(OTHERS)-$$1; echo "test-versions: Triton $$1, NumPy $$2"; \
+	  test -d $$folder/triton || $(PIP) --no-deps --target $$folder triton==$$1 numpy==$$2 || exit 1; \
+	  TRITON_INTERPRET=1 PYTHONPATH=$$folder $(PYTEST) tests/interpreted $(ARGS) || exit 1; \
+	  PYTHONPATH=$$folder $(PYTEST) tests/compiled $(ARGS) || exit 1; \
+	done
+
+kernels-report: setup
+	@$(BIN)/python -m tests.compiled.report $(ARGS)
+
+# Where a machine with a GPU has what it needs already, PYTHON= on the command line says so.
+gpu-check:
+	@python=$(BIN)/python; case "$(origin PYTHON)" in command*) python=$(PYTHON);; esac; \
+	test -x "$$(command -v $$python)" || python=$(PYTHON); \
+	$$python -m tests.gpu.check $(if $(OUT),--out $(OUT)) $(if $(PROFILE),--profile) $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix .

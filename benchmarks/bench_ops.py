@@ -1,25 +1,42 @@
-"""pytest-benchmark: every provider at one shape a layer size, each gated on the float64 reference.
+"""pytest-benchmark: every provider at a few shapes, each gated on the float64 reference. On a GPU where there is one.
 
-python -m pytest benchmarks/bench_ops.py
+python -m pytest benchmarks/bench_ops.py --benchmark-only
+
+These times are those of calls that end with a synchronisation, on a warm cache; ``python -m benchmarks ops`` measures
+with events, a cold cache and pairs.
 """
 
 from __future__ import annotations
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import gate, make_batch, truth
+from benchmarks.batches import make_batch, truth
+from benchmarks.harness import gate
 from benchmarks.providers import PROVIDERS
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS, LENGTHS, TOKENS = ([576, 4096], [256, 2048], 16384) if DEVICE == "cuda" else ([576, 1024], [32, 256], 2048)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
-@pytest.mark.parametrize("length", [32, 256])
-@pytest.mark.parametrize("d", [576, 1024])
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_provider(benchmark: BenchmarkFixture, name: str, d: int, length: int) -> None:
-    batch = make_batch(d, d, length, tokens=2048, ragged=False)
+    batch = make_batch(d, d, length, TOKENS, ragged=False, device=DEVICE, dtype=DTYPE)
     provider = PROVIDERS[name]
-    if not provider.available(batch):
-        pytest.skip("does not fit")
-    gate(provider, batch, truth(batch))
+    reason = provider.unable(batch)
+    if reason is not None:
+        pytest.skip(reason)
+    run = provider.prepare(batch)
+    gate(provider, batch, truth(batch), run)
+
+    def timed() -> None:
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
     benchmark.group = f"d {d}, {length} tokens a sample"
-    benchmark.pedantic(provider.prepare(batch), rounds=10, warmup_rounds=1)
+    benchmark.pedantic(timed, rounds=10, warmup_rounds=1)

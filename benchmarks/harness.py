@@ -1,21 +1,17 @@
-"""What every benchmark shares: batches, the correctness gate, interleaved timing, and the record of the machine."""
+"""What every benchmark shares: the correctness gate, interleaved timing on a CPU or a GPU, and quantiles."""
 
 from __future__ import annotations
 
-import os
-import platform
+import math
 import statistics
 import time
-from collections.abc import Callable
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
-import gradnorm_kernels as gk
-from benchmarks.providers import Batch, Provider
-from gradnorm_kernels import reference
-from gradnorm_kernels.__main__ import commit
+from benchmarks.batches import Batch, Truth
+from benchmarks.providers import Provider, Result
 from tests.tolerances import NORMS, WEIGHT_GRAD
 
 
@@ -23,85 +19,143 @@ class WrongResultError(RuntimeError):
     """A provider's result is off: its speed means nothing and is not reported."""
 
 
-def make_batch(d_in: int, d_out: int, length: int, tokens: int, ragged: bool, seed: int = 0) -> Batch:
-    """Random x and dy; samples of ``length`` tokens, or ragged: of half to one and a half times as many."""
-    generator = torch.Generator().manual_seed(seed)
-    if ragged:
-        lengths = torch.randint(length // 2, length + length // 2 + 1, (2 * tokens // length + 1,), generator=generator)
-        ends = lengths.cumsum(0)
-        ends = torch.cat([ends[ends < tokens], torch.tensor([tokens])])
-    else:
-        ends = torch.arange(length, tokens + 1, length)
-        tokens = int(ends[-1])
-    x, dy = (torch.randn(tokens, d, generator=generator) for d in (d_in, d_out))
-    return Batch(x, dy, torch.cat([torch.zeros(1, dtype=torch.int64), ends]))
+def errors_of(result: Result, expected: Truth, batch: Batch) -> dict[str, float]:
+    """How far each result is from the truth, relative to the truth's largest element: {what: error}."""
+    norms = None if result.norms is None else result.norms[torch.tensor(expected.checked, device=batch.x.device)]
+    compared = {
+        "norms": (norms, expected.norms),
+        "weight gradient": (result.weight_grad, expected.total),
+        "group norms": (result.group_norms, expected.group_norms),
+        "group gram": (result.group_gram, expected.gram),
+    }
+    return {
+        what: float((actual.double() - right).abs().max() / right.abs().max())
+        for what, (actual, right) in compared.items()
+        if actual is not None and right is not None
+    }
 
 
-def truth(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norms and their gradients' sum by the float64 reference, one sample at a time for memory's sake."""
-    norms, total = [], torch.zeros(batch.dy.shape[1], batch.x.shape[1], dtype=torch.float64)
-    offsets = batch.offsets
-    for lo, hi in pairwise(offsets):
-        norm, _, gradient, _ = reference.fused_grad_norm(batch.x[lo:hi], batch.dy[lo:hi], weight_grad=True)
-        norms.append(norm)
-        assert gradient is not None
-        total += gradient
-    return torch.cat(norms), total
+def gate(
+    provider: Provider, batch: Batch, expected: Truth, run: Callable[[], Result] | None = None
+) -> dict[str, float]:
+    """The errors of the provider's result (``errors_of``), all within what is allowed.
+
+    That is the tests' tolerances. What ``rounds`` on its way is allowed that: norms as far off as a weight gradient may
+    be, and twice that for the weight gradient. Float32 inputs are not rounded.
+
+    Raises:
+        WrongResultError: one is not; NaN never is.
+    """
+    poison(batch.x.device)
+    errors = errors_of((run or provider.prepare(batch))(), expected, batch)
+    for what, error in errors.items():
+        allowed = _allowed(provider, what, batch.x.dtype)
+        if not error <= allowed:
+            raise WrongResultError(f"{provider.name}: {what} off by {error:.1e} (allowed {allowed:.0e})")
+    return errors
 
 
-def gate(provider: Provider, batch: Batch, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Raise WrongResultError unless the provider agrees with ``truth(batch)`` within the tests' tolerances."""
-    tolerances = (NORMS[batch.x.dtype], WEIGHT_GRAD[batch.x.dtype])
-    for what, actual, right, tolerance in zip(
-        ("norms", "weight gradient"), provider.prepare(batch)(), expected, tolerances, strict=True
-    ):
-        if actual is None:
-            continue
-        error = float((actual.double() - right).abs().max() / right.abs().max())
-        if not error <= tolerance:
-            raise WrongResultError(f"{provider.name}: {what} off by {error:.1e} (allowed {tolerance:.0e})")
+def _allowed(provider: Provider, what: str, dtype: torch.dtype) -> float:
+    if not provider.rounds or dtype == torch.float32:
+        return (WEIGHT_GRAD if what == "weight gradient" else NORMS)[dtype]
+    return WEIGHT_GRAD[dtype] * (2 if what == "weight gradient" else 1)
+
+
+def poison(device: torch.device, size: int = 64 << 20) -> None:
+    """Leave NaN in the memory that a GPU's caching allocator hands out next: an element not written will show."""
+    if device.type == "cuda":
+        for elements in (size // 4, 1 << 18, 1 << 8):  # the allocator keeps large, middle and small blocks apart
+            torch.full((elements,), math.nan, device=device)
+
+
+class Stopwatch(Protocol):
+    """Runs a function once and returns what tells the seconds it took, to be asked after ``settle``."""
+
+    def __call__(self, function: Callable[[], object]) -> Callable[[], float]: ...
+
+    def settle(self) -> None: ...
+
+
+class HostClock:
+    """A clock of the host around the call: all there is on a CPU."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+
+    def __call__(self, function: Callable[[], object]) -> Callable[[], float]:
+        start = self._clock()
+        function()
+        seconds = self._clock() - start
+        return lambda: seconds
+
+    def settle(self) -> None:
+        return None
+
+
+class DeviceClock:
+    """CUDA events around the call, with a cold L2 and the host ahead.
+
+    Before each call a buffer of four times the L2 is read, so that no input is left in it, and the GPU is kept waiting
+    for a moment, so that launches are queued before their time begins, as they are in the middle of a training step.
+    What synchronises inside the call pays for it all the same.
+    """
+
+    def __init__(self, device: torch.device, ahead_cycles: int = 400_000) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.randn(max(4 * cache, 64 << 20) // 4, device=device)
+        self._sink = torch.zeros((), device=device)
+        self._device, self._ahead = device, ahead_cycles
+
+    def __call__(self, function: Callable[[], object]) -> Callable[[], float]:
+        torch.sum(self._buffer, dim=0, out=self._sink)
+        torch.cuda._sleep(self._ahead)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        return lambda: start.elapsed_time(end) / 1e3
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+
+def stopwatch(device: torch.device) -> Stopwatch:
+    return DeviceClock(device) if device.type == "cuda" else HostClock()
+
+
+def pairs(
+    run: Callable[[], object], base: Callable[[], object], repeats: int, watch: Stopwatch
+) -> tuple[list[float], list[float]]:
+    """Seconds of ``run`` and of ``base``, in pairs run back to back, the order swapped every time."""
+    times: dict[Callable[[], object], list[Callable[[], float]]] = {run: [], base: []}
+    for i in range(repeats):
+        for function in (run, base) if i % 2 else (base, run):
+            times[function].append(watch(function))
+    watch.settle()
+    return [read() for read in times[run]], [read() for read in times[base]]
 
 
 def ratios(
     run: Callable[[], object], base: Callable[[], object], repeats: int, clock: Callable[[], float]
 ) -> list[float]:
-    """Times of ``run`` over times of ``base``, in pairs run back to back, the order swapped every time."""
+    """Times of ``run`` over times of ``base`` by a clock of the host, in pairs; one of each goes before, unmeasured."""
     run(), base()
-    found = []
-    for i in range(repeats):
-        times = {}
-        for function in (run, base) if i % 2 else (base, run):
-            start = clock()
-            function()
-            times[function] = clock() - start
-        found.append(times[run] / times[base])
-    return found
+    return [a / b for a, b in zip(*pairs(run, base, repeats, HostClock(clock)), strict=True)]
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
 
-def machine() -> dict[str, object]:
-    """What the numbers were measured on, and with what."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gradnorm_kernels": gk.__version__,
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Least, lower quartile, median, upper quartile, ninth decile and greatest of at least two values."""
+    low, middle, high = quartiles(values)
+    ninth = statistics.quantiles(values, n=10, method="inclusive")[-1]
+    return {"min": min(values), "q1": low, "median": middle, "q3": high, "p90": ninth, "max": max(values)}
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def repeats_for(seconds: float, budget: float, least: int = 5, most: int = 100) -> int:
+    """How many repetitions of something that takes ``seconds`` fit the budget, within bounds."""
+    return max(least, min(most, int(budget / max(seconds, 1e-9))))

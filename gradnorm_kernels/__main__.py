@@ -1,15 +1,21 @@
-"""``python -m gradnorm_kernels``: what is installed here, which backends can run, and why the others cannot."""
+"""``python -m gradnorm_kernels``: what is installed here, which backends can run, and why the others cannot.
+
+``python -m gradnorm_kernels tune --d_in .. --d_out .. --tokens ..``: the fastest tiles of the Triton kernels for a
+shape on this machine's GPU (:mod:`gradnorm_kernels.autotune`).
+"""
 
 from __future__ import annotations
 
 import importlib
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
-from . import __version__, backends
+from . import __version__, autotune, backends, tuning
+from .backends import native
 
 
 def _version_of(package: str) -> str:
@@ -43,11 +49,28 @@ def _gpus() -> str:
     return ", ".join(names)
 
 
+def _compiled() -> str:
+    """What the compiled module was built with, or why there is none."""
+    info = native.build_info()
+    if info is None:
+        return f"none: {native.unable()}"
+    return ", ".join(f"{key} {value}" for key, value in info.items())
+
+
+def _tuned() -> str:
+    """How many tuned configs this machine's GPU has, and where."""
+    if not torch.cuda.is_available():
+        return f"none: there is no GPU (they would lie in {tuning.tuned_folder()})"
+    chip = tuning.chip(torch.device("cuda", torch.cuda.current_device()))
+    return f"{len(tuning.tuned(chip.gpu))} configs for {chip.gpu} in {tuning.tuned_folder()}"
+
+
 def describe() -> str:
     """The text this module prints: one "name: value" a line, then one line a backend."""
     facts = {"gradnorm_kernels": __version__, "commit": commit(), "python": platform.python_version()}
     facts |= {"platform": platform.platform(), "torch": torch.__version__, "triton": _version_of("triton")}
     facts |= {"cuda (torch built for)": torch.version.cuda or "none: a CPU build", "gpu": _gpus()}
+    facts |= {"compiled module": _compiled(), "tuned": _tuned()}
     lines = [f"{name}: {value}" for name, value in facts.items() if value is not None]
     lines.append("backends:")
     for name, reason in backends.status().items():
@@ -55,5 +78,16 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def main(arguments: list[str]) -> int:
+    """Print the facts, or tune; 2 for anything else."""
+    if not arguments:
+        print(describe())
+        return 0
+    if arguments[0] == "tune":
+        return autotune.main(arguments[1:])
+    print("usage: python -m gradnorm_kernels [tune --help]", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    print(describe())
+    sys.exit(main(sys.argv[1:]))

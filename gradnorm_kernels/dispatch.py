@@ -1,8 +1,8 @@
 """Which algorithm on which backend for a call: a cost model over the call's shape, and ``explain()`` to say why.
 
-The model sees sizes only, never tensor data: it costs no synchronisation, and the same shapes always run the same way.
-It knows three prices (:mod:`gradnorm_kernels.tuning`): a stop at a sample's end in the weight-gradient pass, a short
-sample's Gram, and the tiles over all pairs of tokens.
+The model sees sizes, dtype and device only, never tensor data: it costs no synchronisation, and the same shapes always
+run the same way. It knows three prices (:mod:`gradnorm_kernels.tuning`): a stop at a sample's end in the
+weight-gradient pass, a short sample's Gram, and the tiles over all pairs of tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import backends, checks, tuning
 from .backends import Plan
+from .tuning import Chip
 
 # More tokens than any sample can have: every norm from a Gram.
 ALL_TOKENS = 1 << 62
@@ -23,9 +24,9 @@ ALL_TOKENS = 1 << 62
 
 @dataclass(frozen=True)
 class Problem:
-    """A call's sizes. ``groups`` is the number of sums taken: for ``grad_gram`` each sample is its own."""
+    """What a choice depends on. ``groups`` is the number of sums taken: for ``grad_gram`` each sample is its own."""
 
-    device: str
+    chip: Chip
     tokens: int
     d_in: int
     d_out: int
@@ -33,38 +34,43 @@ class Problem:
     groups: int
     weight_grad: bool = False
     group_gram: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan for a call, and what its two ways were reckoned to cost, in multiply-adds of a plain GEMM."""
+    """The plan for a call, why its backend, and what the two ways were reckoned to cost, in multiply-adds of a GEMM."""
 
     plan: Plan
+    why: str
     wgrad_cost: float
     gram_cost: float
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run, why, and of each backend why it cannot run (None if it can). ``str()`` is for people."""
+    """What would run, why, and of each backend why it cannot serve this call (None if it can).
+
+    ``str()`` is for people.
+    """
 
     plan: Plan
     reasons: tuple[str, ...]
     backends: dict[str, str | None]
 
     def __str__(self) -> str:
-        states = [f"  {name}: {'can run' if why is None else why}" for name, why in self.backends.items()]
+        states = []
+        for name, why in self.backends.items():
+            can = "chosen" if name == self.plan.backend else f"can serve this call when asked for: backend={name!r}"
+            states.append(f"  {name}: {can if why is None else why}")
         return "\n".join([*self.reasons, *states])
 
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> Choice:
     """The plan for a call. Raises RuntimeError if an explicit ``backend`` cannot run."""
-    status = backends.status()
-    name = backends.preferred() if backend == "auto" else backend
-    if status[name] is not None:
-        raise RuntimeError(f"backend={name!r} cannot run: {status[name]}")
-    prices = tuning.costs(problem.device, problem.d_in, problem.d_out)
+    name, why = _backend(problem, backend)
+    prices = tuning.costs(problem.chip, name, problem.dtype.itemsize, problem.d_in, problem.d_out)
     weight, tokens = problem.d_in * problem.d_out, problem.tokens
     width = problem.d_in + problem.d_out
     samples, groups = max(problem.samples, 1), max(problem.groups, 1)
@@ -84,7 +90,41 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
         by_pairs = True
 
     plan = Plan(name, gram_tokens, "gram" if by_pairs else "wgrad", prices.slab, prices.tile)
-    return Choice(plan, wgrad_cost, gram_cost)
+    return Choice(plan, why, wgrad_cost, gram_cost)
+
+
+def _backend(problem: Problem, asked: str) -> tuple[str, str]:
+    """(the backend that serves the call, why it). Raises RuntimeError if the one that was asked for cannot."""
+    kind = problem.chip.type
+    if asked != "auto":
+        reason = backends.unable(asked, kind, problem.dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend={asked!r} cannot run: {reason}")
+        return asked, "is asked for"
+    for name, why in _preferred(problem):
+        if backends.unable(name, kind, problem.dtype) is None:
+            return name, why
+    return "torch", "is the only one that can serve this call"
+
+
+def _preferred(problem: Problem) -> list[tuple[str, str]]:
+    """The compiled backends for a kind of device, each with why it goes before the next."""
+    kind, size = problem.chip.type, problem.dtype.itemsize
+    if kind == "cpu":
+        order = [("cpu", "is compiled for this CPU"), ("torch", "runs everywhere")]
+    elif kind == "cuda":
+        unmeasured = f"is taken before 'cuda': no measurement of both on {problem.chip.gpu or 'this GPU'} is frozen"
+        order = [("triton", unmeasured), ("cuda", "is compiled for this GPU, and triton cannot serve this call")]
+    else:
+        return []
+    found = tuning.faster(problem.chip, size, problem.d_in, problem.d_out)
+    if found is not None:
+        first, where = found
+        order = [
+            (first, f"was measured fastest at the nearest shape, on {where}"),
+            *(o for o in order if o[0] != first),
+        ]
+    return order
 
 
 def _crossover(prices: tuning.Costs, ratio: float) -> int:
@@ -96,10 +136,10 @@ def _crossover(prices: tuning.Costs, ratio: float) -> int:
     return int(math.sqrt(half * half + prices.boundary * ratio / prices.gram) - half)
 
 
-def _reasons(problem: Problem, algorithm: str, backend: str, choice: Choice) -> tuple[str, ...]:
+def _reasons(problem: Problem, algorithm: str, choice: Choice) -> tuple[str, ...]:
     plan, plain = choice.plan, max(problem.tokens * problem.d_in * problem.d_out, 1)
     wgrad, gram = (f"{cost / plain:.2f} of a plain GEMM" for cost in (choice.wgrad_cost, choice.gram_cost))
-    first = f"backend {plan.backend!r} is {'asked for' if backend != 'auto' else 'the first that can run'}"
+    first = f"backend {plan.backend!r} {choice.why}"
     if plan.sums == "gram":
         return (
             first,
@@ -137,14 +177,15 @@ def explain(
     sizes = checks.fused_grad_norm(
         x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
     )
-    problem = problem_of(sizes, x.device, weight_grad, group_gram)
+    problem = problem_of(sizes, x, weight_grad, group_gram)
     choice = choose(problem, algorithm, backend)
-    return Explanation(choice.plan, _reasons(problem, algorithm, backend, choice), backends.status())
+    unable = {name: backends.unable(name, problem.chip.type, problem.dtype) for name in backends.NAMES}
+    return Explanation(choice.plan, _reasons(problem, algorithm, choice), unable)
 
 
 def problem_of(
     sizes: checks.Sizes,
-    device: torch.device,
+    x: Tensor,
     weight_grad: bool = False,
     group_gram: bool = False,
     pairwise: bool = False,
@@ -155,5 +196,5 @@ def problem_of(
     """
     samples = sizes.segments if sizes.samples is None else sizes.samples
     groups = samples if pairwise else 1 if sizes.groups is None else sizes.groups
-    shape = (device.type, sizes.tokens, sizes.d_in, sizes.d_out)
-    return Problem(*shape, samples, groups, weight_grad, group_gram or pairwise)
+    shape = (tuning.chip(x.device), sizes.tokens, sizes.d_in, sizes.d_out)
+    return Problem(*shape, samples, groups, weight_grad, group_gram or pairwise, x.dtype)

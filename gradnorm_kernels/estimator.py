@@ -1,18 +1,16 @@
-"""From Gram matrices to published numbers: the cross-product estimate, its standard error and its companions.
-
-Everything here is small (one row per block of samples, one per task) and in float64. A *block* is the unit the
-jackknife leaves out: one sample where the [N, N] Gram is affordable, else a fold of several samples of one task.
-"""
+"""The published numbers: one call's cross-product estimate, one task's gradient, and its average over steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .moments import PairSums, noise_scale, ratio, task_moments
 
 NAN = float("nan")
 
@@ -43,153 +41,6 @@ class TaskGradient:
     mean_sq_norm: float
     pair_weight: float
     std_error_method: str
-
-
-@dataclass(frozen=True)
-class PairSums:
-    """One micro-batch as the estimator needs it. ``b`` runs over its blocks, each of one task.
-
-    gram [b, b] float64: inner products of the blocks' (weighted) gradient sums. self_sq [b] float64: the sum over the
-    block's samples of their own squared norms. weight [b], weight_sq [b] float64: sums of w_p and of w_p squared.
-    """
-
-    gram: Tensor
-    self_sq: Tensor
-    weight: Tensor
-    weight_sq: Tensor
-    block_task: Tensor
-    block_keys: Sequence[Hashable]
-
-
-@dataclass(frozen=True)
-class TaskMoments:
-    """K tasks' estimates with jackknife standard errors; all tensors float64, the first six [K], the rest [K, K]."""
-
-    sq_norm: Tensor
-    std_error: Tensor
-    plug_in: Tensor
-    mean_sq_norm: Tensor
-    pair_weight: Tensor
-    noise_scale: Tensor
-    inner_products: Tensor
-    inner_products_se: Tensor
-    cosines: Tensor
-    cosines_se: Tensor
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, NaN where the denominator is not positive."""
-    return torch.where(denominator > 0, numerator / denominator, NAN)
-
-
-def _cosine(inner: Tensor, sq_a: Tensor, sq_b: Tensor) -> Tensor:
-    """inner / sqrt(sq_a sq_b), NaN where either estimate is not positive, as an unbiased estimate may be."""
-    product = sq_a * sq_b
-    return torch.where((sq_a > 0) & (sq_b > 0), inner / product.clamp_min(0).sqrt(), NAN)
-
-
-def _noise_scale(mean_sq_norm: Tensor, sq_norm: Tensor) -> Tensor:
-    return torch.where(sq_norm != 0, (mean_sq_norm - sq_norm) / sq_norm, NAN)
-
-
-def _by_task(values: Tensor, task: Tensor, num_tasks: int, dim: int = 0) -> Tensor:
-    """Sum along ``dim`` what belongs to one task. Not by a one-hot product: 0 * NaN would carry NaN between tasks."""
-    shape = list(values.shape)
-    shape[dim] = num_tasks
-    return torch.zeros(shape, dtype=torch.float64).index_add_(dim, task, values)
-
-
-def _pair_sums(
-    parts: Sequence[PairSums], num_tasks: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Hashable], Tensor]:
-    """Per block, over all micro-batches: its row of inner products with every task's sum, and of pair weights.
-
-    Returns inner [D, K] and pairs [D, K] (D distinct blocks; the column of a block's own task leaves out the block's
-    samples paired with themselves), then twice_inner and twice_pairs [D]: what deleting the block takes from its own
-    task's numerator and denominator; the block keys and their tasks [D].
-    """
-    index: dict[Hashable, int] = {}
-    tasks: list[int] = []
-    for part in parts:
-        for key, task in zip(part.block_keys, part.block_task.tolist(), strict=True):
-            if key not in index:
-                index[key] = len(tasks)
-                tasks.append(task)
-    count = len(tasks)
-    inner, pairs = torch.zeros(2, count, num_tasks, dtype=torch.float64)
-    twice_inner, twice_pairs = torch.zeros(2, count, dtype=torch.float64)
-    for part in parts:
-        at = torch.tensor([index[key] for key in part.block_keys])
-        own = part.block_task[:, None]
-        part_inner = _by_task(part.gram, part.block_task, num_tasks, dim=1)
-        part_pairs = part.weight[:, None] * _by_task(part.weight, part.block_task, num_tasks)[None, :]
-        own_inner, own_pairs = part_inner.gather(1, own)[:, 0], part_pairs.gather(1, own)[:, 0]
-        # Deleting block b takes its row and its column of the task's sum, and gives its own square back once.
-        twice_inner.index_add_(0, at, 2 * own_inner - part.gram.diagonal() - part.self_sq)
-        twice_pairs.index_add_(0, at, 2 * own_pairs - part.weight**2 - part.weight_sq)
-        inner.index_add_(0, at, part_inner.scatter(1, own, (own_inner - part.self_sq)[:, None]))
-        pairs.index_add_(0, at, part_pairs.scatter(1, own, (own_pairs - part.weight_sq)[:, None]))
-    return inner, pairs, twice_inner, twice_pairs, list(index), torch.tensor(tasks, dtype=torch.long)
-
-
-def task_moments(parts: Sequence[PairSums], num_tasks: int) -> TaskMoments:
-    """Estimate every task's squared gradient norm and all cross-task inner products from micro-batches' Grams.
-
-    ``U_k = sum_m sum_{p != q in k} <G_p, G_q> / sum_m sum_{p != q in k} w_p w_q``,
-    ``M_ab = sum_m <S_a, S_b> / sum_m w_a w_b`` for a != b (S: a task's sum inside a micro-batch m).
-    Standard errors leave out one block at a time:
-    ``se^2 = (D - 1)/D sum_d (theta_{-d} - mean)^2``, and for a quantity of two tasks the sum of both tasks' terms.
-    They are
-    NaN for a task of fewer than three blocks.
-    """
-    inner, pairs, own_inner, own_pairs, _, block_task = _pair_sums(parts, num_tasks)
-    num, den = _by_task(inner, block_task, num_tasks), _by_task(pairs, block_task, num_tasks)  # [K, K]
-    blocks = torch.bincount(block_task, minlength=num_tasks).to(torch.float64)[:, None]
-    moments = _ratio(num, den)
-    sq_norm = moments.diagonal().clone()
-
-    # Leave one block d (of task a) out: row a of the matrix changes. loo[d, k] = M_{-d}[a, k].
-    loo_num, loo_den = num[block_task] - inner, den[block_task] - pairs
-    own = block_task[:, None]
-    loo_num.scatter_(1, own, (num.diagonal()[block_task] - own_inner)[:, None])
-    loo_den.scatter_(1, own, (den.diagonal()[block_task] - own_pairs)[:, None])
-    loo = _ratio(loo_num, loo_den)
-    loo_sq = loo.gather(1, own)[:, 0]
-    loo_cos = _cosine(loo, loo_sq[:, None], sq_norm[None, :])
-
-    def jackknife(left_out: Tensor) -> Tensor:
-        """[D, K] leave-one-out values -> [K, K] variance from the blocks of each row's task."""
-        mean = _by_task(left_out, block_task, num_tasks) / blocks
-        deviation = (left_out - mean[block_task]) ** 2
-        return torch.where(blocks > 2, (blocks - 1) / blocks * _by_task(deviation, block_task, num_tasks), NAN)
-
-    var_inner, var_cos = jackknife(loo), jackknife(loo_cos)
-    inner_se, cos_se = (var_inner + var_inner.T).sqrt(), (var_cos + var_cos.T).sqrt()
-    std_error = var_inner.diagonal().sqrt()
-    inner_se.diagonal().copy_(std_error)
-    cosines = _cosine(moments, sq_norm[:, None], sq_norm[None, :])
-    cos_se.diagonal().zero_()
-
-    self_sq, weight_sq, whole, whole_weight = torch.zeros(4, num_tasks, dtype=torch.float64)
-    for part in parts:
-        task = part.block_task
-        self_sq += _by_task(part.self_sq, task, num_tasks)
-        weight_sq += _by_task(part.weight_sq, task, num_tasks)
-        whole += _by_task(_by_task(part.gram, task, num_tasks), task, num_tasks, dim=1).diagonal()
-        whole_weight += _by_task(part.weight, task, num_tasks) ** 2
-    mean_sq_norm = _ratio(self_sq, weight_sq)
-    return TaskMoments(
-        sq_norm=sq_norm,
-        std_error=std_error,
-        plug_in=_ratio(whole, whole_weight),
-        mean_sq_norm=mean_sq_norm,
-        pair_weight=den.diagonal().clone(),
-        noise_scale=_noise_scale(mean_sq_norm, sq_norm),
-        inner_products=moments,
-        inner_products_se=inner_se,
-        cosines=cosines,
-        cosines_se=cos_se,
-    )
 
 
 def cross_product(
@@ -238,7 +89,7 @@ def cross_product(
     n = torch.bincount(ids, minlength=groups)
     count = n.to(torch.float64)
     own = torch.zeros(groups, dtype=torch.float64).index_add_(0, ids, sample_sq)
-    sq_norm = _ratio(group_sq - own, count * (count - 1))
+    sq_norm = ratio(group_sq - own, count * (count - 1))
     std_error = None
     if gram is not None:
         gram = torch.as_tensor(gram, dtype=torch.float64).detach().cpu()
@@ -252,8 +103,8 @@ def cross_product(
         std_error = task_moments([part], groups).std_error
     return CrossProduct(
         sq_norm=sq_norm,
-        plug_in=_ratio(group_sq, count**2),
-        noise_scale=_noise_scale(_ratio(own, count), sq_norm),
+        plug_in=ratio(group_sq, count**2),
+        noise_scale=noise_scale(ratio(own, count), sq_norm),
         n=n,
         std_error=std_error,
     )

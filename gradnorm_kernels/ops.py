@@ -80,7 +80,9 @@ def fused_grad_norm(
         algorithm: "wgrad" (norms from slabs of the weight's gradient), "gram" (norms from inner products of tokens;
             loses digits where a sample's tokens cancel; sums of groups come from slabs where those are cheaper) or
             "auto" (per sample, by its length).
-        backend: "torch", "triton", "cuda" or "auto".
+        backend: "torch" (any device and dtype), "cpu" (C++, for CPU tensors), "triton" or "cuda" (for GPU tensors), or
+            "auto": the one expected to be fastest of those that can serve the call. Only "torch" takes float64.
+            :func:`gradnorm_kernels.dispatch.explain` says which it is, and why not the others.
         num_samples: N, where ``sample_ids`` alone do not tell (the last samples may have no segment). Default: the
             length of ``group_ids``, or else the largest sample id plus one.
         num_groups: K. Default: the largest group id plus one.
@@ -95,7 +97,7 @@ def fused_grad_norm(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is not as above.
-        RuntimeError: an explicit ``backend`` cannot run here; the text says why.
+        RuntimeError: an explicit ``backend`` cannot run here or not take such tensors; the text says why.
     """
     checks.tensors(x=x, dy=dy, cu_seqlens=cu_seqlens, sample_ids=sample_ids, group_ids=group_ids)
     sample_sq, group_sq, total, gram = torch.ops.gradnorm_kernels.fused_grad_norm(
@@ -170,7 +172,7 @@ def _fused_grad_norm(
     sizes = checks.fused_grad_norm(
         x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
     )
-    plan = dispatch.choose(dispatch.problem_of(sizes, x.device, weight_grad, group_gram), algorithm, backend).plan
+    plan = dispatch.choose(dispatch.problem_of(sizes, x, weight_grad, group_gram), algorithm, backend).plan
     sample_sq, group_sq, total, gram = backends.load(plan.backend).fused_grad_norm(
         x.detach(), dy.detach(), cu_seqlens, sample_ids, group_ids, sizes, plan, weight_grad, group_gram
     )
@@ -218,7 +220,7 @@ def _grad_gram(
     backend: str,
 ) -> Tensor:
     sizes = checks.grad_gram(x, dy, cu_seqlens, sample_ids, num_samples, algorithm, backend, backends.NAMES)
-    plan = dispatch.choose(dispatch.problem_of(sizes, x.device, pairwise=True), algorithm, backend).plan
+    plan = dispatch.choose(dispatch.problem_of(sizes, x, pairwise=True), algorithm, backend).plan
     gram: Tensor = backends.load(plan.backend).grad_gram(x.detach(), dy.detach(), cu_seqlens, sample_ids, sizes, plan)
     return gram
 
@@ -247,7 +249,7 @@ def _grad_dot(
     backend: str,
 ) -> Tensor:
     sizes = checks.grad_dot(x, dy, v, cu_seqlens, sample_ids, num_samples, backend, backends.NAMES)
-    plan = dispatch.choose(dispatch.problem_of(sizes, x.device), backend=backend).plan
+    plan = dispatch.choose(dispatch.problem_of(sizes, x), backend=backend).plan
     dots: Tensor = backends.load(plan.backend).grad_dot(
         x.detach(), dy.detach(), v.detach(), cu_seqlens, sample_ids, sizes, plan
     )

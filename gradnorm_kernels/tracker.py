@@ -5,18 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .estimator import PairSums, RunningEstimate, TaskGradient, task_moments
+from . import distributed
+from .estimator import RunningEstimate, TaskGradient
+from .moments import PairSums, StepSums, add_up, merge, moments
 from .tracking.capture import fuse, observe
-from .tracking.layers import LayerChoice, named, select_layers, use_counts
+from .tracking.exact import TaskSums
+from .tracking.layers import LayerChoice, Parameters, select_layers
 from .tracking.recorder import Recorder
 from .tracking.rows import Ids, Rows, make_rows
 
 MAX_BLOCKS = 512  # above as many samples in one micro-batch the jackknife leaves out folds instead of samples
+ACCUMULATE = ("pairs", "exact")
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:
@@ -49,7 +54,7 @@ class GradNormTracker:
 
     G_p is the gradient of sample p's own loss, the mean over its rows, in the weights and biases of the chosen layers;
     w_p is the share of the sample's rows present in the micro-batch (1 when it is whole); pairs are taken inside a
-    micro-batch.
+    micro-batch, and pooled over micro-batches and data-parallel ranks.
 
     Args:
         model: any module; it is left as it was by :meth:`close`.
@@ -59,6 +64,15 @@ class GradNormTracker:
         fused: False only watches (training stays the same to the last bit). True swaps the chosen linears' backward
             for one
             that takes dW and the norms from one pass (the same up to rounding); all other parameters are watched.
+        accumulate: "pairs" (inside micro-batches), or "exact": the tasks' gradient sums are kept over the step's
+            micro-batches and added over ranks, so that every pair of samples counts,
+            ``U_k = (||S_k||^2 - sum_p ||G_p||^2) / (n (n - 1))``. Costs a float32 copy of the measured parameters for
+            every task, and samples must be whole in their micro-batch.
+        process_group: the data-parallel ranks, whose samples make up a step: "auto" (all ranks of an initialised
+            torch.distributed), None (this process alone) or a ProcessGroup. With several ranks :meth:`step` is a
+            collective call: each rank makes it once a step and gets the same estimates.
+        frozen: also measure chosen linears whose weight does not train: the gradient that it would get, as of the
+            matrix under a LoRA adapter.
 
     Attributes:
         layers: names of the measured modules.
@@ -67,16 +81,30 @@ class GradNormTracker:
         running: {task: RunningEstimate} pooled over all steps so far.
 
     Raises:
-        ValueError: nothing to measure, or (fused) a linear with a forward of its own.
-        TypeError: ``model`` is not a module or ``layers`` is of the wrong type.
+        ValueError: nothing to measure, (fused) a linear with a forward of its own, or an unknown ``accumulate``.
+        TypeError: ``model`` is not a module, ``layers`` or ``process_group`` is of the wrong type.
     """
 
-    def __init__(self, model: nn.Module, layers: LayerChoice = "last_attention", fused: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerChoice = "last_attention",
+        fused: bool = False,
+        *,
+        accumulate: str = "pairs",
+        process_group: Any = "auto",
+        frozen: bool = False,
+    ) -> None:
+        if accumulate not in ACCUMULATE:
+            raise ValueError(f"accumulate must be one of {', '.join(map(repr, ACCUMULATE))}, got {accumulate!r}")
+        distributed.resolve(process_group)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self._model = model
-        self._selection = select_layers(model, layers)
-        self._uses_of = use_counts(model, self._selection)
+        self._process_group = process_group
+        self._selection = select_layers(model, layers, frozen)
+        self._parameters = Parameters(model, self._selection)
+        self._exact = TaskSums() if accumulate == "exact" else None
+        self._spoiled = False  # a micro-batch failed after adding to the exact sums
         self.layers = [layer.name for layer in self._selection.layers]
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.skipped = {name: size / trainable for name, size in self._selection.skipped.items()}
@@ -92,6 +120,7 @@ class GradNormTracker:
         self._task_index: dict[Hashable, int] = {}
         self._sample_task: dict[Hashable, Hashable] = {}
         self._sample_rows: dict[Hashable, int] = {}
+        self._spread: set[Hashable] = set()  # samples whose rows may lie in other micro-batches, and on other ranks
         self._serial = 0
         self._warned: set[str] = set()
         self._undo = []
@@ -125,8 +154,9 @@ class GradNormTracker:
                 Default B, which fits ``loss = row_losses.mean()``; times the accumulation steps if the loss is divided
                 by them; divided by the loss scale under a GradScaler.
             rows_per_sample: number or [B], how many rows the whole sample has when its rows are spread over
-                micro-batches.
-                Default: the rows seen here are all. Without it a sample may not come back within a step.
+                micro-batches or ranks; then one id means one sample on all ranks.
+                Default: the rows seen here are all. Without it a sample may not come back within a step, and ids tell
+                the samples of one rank apart.
 
         Raises:
             ValueError, TypeError: ids that do not fit, before anything runs.
@@ -142,7 +172,13 @@ class GradNormTracker:
             task_ids, sample_ids, attention_mask, row_scale, rows_per_sample, serial=self._serial, max_blocks=MAX_BLOCKS
         )
         self._check_samples(rows, spread=rows_per_sample is not None)
-        recorder = self._recorder = Recorder(rows, self._uses_of, lambda p: named(self._model, p))
+        if self._exact is not None and bool((rows.weight != 1).any()):
+            raise ValueError(
+                'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
+                f"{rows.samples[int((rows.weight != 1).nonzero()[0])]!r} are elsewhere: keep a sample's rows together, "
+                'or use accumulate="pairs"'
+            )
+        recorder = self._recorder = Recorder(rows, self._parameters, self._exact)
         try:
             yield
             if not recorder.reached:
@@ -152,11 +188,16 @@ class GradNormTracker:
                 )
             with torch.no_grad():
                 part = recorder.finish(lambda task: self._task_index.setdefault(task, len(self._task_index)))
+        except BaseException:
+            self._spoiled = self._spoiled or (self._exact is not None and bool(recorder.reached))
+            raise
         finally:
             self._recorder = None
         self._warn_never_called(recorder)
         self._parts.append(part)
         self._serial += 1
+        if rows_per_sample is not None:
+            self._spread.update(rows.samples)
         for sample, task, present in zip(rows.samples, rows.tasks, rows.rows_present, strict=True):
             self._sample_task[sample] = task
             self._sample_rows[sample] = self._sample_rows.get(sample, 0) + present
@@ -199,33 +240,76 @@ class GradNormTracker:
 
         Returns:
             :class:`StepStats`; empty when there was no micro-batch. A task with one sample has NaN and n = 1.
+
+        Raises:
+            RuntimeError: another rank stopped or did not make this call; or (``accumulate="exact"``) a micro-batch of
+                this step failed halfway, so that its sums cannot be told from the others': the next step is measured
+                again.
         """
-        stats = StepStats()
-        tasks = stats.tasks = list(self._task_index)
-        moments = task_moments(self._parts, len(tasks))
-        stats.inner_products, stats.inner_products_se = moments.inner_products, moments.inner_products_se
-        stats.cosines, stats.cosines_se = moments.cosines, moments.cosines_se
-        counts = dict.fromkeys(tasks, 0)
-        for task in self._sample_task.values():
-            counts[task] += 1
+        group = distributed.resolve(self._process_group)
+        try:
+            if any(distributed.gather(self._spoiled, group) if self._exact is not None else []):
+                raise RuntimeError(
+                    'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
+                )
+            gathered = distributed.gather(
+                self._step_sums(distributed.rank(group) if group is not None else None), group
+            )
+            sums = merge([part for part, _ in gathered]) if group is not None else gathered[0][0]
+            exact = self._exact.gram(sums.tasks, group) if self._exact is not None else None
+        finally:
+            self._reset()
+        return self._publish(sums, exact, any(folded for _, folded in gathered))
+
+    def _step_sums(self, rank: int | None) -> tuple[StepSums, bool]:
+        """This rank's share of the step, and whether its blocks are folds. Ids that only this rank knows get its
+        number.
+        """
         folded = any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys)
+        samples = {sample: self._task_index[task] for sample, task in self._sample_task.items()}
+        sums = add_up(self._parts, list(self._task_index), samples)
+        if rank is None:
+            return sums, folded
+
+        def known(key: Hashable) -> Hashable:
+            return key if key in self._spread else ("rank", rank, key)
+
+        keys, named = tuple(map(known, sums.keys)), {known(sample): task for sample, task in samples.items()}
+        return replace(sums, keys=keys, sample_task=named), folded
+
+    def _publish(self, sums: StepSums, exact: Tensor | None, folded: bool) -> StepStats:
+        """The estimates of a step, which also enter ``running``."""
+        stats = StepStats()
+        tasks = stats.tasks = list(sums.tasks)
+        found = moments(sums, exact)
+        stats.inner_products, stats.inner_products_se = found.inner_products, found.inner_products_se
+        stats.cosines, stats.cosines_se = found.cosines, found.cosines_se
+        counts = [0] * len(tasks)
+        for k in sums.sample_task.values():
+            counts[k] += 1
+        known = "jackknife over folds" if folded else "jackknife over samples"
+        if exact is not None:
+            known += " inside micro-batches, an upper bound"
         for k, task in enumerate(tasks):
-            error = float(moments.std_error[k])
-            method = "none" if error != error else "jackknife over folds" if folded else "jackknife over samples"
+            error = float(found.std_error[k])
             stats[task] = TaskGradient(
-                sq_norm=float(moments.sq_norm[k]),
+                sq_norm=float(found.sq_norm[k]),
                 std_error=error,
-                noise_scale=float(moments.noise_scale[k]),
-                plug_in=float(moments.plug_in[k]),
-                n=counts[task],
-                mean_sq_norm=float(moments.mean_sq_norm[k]),
-                pair_weight=float(moments.pair_weight[k]),
-                std_error_method=method,
+                noise_scale=float(found.noise_scale[k]),
+                plug_in=float(found.plug_in[k]),
+                n=counts[k],
+                mean_sq_norm=float(found.mean_sq_norm[k]),
+                pair_weight=float(found.pair_weight[k]),
+                std_error_method="none" if error != error else known,
             )
             self.running.setdefault(task, RunningEstimate()).update(stats[task])
-        self._parts, self._serial = [], 0
-        self._task_index, self._sample_task, self._sample_rows = {}, {}, {}
         return stats
+
+    def _reset(self) -> None:
+        self._parts, self._serial, self._spoiled = [], 0, False
+        self._task_index, self._sample_task, self._sample_rows, self._spread = {}, {}, {}, set()
+        if self._exact is not None:
+            self._exact = TaskSums()
 
     def state_dict(self) -> dict[str, Any]:
         """The running estimates, for a checkpoint between steps.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 import gradnorm_kernels as gk
-from gradnorm_kernels.estimator import PairSums, task_moments
+from gradnorm_kernels.moments import PairSums, add_up, merge, moments, task_moments
 from tests.brute_force import jackknife, u_statistic
 
 
@@ -155,6 +156,57 @@ def test_split_samples_keep_u_unbiased() -> None:
         values.append(float(task_moments(parts, 1).sq_norm[0]))
     v = torch.tensor(values)
     assert abs(float(v.mean()) - float(mean.square().sum())) < 4 * float(v.std()) / math.sqrt(draws)
+
+
+def test_ranks_merged_are_one_process_with_their_micro_batches() -> None:
+    """Tasks in another order on each rank, a task that one rank lacks, and a sample that lies on two of them."""
+    g, _ = gradients([24])
+    halves = torch.full((6,), 0.5, dtype=torch.float64)
+    layout = [(slice(0, 6), [0, 0, 1, 1, 1, 0]), (slice(6, 14), [1, 1, 0, 0, 0, 1, 1, 1]), (slice(14, 20), [0] * 6)]
+    keys = [list(range(6)), list(range(6, 14)), [0, 1, 5, 20, 21, 22]]
+    weights = [None, None, halves]
+    names = [["a", "b"], ["b", "a"], ["a"]]
+    parts = [
+        sums_of(g[rows], torch.tensor(ids), own, weight)
+        for (rows, ids), own, weight in zip(layout, keys, weights, strict=True)
+    ]
+    ranks = []
+    for part, own in zip(parts, names, strict=True):
+        column = torch.tensor([own.index("ab"[task]) for task in part.block_task.tolist()])
+        samples = {key: int(task) for key, task in zip(part.block_keys, column, strict=True)}
+        ranks.append(add_up([replace(part, block_task=column)], own, samples))
+    merged, whole = moments(merge(ranks)), task_moments(parts, 2)
+    assert merge(ranks).tasks == ("a", "b")
+    for field in fields(whole):
+        torch.testing.assert_close(
+            getattr(merged, field.name), getattr(whole, field.name), rtol=1e-12, atol=1e-12, msg=field.name
+        )
+    table = merge(ranks).sample_task
+    assert len(table) == 17 and [table[key] for key in (0, 2, 6, 8, 22)] == [0, 1, 1, 0, 0]
+
+
+def test_a_sample_in_two_tasks_on_two_ranks_is_refused() -> None:
+    g, _ = gradients([6])
+    part = sums_of(g[:3], torch.zeros(3, dtype=torch.long), [0, 1, 2])
+    ranks = [add_up([part], [task], dict.fromkeys([0, 1, 2], 0)) for task in ("a", "b")]
+    with pytest.raises(ValueError, match=r"sample 0 has rows of two tasks, 'a' on one rank and 'b' on another"):
+        merge(ranks)
+
+
+def test_exact_sums_make_every_pair_count() -> None:
+    g, ids = gradients([9, 5])
+    half = len(g) // 2
+    parts = [sums_of(g[:half], ids[:half], list(range(half))), sums_of(g[half:], ids[half:], list(range(half, len(g))))]
+    sums = torch.stack([g[ids == k].sum(0) for k in range(2)])
+    found = moments(add_up(parts, ["a", "b"]), sums @ sums.T)
+    for k in range(2):
+        own = g[ids == k]
+        n = len(own)
+        assert float(found.sq_norm[k]) == pytest.approx(u_statistic(own))
+        assert float(found.plug_in[k]) == pytest.approx(float(own.mean(0).square().sum()))
+        assert float(found.pair_weight[k]) == n * (n - 1)
+    assert float(found.inner_products[0, 1]) == pytest.approx(float(g[ids == 0].mean(0) @ g[ids == 1].mean(0)))
+    assert float(found.std_error[0]) == float(task_moments(parts, 2).std_error[0]), "that of the pairs inside"
 
 
 def test_bad_shapes_are_refused_by_name() -> None:

@@ -24,17 +24,19 @@ ROOMS = (
     "backends",
     "dispatch",
     "ops",
+    "autotune",
+    "moments",
     "estimator",
+    "distributed",  # before the tracker, whose step() exchanges sums between ranks
     "tracking",  # what the tracker is made of
     "tracker",
     "sampler",
-    "distributed",
     "integrations",
 )
 #: These two stand outside the order: they may import every room, and no room may import them.
 OUTSIDE = ("__init__", "__main__")
 #: room -> packages it may import besides torch and Python's own, and then only when they are asked for.
-LAZY = {"integrations": {"accelerate", "datasets", "transformers", "trl"}}
+LAZY = {"integrations": {"accelerate", "datasets", "peft", "torchjd", "transformers", "trl"}}
 #: Nothing imports these: they are the application, the tests and the benchmarks.
 NEVER = {"benchmarks", "gradnorm_grpo", "tests", "train_grpo"}
 

@@ -94,7 +94,7 @@ def slab_pass(
         if weight_grad is not None and in_place is None:
             weight_grad[lo : lo + height] = slab_total
         if gram is not None and sums is not None:
-            gram += _gram(sums[:, :height].flatten(1))
+            gram += gram_of_sums(sums[:, :height].flatten(1))
     if gram is not None:
         gram.diagonal().copy_(group_sq)
     return Sums(sample_sq, group_sq, gram)
@@ -124,7 +124,7 @@ def _sum_of_squares(product: Tensor, places: Iterator[Tensor]) -> None:
         torch.dot(piece, piece, out=next(places))
 
 
-def _gram(sums: Tensor) -> Tensor:
+def gram_of_sums(sums: Tensor) -> Tensor:
     """``sums @ sums.T`` for sums [K, n]: float32 over a limited number of columns, float64 from there on."""
     gram = torch.zeros(len(sums), len(sums), dtype=torch.float64, device=sums.device)
     for lo in range(0, sums.shape[1], _GRAM_COLUMNS):

@@ -12,6 +12,7 @@ The integer tensors are read on the host: on a GPU a call synchronises, unless t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
@@ -24,6 +25,17 @@ from .numerics import block_sums, exact_matmuls, inner, wide_dtype
 from .pairs import pair_gram, sample_norms
 from .slabs import Step, Sums, slab_pass, steps
 
+# Arguments and result of :func:`gradnorm_kernels.backends.slabs.slab_pass`. The cpu backend brings a compiled one.
+SlabPass = Callable[[Tensor, Tensor, list[list[Step]], int, Tensor | None, bool], Sums]
+
+
+def missing() -> None:
+    """Nothing is missing: the library is not imported without torch."""
+
+
+def unsupported(device_type: str, dtype: torch.dtype) -> None:
+    """Every device and dtype that the ops take is torch's too."""
+
 
 def fused_grad_norm(
     x: Tensor,
@@ -35,6 +47,7 @@ def fused_grad_norm(
     plan: Plan,
     weight_grad: bool,
     group_gram: bool,
+    slabs: SlabPass = slab_pass,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(sample_sq_norms, group_sq_norms, weight_grad, group_gram); what was not asked for is None."""
     layout = read(x, cu_seqlens, sample_ids, group_ids, sizes)
@@ -50,7 +63,7 @@ def fused_grad_norm(
         if plan.sums == "gram" and not weight_grad:
             found = _from_pairs(x, dy, runs, plan.tile, group_gram)
         else:
-            found = _from_slabs(x, dy, runs, plan, total, group_gram)
+            found = _from_slabs(x, dy, runs, plan, total, group_gram, slabs)
     present = _index(x, [run[0].group for run in runs])
     samples[_index(x, [stretch.sample for stretch in layout.stretches])] = found.sample_sq
     groups[present] = found.group_sq
@@ -60,7 +73,13 @@ def fused_grad_norm(
 
 
 def grad_gram(
-    x: Tensor, dy: Tensor, cu_seqlens: Tensor | None, sample_ids: Tensor | None, sizes: checks.Sizes, plan: Plan
+    x: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None,
+    sample_ids: Tensor | None,
+    sizes: checks.Sizes,
+    plan: Plan,
+    slabs: SlabPass = slab_pass,
 ) -> Tensor:
     """``<G_i, G_j>`` [N, N] float64: the Gram of groups of one sample each."""
     layout = read(x, cu_seqlens, sample_ids, None, sizes)
@@ -74,7 +93,7 @@ def grad_gram(
             gram = pair_gram(x, dy, layout.stretches, plan.tile)
         else:
             runs = [[Step(s.hi - s.lo, measured=True)] for s in layout.stretches]
-            gram = slab_pass(x, dy, runs, plan.slab, None, True).gram
+            gram = slabs(x, dy, runs, plan.slab, None, True).gram
     assert gram is not None
     present = _index(x, [stretch.sample for stretch in layout.stretches])
     result[present[:, None], present] = gram
@@ -111,10 +130,16 @@ def grad_dot(
 
 
 def _from_slabs(
-    x: Tensor, dy: Tensor, runs: list[list[Stretch]], plan: Plan, weight_grad: Tensor | None, group_gram: bool
+    x: Tensor,
+    dy: Tensor,
+    runs: list[list[Stretch]],
+    plan: Plan,
+    weight_grad: Tensor | None,
+    group_gram: bool,
+    slabs: SlabPass,
 ) -> Sums:
     """Sums from the slab pass; norms of long samples from there too, of short ones from their Grams."""
-    found = slab_pass(x, dy, [steps(run, plan.gram_tokens) for run in runs], plan.slab, weight_grad, group_gram)
+    found = slabs(x, dy, [steps(run, plan.gram_tokens) for run in runs], plan.slab, weight_grad, group_gram)
     stretches = [stretch for run in runs for stretch in run]
     short = [i for i, stretch in enumerate(stretches) if stretch.hi - stretch.lo <= plan.gram_tokens]
     if not short:

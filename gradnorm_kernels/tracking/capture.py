@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..distributed import is_dtensor
 from .layers import Layer
 from .recorder import Recorder
 
@@ -30,6 +31,18 @@ def _count_call(recorder: Recorder, layer: Layer) -> None:
         recorder.called(layer)
 
 
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a function, and have it look at hooks before it uses compiled code again.
+
+    Without that guard, layers of one class share what was compiled for the first of them, which has no hook.
+    """
+    import torch._dynamo.config
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    disabled: Callable[..., Any] = torch.compiler.disable(function)
+    return disabled
+
+
 def observe(layer: Layer, current: CurrentRecorder) -> Callable[[], None]:
     """Watch one layer's calls; returns what removes the hook again.
 
@@ -42,7 +55,11 @@ def observe(layer: Layer, current: CurrentRecorder) -> Callable[[], None]:
         if recorder is None or recorder.replaying:
             return None
         _count_call(recorder, layer)
-        if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+        if not (torch.is_grad_enabled() and isinstance(output, Tensor)):
+            return None
+        if layer.frozen and not output.requires_grad:
+            output.requires_grad_()  # below the first adapter nothing else asks for this gradient
+        if not output.requires_grad:
             return None
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None:
@@ -72,7 +89,9 @@ def observe(layer: Layer, current: CurrentRecorder) -> Callable[[], None]:
         output.register_hook(output_hook)
         return replaced
 
-    return layer.module.register_forward_hook(forward_hook, with_kwargs=True).remove
+    # Not traced by torch.compile: the hook keeps tensors of this very call. A compiled model has a graph break there.
+    hook = _untraced(forward_hook)
+    return layer.module.register_forward_hook(hook, with_kwargs=True).remove
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -138,6 +157,11 @@ def fuse(layer: Layer, current: CurrentRecorder) -> Callable[[], None]:
         _count_call(recorder, layer)
         recorder.leading = x.shape[0]
         weight: Tensor = module.get_parameter("weight")
+        if is_dtensor(weight):
+            raise ValueError(
+                f"fused=True cannot take over layer {layer.name!r}: its weight is sharded over ranks while it "
+                "computes (tensor parallel); use fused=False"
+            )
         bias: Tensor | None = module._parameters.get("bias")
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -147,5 +171,5 @@ def fuse(layer: Layer, current: CurrentRecorder) -> Callable[[], None]:
     def restore() -> None:
         del module.forward
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = _untraced(forward)  # type: ignore[method-assign]
     return restore

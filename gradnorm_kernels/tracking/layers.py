@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Kind = Literal["linear", "conv1d", "embedding", "vector"]
@@ -21,6 +21,7 @@ class Layer:
     name: str
     module: nn.Module
     kind: Kind
+    frozen: bool = False  # measured although its weight does not train, as the matrix under an adapter
 
 
 @dataclass
@@ -123,8 +124,8 @@ def _examples(names: Iterable[str]) -> list[str]:
     return [name for name in names if name][:5]
 
 
-def select_layers(model: nn.Module, layers: LayerChoice) -> Selection:
-    """Resolve ``layers`` to modules with trainable parameters.
+def select_layers(model: nn.Module, layers: LayerChoice, frozen: bool = False) -> Selection:
+    """Resolve ``layers`` to modules with trainable parameters, and with ``frozen`` to linears that do not train too.
 
     A parameter that a chosen module shares with another module (tied embeddings) brings that module in too: the
     gradient of a parameter is the sum over all its uses.
@@ -141,7 +142,12 @@ def select_layers(model: nn.Module, layers: LayerChoice) -> Selection:
         )
     matching = _matching(model, layers)
     modules = dict(model.named_modules())
-    chosen = {name for name in matching if _trains(modules[name])}
+    still = {
+        name
+        for name in matching
+        if frozen and kind_of(modules[name]) in ("linear", "conv1d") and not _trains(modules[name])
+    }
+    chosen = {name for name in matching if _trains(modules[name])} | still
     shared = {id(p) for name in chosen for p in modules[name].parameters(recurse=False)}
     chosen |= {
         name for name, module in modules.items() if any(id(p) in shared for p in module.parameters(recurse=False))
@@ -156,28 +162,40 @@ def select_layers(model: nn.Module, layers: LayerChoice) -> Selection:
                 if parameter.requires_grad:
                     selection.skipped[f"{name}.{leaf}" if name else leaf] = parameter.numel()
         else:
-            selection.layers.append(Layer(name, module, kind))
+            selection.layers.append(Layer(name, module, kind, frozen=name in still))
     if not selection.layers:
         reason = (
             f"its trainable parameters cannot be measured: {list(selection.skipped)[:5]}"
             if selection.skipped
-            else "every parameter of it is frozen (requires_grad is False) or it has none"
+            else "every parameter of it is frozen (requires_grad is False; frozen=True measures linears all the same) "
+            "or it has none"
         )
         raise ValueError(f"layers={layers!r} picks nothing that can be measured: {reason}; choose layers that train")
     return selection
 
 
-def use_counts(model: nn.Module, selection: Selection) -> dict[int, int]:
-    """id(parameter) -> how many modules of the model own it: more than one means tied."""
-    counts: dict[int, int] = {}
-    wanted: set[int] = {id(p) for layer in selection.layers for p in layer.module.parameters(recurse=False)}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in wanted:
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return counts
+class Parameters:
+    """Names of the measured layers' parameters: one a parameter, however many modules own it.
 
+    Names, not identities: FSDP2 gives a module another tensor for the time in which it computes.
+    """
 
-def named(model: nn.Module, parameter: Tensor) -> str:
-    """The parameter's name in the model, for messages."""
-    return next((name for name, other in model.named_parameters() if other is parameter), "a parameter")
+    def __init__(self, model: nn.Module, selection: Selection) -> None:
+        wanted = {id(p) for layer in selection.layers for p in layer.module.parameters(recurse=False)}
+        first: dict[int, str] = {}
+        self._name: dict[tuple[str, str], str] = {}
+        self._owners: dict[str, int] = {}
+        for name, module in model.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in wanted:
+                    known = first.setdefault(id(parameter), f"{name}.{leaf}" if name else leaf)
+                    self._name[name, leaf] = known
+                    self._owners[known] = self._owners.get(known, 0) + 1
+
+    def name(self, layer: Layer, leaf: str) -> str:
+        """The parameter's name, the same for all modules that share it."""
+        return self._name[layer.name, leaf]
+
+    def tied(self, name: str) -> bool:
+        """Whether several modules own the parameter."""
+        return self._owners[name] > 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..estimator import PairSums
-from .layers import Layer
+from .. import distributed
+from ..moments import PairSums
+from .exact import TaskSums
+from .layers import Layer, Parameters
+from .owners import by_owner
 from .rows import Rows
 from .uses import Use, bias_rows, make_use, vector_rows, weight_sums
 
@@ -19,19 +23,22 @@ class Recorder:
     squared.
     """
 
-    def __init__(self, rows: Rows, uses_of: dict[int, int], name_of: Callable[[Tensor], str]) -> None:
+    def __init__(self, rows: Rows, parameters: Parameters, exact: TaskSums | None = None) -> None:
+        """``exact``: where the tasks' sums are kept over micro-batches, if they are wanted."""
         self.rows = rows
         self.leading: int | None = (
             None  # rows of the tracked call seen last: a broadcast [1, L] input belongs to as many
         )
         self.replaying = False  # a norm's forward is being run again by ourselves: its hooks look away
-        self._uses_of = uses_of
-        self._name_of = name_of
+        self._parameters = parameters
+        self._exact = exact
         self._calls: dict[str, int] = {}
-        self._done: set[int] = set()
-        self._kept: dict[int, list[Use]] = {}
-        self._vectors: dict[int, Tensor] = {}
-        self._sums: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._done: set[str] = set()
+        self._kept: dict[str, list[Use]] = {}
+        self._vectors: dict[str, Tensor] = {}
+        # Grams by device and by the groups over which their matrices are sharded.
+        self._sums: dict[tuple[torch.device, tuple[Any, ...]], tuple[Tensor, Tensor]] = {}
+        self._groups: dict[str, tuple[Any, ...]] = {}
         self.reached: set[str] = set()
 
     def called(self, layer: Layer) -> None:
@@ -48,74 +55,86 @@ class Recorder:
         Raises:
             RuntimeError: the weight was already squared in this micro-batch: a second backward, or a second forward
                 after it.
+            ValueError: the tokens of a sample, or the rows of an embedding, are spread over ranks.
         """
         self.reached.add(layer.name)
-        use = make_use(layer, x.detach(), dy.detach(), self.rows)
+        distributed.rows_are_whole(layer.name, x, dy)
+        use = make_use(layer, distributed.local(x.detach()), distributed.local(dy.detach()), self.rows)
         if layer.kind == "vector":
             self.replaying = True
             try:
                 grads_of = vector_rows(use)
             finally:
                 self.replaying = False
-            for name, grads in grads_of.items():
-                self._add_vector(layer.module.get_parameter(name), use, grads)
+            for leaf, grads in grads_of.items():
+                self._add_vector(layer, leaf, use, grads)
             return None
         bias = getattr(layer.module, "bias", None)
         if isinstance(bias, Tensor) and bias.requires_grad:
-            self._add_vector(bias, use, bias_rows(use))
+            self._add_vector(layer, "bias", use, bias_rows(use))
         weight = layer.module.get_parameter("weight")
-        if not weight.requires_grad:
+        if not (weight.requires_grad or layer.frozen):
             return None
-        if id(weight) in self._done:
+        name, groups = self._parameters.name(layer, "weight"), distributed.shard_groups(weight)
+        if groups and layer.kind == "embedding":
+            raise ValueError(
+                f"layer {layer.name!r} is an embedding whose rows are sharded over ranks, which is not supported; "
+                "leave it out of layers="
+            )
+        if name in self._done:
             raise RuntimeError(
-                f"{self._name_of(weight)!r} got a second gradient in one micro-batch after its first was measured: "
+                f"{name!r} got a second gradient in one micro-batch after its first was measured: "
                 f"run one forward and one "
                 "backward inside each tracker.microbatch(...)"
             )
-        if layer.kind == "embedding" or self._uses_of.get(id(weight), 1) > 1 or self._calls.get(layer.name, 0) > 1:
-            self._kept.setdefault(id(weight), []).append(use)
+        self._groups[name] = groups
+        if self._exact is not None:
+            tasks = [self.rows.tasks[sample] for sample in use.row_sample.tolist()]
+            self._exact.add_weight(name, use, tasks, groups)
+        if layer.kind == "embedding" or self._parameters.tied(name) or self._calls.get(layer.name, 0) > 1:
+            self._kept.setdefault(name, []).append(use)
             return _plain_weight_grad(use) if weight_grad else None
-        self._done.add(id(weight))
+        self._done.add(name)
         sums = weight_sums([use], self.rows, weight_grad=weight_grad)
-        self._add(sums.gram, sums.self_sq)
+        self._add(sums.gram, sums.self_sq, groups)
         return sums.weight_grad
 
-    def _add(self, gram: Tensor, self_sq: Tensor) -> None:
-        total = self._sums.get(gram.device)
-        self._sums[gram.device] = (gram, self_sq) if total is None else (total[0] + gram, total[1] + self_sq)
+    def _add(self, gram: Tensor, self_sq: Tensor, groups: tuple[Any, ...]) -> None:
+        key = (gram.device, groups)
+        total = self._sums.get(key)
+        self._sums[key] = (gram, self_sq) if total is None else (total[0] + gram, total[1] + self_sq)
 
-    def _add_vector(self, parameter: Tensor, use: Use, grads: Tensor) -> None:
+    def _add_vector(self, layer: Layer, leaf: str, use: Use, grads: Tensor) -> None:
         """Sum rows' gradients of a small parameter into its samples'; it is squared at the end, so reuse is right."""
+        name = self._parameters.name(layer, leaf)
+        self._groups[name] = distributed.shard_groups(layer.module.get_parameter(leaf))
         flat = grads.reshape(grads.shape[0], -1)
-        total = self._vectors.get(id(parameter))
-        if total is None:
-            total = torch.zeros(self.rows.num_samples, flat.shape[1], dtype=torch.float64, device=flat.device)
-            self._vectors[id(parameter)] = total
-        total.index_add_(0, use.row_sample.to(flat.device), flat)
+        sums = by_owner(flat, use.row_sample, self.rows.num_samples)
+        total = self._vectors.get(name)
+        self._vectors[name] = sums if total is None else total + sums
 
     def finish(self, task_index: Callable[[Hashable], int]) -> PairSums:
         """Square what was kept, add everything up, and hand over the micro-batch's numbers (on the CPU)."""
         rows = self.rows
-        for uses in self._kept.values():
+        for name, uses in self._kept.items():
             kinds = {use.layer.kind for use in uses}
             if "conv1d" in kinds and kinds != {"conv1d"}:
                 raise RuntimeError(
                     f"layers {sorted({use.layer.name for use in uses})} share one weight in two orientations, which "
                     f"is not supported"
                 )
-            self._add(*weight_sums(uses, rows)[:2])
-        for vector in self._vectors.values():
-            block = rows.sample_block.to(vector.device)
-            sums = torch.zeros(rows.num_blocks, vector.shape[1], dtype=torch.float64, device=vector.device).index_add_(
-                0, block, vector
-            )
-            own = torch.zeros(rows.num_blocks, dtype=torch.float64, device=vector.device).index_add_(
-                0, block, vector.square().sum(1)
-            )
-            self._add(sums @ sums.T, own)
+            self._add(*weight_sums(uses, rows)[:2], self._groups[name])
+        for name, vector in self._vectors.items():
+            if self._exact is not None:
+                self._exact.add_vectors(name, vector, rows.tasks, self._groups[name])
+            sums = by_owner(vector, rows.sample_block, rows.num_blocks)
+            own = by_owner(vector.square().sum(1), rows.sample_block, rows.num_blocks)
+            self._add(sums @ sums.T, own, self._groups[name])
         gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64)
         self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64)
-        for part, own in self._sums.values():
+        for (_, groups), (part, own) in self._sums.items():
+            for group in groups:
+                distributed.sum_over([part, own], group)
             gram += part.cpu()
             self_sq += own.cpu()
         weight = torch.zeros(rows.num_blocks, dtype=torch.float64).index_add_(0, rows.sample_block, rows.weight)

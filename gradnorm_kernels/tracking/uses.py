@@ -2,30 +2,24 @@
 
 A *use* is one call of a layer: its input and the gradient of its output. Several uses of one parameter (a tied or
 reused weight) are more tokens of the same samples: they are concatenated, so that the cross terms are right.
+
+On a GPU nothing here waits for the device: whose rows they are is known on the host, shapes do not depend on data (so
+that tokens without a gradient stay in and add their zeros), and copies to the device do not block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import fused_grad_norm
 from .layers import Layer
+from .owners import by_owner, resident, to_device
 from .rows import Rows
-
-VOCABULARY_CHUNK = 2048  # rows of an embedding matrix handled at once: bounds the one-hot factor at T x 2048
-
-
-class Sums(NamedTuple):
-    """Over blocks, float64: gram [b, b] and the samples' own squares summed [b]; dW [d_out, d_in] if asked for."""
-
-    gram: Tensor
-    self_sq: Tensor
-    weight_grad: Tensor | None
+from .vocabulary import Sums, Tokens, vocabulary_sums
 
 
 @dataclass(frozen=True)
@@ -74,134 +68,113 @@ def make_use(layer: Layer, x: Tensor, dy: Tensor, rows: Rows) -> Use:
     return Use(layer, x, dy, row_sample, scale)
 
 
-class _Packed(NamedTuple):
-    """T kept tokens: x [T, ...], dy [T, d_out], and how many of them each row has."""
-
-    x: Tensor
-    dy: Tensor
-    lengths: Tensor  # [R] int64
-
-
-def _pack(use: Use, mask: Tensor | None, drop_zeros: bool) -> _Packed:
-    """Leave out tokens whose dy is zero: seen exactly on a CPU; elsewhere the mask says so without a sync."""
+def _tokens(use: Use) -> Tokens:
+    """The use's tokens. On a CPU those whose dy is zero are left out; a padding id is marked by -1."""
     rows = use.x.shape[0]
     embedding = use.layer.kind == "embedding"
     x = use.x.reshape(rows, -1) if embedding else use.x.reshape(rows, -1, use.x.shape[-1])
     dy = use.dy.reshape(rows, -1, use.dy.shape[-1])
-    keep = None
-    if drop_zeros and not dy.is_cuda:
-        keep = (dy != 0).any(-1)
-    elif drop_zeros and mask is not None and mask.shape == dy.shape[:2]:
-        keep = mask.to(dy.device)
     if embedding:
         assert isinstance(use.layer.module, nn.Embedding)
         padding = use.layer.module.padding_idx
         if padding is not None:
-            keep = (x != padding) if keep is None else keep & (x != padding)
-    if keep is None:
-        length = dy.shape[1]
-        return _Packed(
-            x.flatten(0, 1), dy.flatten(0, 1), torch.full((rows,), length, dtype=torch.long, device=dy.device)
-        )
-    return _Packed(x[keep], dy[keep], keep.sum(1))
+            x = torch.where(x == padding, -1, x)
+    if resident(dy):
+        lengths = torch.full((rows,), dy.shape[1])
+        return Tokens(x.flatten(0, 1), dy.flatten(0, 1), lengths, use.row_sample, use.scale, embedding)
+    keep = (dy != 0).any(-1)
+    if embedding:
+        keep &= x >= 0
+    return Tokens(x[keep], dy[keep], keep.sum(1), use.row_sample, use.scale, embedding)
 
 
 def weight_sums(uses: Sequence[Use], rows: Rows, *, weight_grad: bool = False) -> Sums:
     """Gram over blocks of ``G_p = sum_uses sum_tokens scale dy x^T`` for one weight matrix.
 
-    With ``weight_grad`` (one linear use only) also dW of the plain, unscaled, unmasked gradient, which backward needs.
+    With ``weight_grad`` (one linear use only) also dW of the plain, unscaled gradient, which backward needs.
     """
-    packed = [_pack(use, rows.mask, drop_zeros=not (weight_grad and use.dy.is_cuda)) for use in uses]
-    factors = torch.cat([use.scale for use in uses])
-    uniform = float(factors[0]) if bool((factors == factors[0]).all()) else None
-    if uniform is None:
-        scaled = [_prescale(p, use.scale) for p, use in zip(packed, uses, strict=True)]
-    else:
-        scaled = packed
-    row_sample = torch.cat([use.row_sample for use in uses])
-    lengths = torch.cat([p.lengths for p in scaled])
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    device = cu_seqlens.device
-    sample_ids, group_ids = row_sample.to(device), rows.sample_block.to(device)
+    parts = [_tokens(use) for use in uses]
+    factors = _block_factors(parts, rows)
+    scaled = parts if factors is not None else [_prescale(part) for part in parts]
 
-    def run(x: Tensor, dy: Tensor, want: bool) -> Sums:
-        r = fused_grad_norm(
-            x.to(dy.dtype),
-            dy,
-            cu_seqlens,
-            sample_ids=sample_ids,
-            group_ids=group_ids,
-            group_gram=True,
-            weight_grad=want,
-        )
-        own = torch.zeros(rows.num_blocks, dtype=torch.float64, device=device).index_add_(
-            0, group_ids, r.sample_sq_norms
-        )
-        assert r.group_gram is not None
-        return Sums(r.group_gram, own, r.weight_grad)
-
-    if any(use.layer.kind == "embedding" for use in uses):
-        sums = _vocabulary_sums([use.layer.kind == "embedding" for use in uses], scaled, run)
+    if any(part.embedding for part in parts):
+        sums = vocabulary_sums(scaled, rows, _linear_sums)
     else:
-        x, dy = (
-            torch.cat(parts) if len(parts) > 1 else parts[0]
-            for parts in zip(*[(p.x, p.dy) for p in scaled], strict=True)
-        )
-        sums = run(x, dy, weight_grad and uniform is not None)
-    if uniform is not None:
-        return Sums(sums.gram * uniform**2, sums.self_sq * uniform**2, sums.weight_grad)
-    plain = packed[0]
+        sums = _linear_sums(scaled, rows, weight_grad and factors is not None)
+    if factors is not None:
+        factor = to_device(factors, sums.gram.device)
+        return Sums(sums.gram * factor[:, None] * factor, sums.self_sq * factor**2, sums.weight_grad)
+    plain = parts[0]
     return sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype) if weight_grad else None)
 
 
-def _prescale(packed: _Packed, scale: Tensor) -> _Packed:
-    """Scale dy row by row, in fp32 at least: rounding a scaled bf16 again would cost the estimate its digits."""
-    wide = torch.promote_types(packed.dy.dtype, torch.float32)
-    factor = scale.to(packed.dy.device).to(wide).repeat_interleave(packed.lengths)
-    return packed._replace(dy=packed.dy.to(wide) * factor[:, None])
+def _block_factors(parts: Sequence[Tokens], rows: Rows) -> Tensor | None:
+    """[blocks] float64: the factor that all rows of a block share, so that its sums can be scaled after the fact.
 
-
-def _vocabulary_sums(
-    is_embedding: list[bool], packed: list[_Packed], run: Callable[[Tensor, Tensor, bool], Sums]
-) -> Sums:
-    """An embedding's gradient is ``one_hot(id) dy^T``; a head tied to it adds ``dy_head x^T``.
-
-    The Gram adds up over rows of the matrix, so nothing larger than tokens x VOCABULARY_CHUNK is made. Without a head
-    only the ids that occur are looked at.
+    None where rows of one block differ.
     """
-    wide = torch.promote_types(packed[0].dy.dtype, torch.float32)
-    heads = [p for p, embedding in zip(packed, is_embedding, strict=True) if not embedding]
-    ids = [p.x for p, embedding in zip(packed, is_embedding, strict=True) if embedding]
-    if heads:
-        vocabulary = heads[0].dy.shape[1]
-    else:
-        occurring, inverse = torch.cat(ids).unique(return_inverse=True)
-        vocabulary = occurring.numel()
-        ids = list(inverse.split([part.numel() for part in ids]))
-    remaining = iter(ids)
-    codes = [next(remaining) if embedding else None for embedding in is_embedding]
-    x = torch.cat([(p.dy if embedding else p.x).to(wide) for p, embedding in zip(packed, is_embedding, strict=True)])
-    total: Sums | None = None
-    for start in range(0, max(vocabulary, 1), VOCABULARY_CHUNK):
-        stop = min(start + VOCABULARY_CHUNK, max(vocabulary, 1))
-        span = torch.arange(start, stop, device=x.device)
-        dy = torch.cat(
-            [
-                p.dy[:, start:stop].to(wide) if code is None else (code[:, None] == span).to(wide)
-                for p, code in zip(packed, codes, strict=True)
-            ]
-        )
-        part = run(x, dy, False)
-        total = part if total is None else Sums(total.gram + part.gram, total.self_sq + part.self_sq, None)
-    assert total is not None
-    return total
+    scale = torch.cat([part.scale for part in parts])
+    block = rows.sample_block[torch.cat([part.row_sample for part in parts])]
+    factors = torch.zeros(rows.num_blocks, dtype=torch.float64)
+    factors[block] = scale
+    return factors if bool((factors[block] == scale).all()) else None
+
+
+def _prescale(tokens: Tokens) -> Tokens:
+    """Scale dy row by row without rounding it to its dtype again, which would cost the estimate its digits."""
+    dy, rows = tokens.dy, len(tokens.lengths)
+    factor = to_device(tokens.scale, dy.device).to(torch.promote_types(dy.dtype, torch.float32))
+    if not resident(dy):
+        return tokens._replace(dy=dy.to(factor.dtype) * factor.repeat_interleave(tokens.lengths)[:, None])
+    wide = (dy.unflatten(0, (rows, -1)).to(factor.dtype) * factor[:, None, None]).flatten(0, 1)
+    if tokens.embedding or dy.dtype != torch.bfloat16:
+        return tokens._replace(dy=wide)
+    return split(tokens._replace(dy=wide))
+
+
+def split(tokens: Tokens) -> Tokens:
+    """Tokens of float32 dy as twice as many of bfloat16: the part that fits and what is left, 16 bits of dy together.
+
+    Tensor cores multiply those ten times faster than they do float32.
+    """
+    high = tokens.dy.bfloat16()
+    low = (tokens.dy - high).bfloat16()
+    x, rows = tokens.x.bfloat16(), tokens.row_sample
+    return tokens._replace(
+        x=torch.cat([x, x]),
+        dy=torch.cat([high, low]),
+        lengths=torch.cat([tokens.lengths, tokens.lengths]),
+        row_sample=torch.cat([rows, rows]),
+        scale=torch.cat([tokens.scale, tokens.scale]),
+    )
+
+
+def _linear_sums(parts: Sequence[Tokens], rows: Rows, weight_grad: bool) -> Sums:
+    """The sums of a linear's tokens, unscaled, from the operator."""
+    lengths = torch.cat([part.lengths for part in parts])
+    x, dy = (
+        torch.cat(tensors) if len(parts) > 1 else tensors[0]
+        for tensors in zip(*[(part.x, part.dy) for part in parts], strict=True)
+    )
+    r = fused_grad_norm(
+        x.to(dy.dtype),
+        dy,
+        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        sample_ids=torch.cat([part.row_sample for part in parts]),
+        group_ids=rows.sample_block,
+        num_groups=rows.num_blocks,
+        group_gram=True,
+        weight_grad=weight_grad,
+    )
+    assert r.group_gram is not None
+    return Sums(r.group_gram, by_owner(r.sample_sq_norms, rows.sample_block, rows.num_blocks), r.weight_grad)
 
 
 def bias_rows(use: Use) -> Tensor:
     """[R, d_out] float64: the gradient of a bias through each row, ``sum_t dy_t``, times the row's factor."""
     dy = use.dy.reshape(use.dy.shape[0], -1, use.dy.shape[-1])
     wide = torch.promote_types(dy.dtype, torch.float32)
-    return dy.sum(1, dtype=wide).to(torch.float64) * use.scale.to(dy.device)[:, None]
+    return dy.sum(1, dtype=wide).to(torch.float64) * to_device(use.scale, dy.device)[:, None]
 
 
 def vector_rows(use: Use) -> dict[str, Tensor]:
@@ -229,5 +202,5 @@ def vector_rows(use: Use) -> dict[str, Tensor]:
             f"layer {use.layer.name!r} ({type(module).__name__}) cannot be measured: its forward does not run row by "
             f"row ({error}); leave it out of layers="
         ) from error
-    factor = use.scale.to(use.dy.device)
+    factor = to_device(use.scale, use.dy.device)
     return {name: grad.to(torch.float64) * factor.view(-1, *[1] * (grad.dim() - 1)) for name, grad in grads.items()}

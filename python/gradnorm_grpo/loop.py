@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from gradnorm_kernels import GradNormTracker, StepStats, TaskSampler
+from gradnorm_kernels.integrations.balancing import TaskBalancer
 
 from .errors import UserError
 from .metrics import Line
@@ -33,6 +34,7 @@ class Batch:
     rewards: Tensor
     advantages: Tensor
     sampling: dict[str, float]
+    weights: dict[str, float] | None = None  # the factors of the tasks' advantages in the loss; None: 1 for all
 
 
 class Grpo:
@@ -77,7 +79,14 @@ class Grpo:
                 decay=settings.sampling_decay,
                 seed=settings.seed,
             )
-        except ValueError as error:
+            self.balancer = (
+                TaskBalancer(
+                    list(self.tasks), settings.task_weighting, decay=settings.task_weighting_decay, seed=settings.seed
+                )
+                if settings.task_weighting != "none"
+                else None
+            )
+        except (ValueError, ImportError) as error:
             raise UserError(f"a setting does not fit: {error}") from error
         self.draws = random.Random(settings.seed)
         self.step_number = 0
@@ -98,6 +107,9 @@ class Grpo:
                 lr = self.scheduler.get_last_lr()[0]
                 line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **self.describe(batch, stats)}
                 self.sampler.update(stats)
+                if self.balancer is not None:
+                    rewards = {task: line[f"tasks/{task}/reward"] for task in dict.fromkeys(batch.tasks)}
+                    self.balancer.update(stats, rewards)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -126,7 +138,8 @@ class Grpo:
         group = settings.num_generations
         scores = [self.tasks[tasks[i // group]].score(text, examples[i // group]) for i, text in enumerate(texts)]
         rewards = torch.tensor(scores).view(len(tasks), group)
-        return Batch(tasks, examples, rollouts, rewards, advantages(rewards, settings.scale_rewards), sampling)
+        weights = self.balancer.weights if self.balancer is not None else None
+        return Batch(tasks, examples, rollouts, rewards, advantages(rewards, settings.scale_rewards), sampling, weights)
 
     def backward(self, batch: Batch, old: list[Tensor], measure: bool) -> tuple[float, StepStats]:
         """Accumulate the gradient of the step's loss in micro-batches of whole groups.
@@ -145,6 +158,11 @@ class Grpo:
             mask = counted[first * group : last * group, : rollouts.completion_ids.shape[1]]
             weights, scale = row_weights(mask, step_tokens, settings)
             advantage = batch.advantages[first:last].reshape(-1).to(mask.device)
+            if batch.weights is not None:
+                factor = torch.tensor([batch.weights[task] for task in batch.tasks[first:last]], dtype=torch.float64)
+                factor = factor.repeat_interleave(group)
+                # What is measured stays the gradient of the unweighted loss.
+                advantage, scale = advantage * factor.to(advantage), scale / factor
             with self._measuring(batch.tasks[first:last], first, scale) if measure else contextlib.nullcontext():
                 logprobs = self.logprobs(self.model, rollouts)
                 if first_iteration:
@@ -194,6 +212,8 @@ class Grpo:
         for name, probability in batch.sampling.items():
             key, at = f"tasks/{name}", [i for i, task in enumerate(batch.tasks) if task == name]
             line[f"{key}/sampling_prob"] = probability
+            if batch.weights is not None:
+                line[f"{key}/loss_weight"] = batch.weights[name]
             if not at:
                 continue
             line[f"{key}/prompts"] = len(at)
@@ -222,6 +242,7 @@ class Grpo:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "sampler": self.sampler.state_dict(),
+            "balancer": self.balancer.state_dict() if self.balancer else None,
             "tracker": self.tracker.state_dict() if self.tracker else None,
             "draws": self.draws.getstate(),
             "positions": {name: task.position for name, task in self.tasks.items()},
@@ -233,6 +254,8 @@ class Grpo:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.sampler.load_state_dict(state["sampler"])
+        if self.balancer and state.get("balancer"):
+            self.balancer.load_state_dict(state["balancer"])
         if self.tracker and state["tracker"]:
             self.tracker.load_state_dict(state["tracker"])
         version, numbers, gauss = state["draws"]

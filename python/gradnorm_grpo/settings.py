@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from gradnorm_kernels.integrations.balancing import STRATEGIES
+
 from .errors import UserError, one_of
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -118,6 +120,16 @@ class Settings:
         metadata=_help("'systematic': counts as near n p as whole numbers allow; 'independent': n separate draws."),
     )
 
+    # Weighing tasks
+    task_weighting: str = field(
+        default="none",
+        metadata=_help(
+            "Factors of the tasks' advantages from their measured gradients: none, equal_pull, pcgrad, mgda, ... (see "
+            "gradnorm_kernels.integrations.balancing)."
+        ),
+    )
+    task_weighting_decay: float = field(default=0.9, metadata=_help("Of the running averages behind task_weighting."))
+
     # Evaluation, logging, saving
     eval_prompts: int = field(default=32, metadata=_help("Held-out questions of each task; 0 is no evaluation."))
     eval_steps: int = field(default=0, metadata=_help("Evaluate every so many steps; 0: before and after only."))
@@ -163,6 +175,14 @@ class Settings:
             raise UserError(f"train_layers must be 'all' or a number of layers from 1, got {self.train_layers!r}")
         if self.prompt_template != "chat" and "{question}" not in self.prompt_template:
             raise UserError(f"prompt_template must be 'chat' or hold {{question}}, got {self.prompt_template!r}")
+        if self.task_weighting != "none" and (not self.track or self.beta > 0):
+            given = "track=false" if not self.track else f"beta={self.beta}"
+            raise UserError(
+                f"task_weighting={self.task_weighting!r} needs track=true and beta=0, got {given}: the weights come "
+                "from the measured gradients, and a KL term that they do not scale could not be told apart in them"
+            )
+        if not 0.0 < self.task_weighting_decay < 1.0:
+            raise UserError(f"task_weighting_decay must lie between 0 and 1, got {self.task_weighting_decay}")
         if self.share_prompt == "true" and self.loss_type != "grpo":
             raise UserError(
                 f"share_prompt=true measures with loss_type='grpo' only, got loss_type={self.loss_type!r}: the others "
@@ -197,6 +217,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scale_rewards": ("group", "batch", "none"),
     "share_prompt": ("auto", "true", "false"),
     "sampling_strategy": ("uniform", "proportional", "proportional_sq", "inverse", "power"),
+    "task_weighting": ("none", *STRATEGIES),
     "task_draws": ("systematic", "independent"),
 }
 _LOWEST: dict[str, float] = {

@@ -144,7 +144,9 @@ def evaluations(results: list[TaskResult], width: float) -> Markup:
                 if math.isfinite(error):
                     ends = [point.reward - error, point.reward + error]
                     axes.plot(ends, [middle + offset] * 2, color=colour, lw=1.6, zorder=3)
-                axes.plot([point.reward], [middle + offset], marker=marker, ms=8, color=fill, mec=colour, mew=2, zorder=4)
+                axes.plot(
+                    [point.reward], [middle + offset], marker=marker, ms=8, color=fill, mec=colour, mew=2, zorder=4
+                )
         return inline_svg(figure, "Held-out reward of every task before and after training")
 
 

@@ -1,0 +1,243 @@
+// The Python module gradnorm_kernels._C: build_info() and the launchers of launchers.h. The only file that knows pybind11.
+//
+// Pointers arrive as integers (torch's data_ptr(), a stream's cuda_stream): no header of torch is needed, and one build
+// serves every torch. Launchers run without the interpreter lock.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "launchers.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+// The pointer behind an address; 0 is a null pointer.
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<std::string> split(const char* text) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+// An empty text is None in Python.
+py::object text_or_none(const char* text) {
+  if (*text == '\0') return py::none();
+  return py::str(text);
+}
+
+py::dict build_info() {
+  using gradnorm::build;
+  py::dict info;
+  info["cxx_compiler"] = build.cxx_compiler;
+  info["cuda_compiler"] = text_or_none(build.cuda_compiler);
+  info["cuda"] = text_or_none(build.cuda_version);
+  info["architectures"] = split(build.architectures);
+  info["cpu_isas"] = split(build.cpu_isas);
+  info["commit"] = text_or_none(build.commit);
+  return info;
+}
+
+// The keyword arguments of a call, by which the fields of a launch are named; each must be there and be used.
+class Fields {
+ public:
+  explicit Fields(const py::kwargs& given) : given_(given) {}
+
+  template <typename T>
+  void operator()(const char* name, T& field) {
+    if (!given_.contains(name)) throw py::type_error(std::string("missing argument: ") + name);
+    if constexpr (std::is_pointer_v<T>) {
+      field = reinterpret_cast<T>(given_[name].cast<Address>());
+    } else {
+      field = given_[name].cast<T>();
+    }
+    ++used_;
+  }
+
+  // Raises TypeError where something was given that no field takes.
+  void end() const {
+    if (used_ != given_.size()) throw py::type_error("an argument was given that the launch does not take");
+  }
+
+ private:
+  const py::kwargs& given_;
+  size_t used_ = 0;
+};
+
+void segmented_wgrad(const py::kwargs& given) {
+  Fields field(given);
+  gradnorm::SegmentedWgrad args;
+  field("x", args.x);
+  field("dy", args.dy);
+  field("x_stride", args.x_stride);
+  field("dy_stride", args.dy_stride);
+  field("type", args.type);
+  field("tokens", args.tokens);
+  field("d_in", args.d_in);
+  field("d_out", args.d_out);
+  field("ends", args.ends);
+  field("groups", args.groups);
+  field("slots", args.slots);
+  field("stretches", args.stretches);
+  field("sums", args.sums);
+  field("sums_kept", args.sums_kept);
+  field("open", args.open);
+  field("total", args.total);
+  field("sample_sq", args.sample_sq);
+  field("group_sq", args.group_sq);
+  field("workspace", args.workspace);
+  field("isa", args.isa);
+  field("threads", args.threads);
+  field.end();
+  py::gil_scoped_release unlocked;
+  gradnorm::segmented_wgrad(args);
+}
+
+void bind_cpu(py::module_& m) {
+  using namespace gradnorm;
+  m.def("segmented_wgrad", &::segmented_wgrad);
+  m.def("segmented_wgrad_workspace", &segmented_wgrad_workspace, py::arg("isa"), py::arg("tokens"), py::arg("d_in"),
+        py::arg("d_out"));
+  m.def("best_isa", &best_isa);
+  m.def("runs_isa", &runs_isa, py::arg("isa"));
+}
+
+#ifdef GRADNORM_WITH_CUDA
+template <typename Launch, void (*launch)(const Launch&, void*)>
+void call(const py::kwargs& given) {
+  Fields fields(given);
+  Launch args;
+  void* stream;
+  visit(fields, args);
+  fields("stream", stream);
+  fields.end();
+  py::gil_scoped_release unlocked;
+  launch(args, stream);
+}
+
+void visit(Fields& field, gradnorm::WgradNorm& args) {
+  field("x", args.x);
+  field("dy", args.dy);
+  field("x_stride", args.x_stride);
+  field("dy_stride", args.dy_stride);
+  field("type", args.type);
+  field("tokens", args.tokens);
+  field("d_in", args.d_in);
+  field("d_out", args.d_out);
+  field("item_start", args.item_start);
+  field("item_end", args.item_end);
+  field("item_target", args.item_target);
+  field("item_group", args.item_group);
+  field("items", args.items);
+  field("samples", args.samples);
+  field("groups", args.groups);
+  field("split_start", args.split_start);
+  field("splits", args.splits);
+  field("sample_sq", args.sample_sq);
+  field("group_sq", args.group_sq);
+  field("parts", args.parts);
+  field("weight_grad", args.weight_grad);
+  field("running", args.running);
+  field("block_n", args.block_n);
+  field("group_m", args.group_m);
+  field("multiprocessors", args.multiprocessors);
+}
+
+void visit(Fields& field, gradnorm::Gram& args) {
+  field("x", args.x);
+  field("dy", args.dy);
+  field("x_stride", args.x_stride);
+  field("dy_stride", args.dy_stride);
+  field("type", args.type);
+  field("tokens", args.tokens);
+  field("d_in", args.d_in);
+  field("d_out", args.d_out);
+  field("token_row", args.token_row);
+  field("token_rank", args.token_rank);
+  field("reach", args.reach);
+  field("pairwise", args.pairwise);
+  field("fragments", args.fragments);
+  field("partial", args.partial);
+}
+
+void visit(Fields& field, gradnorm::ColumnSums& args) {
+  field("partial", args.partial);
+  field("rows", args.rows);
+  field("columns", args.columns);
+  field("out", args.out);
+}
+
+void visit(Fields& field, gradnorm::GramSums& args) {
+  field("partial", args.partial);
+  field("rank_begin", args.rank_begin);
+  field("rank_sample", args.rank_sample);
+  field("ranks", args.ranks);
+  field("samples", args.samples);
+  field("reach", args.reach);
+  field("fragments", args.fragments);
+  field("pairwise", args.pairwise);
+  field("out", args.out);
+}
+
+void visit(Fields& field, gradnorm::PartSums& args) {
+  field("parts", args.parts);
+  field("elements", args.elements);
+  field("split_first", args.split_first);
+  field("split_last", args.split_last);
+  field("outer", args.outer);
+  field("groups", args.groups);
+  field("outer_groups", args.outer_groups);
+  field("group_sq", args.group_sq);
+  field("outer_sq", args.outer_sq);
+  field("sums", args.sums);
+  field("type", args.type);
+  field("weight_grad", args.weight_grad);
+}
+
+void visit(Fields& field, gradnorm::TokenSums& args) {
+  field("values", args.values);
+  field("token_row", args.token_row);
+  field("rank_begin", args.rank_begin);
+  field("rank_sample", args.rank_sample);
+  field("ranks", args.ranks);
+  field("out", args.out);
+}
+
+void bind_cuda(py::module_& m) {
+  using namespace gradnorm;
+  m.def("wgrad_norm_sm80", &call<WgradNorm, &wgrad_norm_sm80>);
+  m.def("wgrad_norm_sm90", &call<WgradNorm, &wgrad_norm_sm90>);
+  m.def("wgrad_norm_sm80_rows", &wgrad_norm_sm80_rows, py::arg("d_in"), py::arg("d_out"), py::arg("block_n"));
+  m.def("wgrad_norm_sm90_rows", &wgrad_norm_sm90_rows, py::arg("d_in"), py::arg("d_out"), py::arg("block_n"));
+  m.def("gram_sm80", &call<Gram, &gram_sm80>);
+  m.def("column_sums", &call<ColumnSums, &column_sums>);
+  m.def("gram_sums", &call<GramSums, &gram_sums>);
+  m.def("part_sums", &call<PartSums, &part_sums>);
+  m.def("part_sums_rows", &part_sums_rows, py::arg("elements"));
+  m.def("token_sums", &call<TokenSums, &token_sums>);
+  m.attr("GRAM_TILE") = kGramTile;
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of gradnorm_kernels; called by its backends, which check the arguments first.";
+  m.def("build_info", &build_info, "What this module was built with and for.");
+  bind_cpu(m);
+#ifdef GRADNORM_WITH_CUDA
+  bind_cuda(m);
+#endif
+}

@@ -1,0 +1,197 @@
+// Segmented weight gradient on a CPU: the loops around the micro-tile.
+//
+// Tokens are taken in phases, as many as fit the caches when packed. A phase packs its rows of dy and x (while the phase
+// before it is multiplied) and then runs over units: strips of micro-tiles, taken by whichever thread is free. A unit
+// adds its squares up in a fixed order, in float32 within a strip's vectors and in float64 from there on, and the units'
+// sums are added in order: the same bits for any number of threads.
+#include <algorithm>
+#include <cstring>
+
+#include "kernel.h"
+#include "schedule.h"
+#include "threads.h"
+
+namespace gradnorm {
+
+namespace {
+
+using namespace cpu;
+
+constexpr int64_t kPackTokens = 32;   // of one piece of packing
+constexpr int64_t kUnitRows = 196;    // of a strip: its packed dy stays in the second cache
+constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds that are not worth a second thread
+constexpr int64_t kAlignment = 64, kLine = kAlignment / sizeof(float);
+
+const Kernel& kernel_of(int isa) {
+#if defined(__x86_64__)
+  if (isa == 1) return kernel_avx2;
+  if (isa == 2) return kernel_avx512;
+#endif
+  (void)isa;
+  return kernel_generic;
+}
+
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// How a weight is cut in panels and units, and where things lie in the workspace (all in floats).
+struct Geometry {
+  const Kernel& kernel;
+  int64_t dy_panels, x_panels, row_blocks, units, limit;
+  int64_t dy_floats, packed_floats, partial_floats;
+
+  Geometry(int isa, int64_t tokens, int64_t d_in, int64_t d_out) : kernel(kernel_of(isa)) {
+    dy_panels = divide_up(d_out, kernel.rows);
+    x_panels = divide_up(d_in, kernel.columns);
+    row_blocks = divide_up(dy_panels, std::max<int64_t>(1, kUnitRows / kernel.rows));
+    units = row_blocks * x_panels;
+    limit = std::min(tokens, most_tokens(d_in, d_out));
+    dy_floats = dy_panels * dy_stride(limit);
+    packed_floats = dy_floats + x_panels * x_stride(limit);
+    partial_floats = units * most_slots(limit) * static_cast<int64_t>(sizeof(double) / sizeof(float));
+  }
+
+  // From a panel to the next, in floats: whole lines, and one more, or the panels' beginnings would often fall into one
+  // set of a cache.
+  int64_t dy_stride(int64_t tokens) const { return divide_up(kernel.rows * tokens, kLine) * kLine + kLine; }
+  int64_t x_stride(int64_t tokens) const { return divide_up(kernel.columns * tokens, kLine) * kLine + kLine; }
+
+  int64_t bytes() const {
+    return (2 * packed_floats + partial_floats) * static_cast<int64_t>(sizeof(float)) + kAlignment;
+  }
+};
+
+class Run {
+ public:
+  explicit Run(const SegmentedWgrad& args)
+      : args_(args), shape_(args.isa, args.tokens, args.d_in, args.d_out), schedule_(make_schedule(args)) {
+    const auto start = reinterpret_cast<uintptr_t>(args.workspace);
+    packed_ = reinterpret_cast<float*>(divide_up(start, kAlignment) * kAlignment);
+    partials_ = reinterpret_cast<double*>(packed_ + 2 * shape_.packed_floats);
+  }
+
+  void all() {
+    const int threads = args_.tokens * args_.d_in * args_.d_out < kSerialWork ? 1 : args_.threads;
+    const int phases = static_cast<int>(schedule_.phases.size());
+    for (int p = -1; p < phases; ++p) {
+      const int64_t units = p < 0 ? 0 : shape_.units;
+      const int64_t pieces = p + 1 < phases ? 2 * divide_up(schedule_.phases[p + 1].tokens, kPackTokens) : 0;
+      auto work = [&](int64_t item) {
+        if (item < units) {
+          multiply(p, item);
+        } else {
+          pack(p + 1, item - units);
+        }
+      };
+      share(threads, units + pieces, work);
+      if (p >= 0) reduce(schedule_.phases[p]);
+    }
+  }
+
+ private:
+  float* packed(int phase) const { return packed_ + (phase % 2) * shape_.packed_floats; }
+
+  void pack(int p, int64_t piece) const {
+    const Phase& phase = schedule_.phases[p];
+    const bool dy = piece % 2;
+    const int64_t first = piece / 2 * kPackTokens, last = std::min(first + kPackTokens, phase.tokens);
+    const int64_t size = args_.type == kFloat32 ? 4 : 2, stride = dy ? args_.dy_stride : args_.x_stride;
+    const char* matrix = static_cast<const char*>(dy ? args_.dy : args_.x) + phase.first * stride * size;
+    if (dy) {
+      shape_.kernel.pack_dy(matrix, stride, args_.type, args_.d_out, first, last, packed(p),
+                            shape_.dy_stride(phase.tokens));
+    } else {
+      shape_.kernel.pack_x(matrix, stride, args_.type, args_.d_in, first, last, packed(p) + shape_.dy_floats,
+                           shape_.x_stride(phase.tokens));
+    }
+  }
+
+  // One unit: the micro-tiles of a block of dy's panels and one of x's, over all of a phase's tokens.
+  void multiply(int p, int64_t unit) const {
+    const Phase& phase = schedule_.phases[p];
+    const Kernel& kernel = shape_.kernel;
+    const int64_t row_block = unit / shape_.x_panels, column = unit % shape_.x_panels * kernel.columns;
+    const int64_t from = shape_.dy_panels * row_block / shape_.row_blocks;
+    const int64_t to = shape_.dy_panels * (row_block + 1) / shape_.row_blocks;
+    const float* const dy = packed(p);
+    const float* const x = packed(p) + shape_.dy_floats + unit % shape_.x_panels * shape_.x_stride(phase.tokens);
+    alignas(kAlignment) float squares[most_slots(kMostTokens) * kLanes];
+    std::memset(squares, 0, phase.targets.size() * kLanes * sizeof(float));
+
+    for (int b = phase.block; b < phase.block + phase.blocks; ++b) {
+      const Block& block = schedule_.blocks[b];
+      Tile tile;
+      tile.x_panel = x + block.first * kernel.columns;
+      tile.steps = schedule_.steps.data() + block.step;
+      tile.step_count = block.steps;
+      tile.columns = static_cast<int>(std::min<int64_t>(kernel.columns, args_.d_in - column));
+      tile.stride = args_.d_in;
+      tile.open_in = block.open_in;
+      tile.fresh = block.fresh;
+      tile.total_set = block.group == 0;
+      tile.group_square = block.group_square;
+      tile.keep = !block.ends || args_.sums_kept || !args_.total;
+      tile.squares = squares;
+      float* const sums = args_.sums + (args_.sums_kept ? block.group * args_.d_out * args_.d_in : 0);
+      for (int64_t panel = from; panel < to; ++panel) {
+        const int64_t row = panel * kernel.rows, at = row * args_.d_in + column;
+        tile.dy_panel = dy + panel * shape_.dy_stride(phase.tokens) + block.first * kernel.rows;
+        tile.rows = static_cast<int>(std::min<int64_t>(kernel.rows, args_.d_out - row));
+        tile.running = sums + at;
+        tile.open = (block.alone ? sums : args_.open) + at;
+        tile.total = args_.total ? args_.total + at : nullptr;
+        kernel.tile(tile);
+      }
+    }
+
+    double* const partials = partials_ + unit * static_cast<int64_t>(phase.targets.size());
+    for (size_t slot = 0; slot < phase.targets.size(); ++slot) {
+      double sum = 0;
+      for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(squares[slot * kLanes + lane]);
+      partials[slot] = sum;
+    }
+  }
+
+  void reduce(const Phase& phase) const {
+    const int64_t slots = static_cast<int64_t>(phase.targets.size());
+    for (int64_t unit = 0; unit < shape_.units; ++unit) {
+      for (int64_t slot = 0; slot < slots; ++slot) *phase.targets[slot] += partials_[unit * slots + slot];
+    }
+  }
+
+  const SegmentedWgrad& args_;
+  const Geometry shape_;
+  const Schedule schedule_;
+  float* packed_;
+  double* partials_;
+};
+
+}  // namespace
+
+void segmented_wgrad(const SegmentedWgrad& args) {
+  Run run(args);
+  run.all();
+}
+
+int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out) {
+  return Geometry(isa, tokens, d_in, d_out).bytes();
+}
+
+bool runs_isa(int isa) {
+#if defined(__x86_64__)
+  if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == 2) {
+    return runs_isa(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return isa == 0;
+}
+
+int best_isa() {
+  for (int isa = 2; isa > 0; --isa) {
+    if (runs_isa(isa)) return isa;
+  }
+  return 0;
+}
+
+}  // namespace gradnorm

@@ -1,0 +1,283 @@
+// Segmented wgrad for sm_90a: dW tiles, ||G_i||^2 and ||sum of G_i||^2 from one pass over the tokens.
+//
+// A block owns a tile of 128 rows (d_out) by kColumns columns (d_in), for one split of the samples. Its first
+// warpgroup, the producer, is one thread that walks the items and keeps copies of 64 tokens in flight, across samples
+// and tiles. The other two, the consumers, own 64 rows each and multiply what arrives. At a sample's end they square
+// their accumulators and add them to the running sum in registers, while the producer's copies of the next sample, and
+// the other consumer's products, go on.
+#pragma once
+
+#include <type_traits>
+
+#include "items.cuh"
+#include "sm90_fragment.cuh"
+#include "sm90_tiles.cuh"
+
+namespace gradnorm::sm90 {
+
+// The items of a split as runs of rows: empty ones left out, neighbours that nothing separates joined.
+struct Walk {
+  const WgradNorm& args;
+  int item, last;
+
+  __device__ __forceinline__ bool next(Run& run) {
+    bool found = false;
+    for (; item < last; ++item) {
+      const Run here{load_global(args.item_start + item), load_global(args.item_end + item),
+                     load_global(args.item_target + item), load_global(args.item_group + item)};
+      if (here.end <= here.row) continue;
+      if (!found) {
+        run = here;
+        found = true;
+      } else if (here.row == run.end && here.target == run.target && here.group == run.group) {
+        run.end = here.end;
+      } else {
+        break;
+      }
+    }
+    return found;
+  }
+};
+
+template <typename C>
+__device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap* dy_map, const WgradNorm& args,
+                                        int tile_rows, int tile_columns, const Shared<C>& shared) {
+  tensor_map_prefetch(x_map);
+  tensor_map_prefetch(dy_map);
+  Ring<C::kStages> ring;
+  const int tiles = tile_rows * tile_columns;
+  for (int work = blockIdx.x; work < tiles * args.splits; work += gridDim.x) {
+    const TilePlace place = place_of(work, tile_rows, tile_columns, args.group_m);
+    const int first_row = place.row * kTileRows, first_column = place.column * C::kColumns;
+    Walk walk{args, load_global(args.split_start + place.split), load_global(args.split_start + place.split + 1)};
+    Run run{}, following{};
+    int first_group = kFirstGroup;
+    for (bool more = walk.next(run); more; run = following) {
+      more = walk.next(following);
+      const bool group_ends = !more || following.group != run.group;
+      // The first block takes the rows that fill no block: the consumers' loop over the others has no condition in it.
+      int rows = (run.end - run.row - 1) % kPanelTokens + 1;
+      const int blocks = (run.end - run.row - 1) / kPanelTokens + 1;
+      Tag tag{0, run.target, run.group, work % tiles, blocks, (rows - 1) / kStepTokens + 1};
+      if (args.parts != nullptr) tag.slot += place.split;
+      if (group_ends || following.target != run.target) tag.flags |= kSampleEnds;
+      if (group_ends) {
+        tag.flags |= kGroupEnds | first_group | (more ? 0 : kLastGroup);
+        first_group = 0;
+      }
+      for (int row = run.row; row < run.end; row += rows, rows = kPanelTokens) {
+        const int stage = ring.stage;
+        mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
+        if (row == run.row) shared.store_tag(stage, tag);
+        mbarrier_arrive_expect(shared.full(stage), C::kStageBytes);
+        // In the maps (ragged_map) a box at `begin` ends with row + rows: what follows in it arrives as zeros.
+        const int begin = kPanelTokens - rows;
+#pragma unroll
+        for (int i = 0; i < C::kRowPanels; ++i) {
+          tensor_load(shared.rows(stage, i), dy_map, shared.full(stage), first_row + i * kPanelColumns, begin,
+                      row + rows);
+        }
+#pragma unroll
+        for (int i = 0; i < C::kColumnPanels; ++i) {
+          tensor_load(shared.columns(stage, i), x_map, shared.full(stage), first_column + i * kPanelColumns, begin,
+                      row + rows);
+        }
+        ring.advance();
+      }
+    }
+  }
+  mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+  shared.store_tag(ring.stage, Tag{kExit, -1, 0, 0, 0, 0});
+  mbarrier_arrive(shared.full(ring.stage));
+}
+
+// A thread among the consumers.
+struct Consumer {
+  int group, warp, lane;  // its warpgroup, its warp in there
+  int turn = 0;
+
+  // Adds `value` over the warpgroup and stores the sum at `out`, unless that is null. The shared slots are used in
+  // turn, so that one barrier is enough: a slot is written again after the next call's barrier, where its reader has
+  // been.
+  template <typename C>
+  __device__ __forceinline__ void store_sum(const Shared<C>& shared, float value, float* out) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    const SharedAddress slots = shared.norms(group, turn);
+    turn ^= 1;
+    if (lane == 0) store_shared_float(slots + 4 * warp, value);
+    barrier_wait(1 + group, 128);
+    if (out != nullptr && warp == 0 && lane == 0) {
+      const float low = load_shared_float(slots) + load_shared_float(slots + 4);
+      const float high = load_shared_float(slots + 8) + load_shared_float(slots + 12);
+      store_global(out, low + high);
+    }
+  }
+
+  // Hands a stage back to the producer, once for each warp.
+  template <typename C>
+  __device__ __forceinline__ void release(const Shared<C>& shared, int stage) const {
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(shared.empty(stage));
+  }
+};
+
+template <typename C>
+__device__ __forceinline__ Fragment fragment_of(const WgradNorm& args, const TilePlace& place, const Consumer& me) {
+  const int row = place.row * kTileRows + 64 * me.group + 16 * me.warp + me.lane / 4;
+  const int column = place.column * C::kColumns + me.lane % 4 * 2;
+  return {row, column, row < args.d_out, row + 8 < args.d_out, args.d_in - column};
+}
+
+// The end of a group: `sum` is the group's sum of this split.
+template <typename C>
+__device__ __forceinline__ void finish_group(const WgradNorm& args, const Shared<C>& shared, Consumer& me,
+                                             const Tag& tag, const Fragment& in, float (&sum)[C::kFragment]) {
+  const bool even = args.d_in % 2 == 0;
+  float* to = args.parts;  // where the sum is stored in fp32, or null
+  if (to != nullptr) {
+    to += int64_t{tag.slot} * args.d_out * args.d_in;
+  } else {
+    const int64_t partial = int64_t{2} * tag.tile + me.group;
+    me.store_sum(shared, in.sum_of_squares(sum), args.group_sq + partial * args.groups + tag.slot);
+    if (args.weight_grad == nullptr) return;
+    if (!(tag.flags & kLastGroup)) to = args.running;
+  }
+  const int64_t first = int64_t{in.row} * args.d_in + in.column;
+  if (args.parts == nullptr && !(tag.flags & kFirstGroup)) {
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      const float* from = args.running + first + 8 * upper * args.d_in;
+      if (!(upper ? in.high : in.low)) continue;
+      even ? add_row<true>(in, upper, sum, from) : add_row<false>(in, upper, sum, from);
+    }
+  }
+  uint16_t* weight = static_cast<uint16_t*>(args.weight_grad);
+  const bool whole = in.columns + me.lane % 4 * 2 >= C::kColumns;
+  if (to == nullptr && whole && args.d_in % 8 == 0 && reinterpret_cast<uintptr_t>(weight) % 16 == 0) {
+    cast_whole<C::kType>(in, me.lane, sum, args.d_in, weight);
+    return;
+  }
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int64_t row = first + int64_t{8} * upper * args.d_in;
+    if (!(upper ? in.high : in.low)) continue;
+    if (to != nullptr) {
+      even ? store_row<true>(in, upper, sum, to + row) : store_row<false>(in, upper, sum, to + row);
+    } else {
+      even ? cast_row<C::kType, true>(in, upper, sum, weight + row)
+           : cast_row<C::kType, false>(in, upper, sum, weight + row);
+    }
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, int tile_columns, const Shared<C>& shared,
+                                        Consumer me) {
+  const uint64_t dy_base = panel_descriptor(shared.rows(0, me.group));
+  const uint64_t x_base = panel_descriptor(shared.columns(0, 0));
+  float product[C::kFragment], sum[C::kFragment];
+  int add = 0;  // whether the next product is added: not at a sample's beginning
+
+  // The product of the first `steps` times 16 tokens of a stage. `steps` is a constant: with a condition between two
+  // wgmmas the compiler makes a group of each.
+  const auto multiply = [&](int stage, auto steps) {
+    const uint64_t dy = dy_base + stage * (C::kRowPanels * kPanelBytes >> 4);
+    const uint64_t x = x_base + stage * (C::kColumnPanels * kPanelBytes >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < steps.value; ++step) {
+      Wgmma<C::kType, C::kColumns, kMnMajor>::multiply(product, dy + step * kDescriptorStep, x + step * kDescriptorStep,
+                                                       add);
+      add = 1;
+    }
+    wgmma_commit();
+  };
+
+  Ring<C::kStages> ring;
+  float ended_sq = 0.0f;  // of the sample that ended last, and where its sum over the threads goes, or null
+  float* ended_out = nullptr;
+  Fragment in{};
+  int tile = -1;  // where `in` is
+  // Loops within loops, not one with conditions: for a wait under a condition the compiler serialises the products, and
+  // for a sum that is set to zero under one it keeps two copies, the second in local memory.
+  while (true) {  // a group
+    // The product too, although the first one overwrites it: so its registers are free while a group is finished.
+#pragma unroll
+    for (int i = 0; i < C::kFragment; ++i) product[i] = sum[i] = 0.0f;
+    Tag tag;
+    do {  // a run of rows
+      int stage = ring.stage;
+      mbarrier_wait(shared.full(stage), ring.parity);
+      tag = shared.load_tag(stage);
+      if (tag.flags & kExit) {
+        me.store_sum(shared, ended_sq, ended_out);
+        return;
+      }
+      if (tag.steps == 4) {
+        multiply(stage, std::integral_constant<int, 4>());
+      } else if (tag.steps == 3) {
+        multiply(stage, std::integral_constant<int, 3>());
+      } else if (tag.steps == 2) {
+        multiply(stage, std::integral_constant<int, 2>());
+      } else {
+        multiply(stage, std::integral_constant<int, 1>());
+      }
+      ring.advance();
+      // The sums over threads of the sample before are made while the tensor cores are busy with this one.
+      me.store_sum(shared, ended_sq, ended_out);
+      ended_out = nullptr;
+      for (int block = 1; block < tag.blocks; ++block) {
+        const int behind = stage;
+        stage = ring.stage;
+        mbarrier_wait(shared.full(stage), ring.parity);
+        multiply(stage, std::integral_constant<int, kSteps>());
+        ring.advance();
+        wgmma_wait<1>();
+        me.release(shared, behind);
+      }
+      wgmma_wait<0>();
+      wgmma_results(product);
+      me.release(shared, stage);
+      if (tag.flags & kSampleEnds) {
+        if (tag.tile != tile) in = fragment_of<C>(args, place_of(tag.tile, tile_rows, tile_columns, args.group_m), me);
+        tile = tag.tile;
+        if (tag.target >= 0) {
+          ended_sq = in.sum_of_squares(product);
+          ended_out = args.sample_sq + (int64_t{2} * tag.tile + me.group) * args.samples + tag.target;
+        }
+#pragma unroll
+        for (int i = 0; i < C::kFragment; ++i) sum[i] += product[i];
+        add = 0;
+      }
+    } while (!(tag.flags & kGroupEnds));
+    finish_group(args, shared, me, tag, in, sum);
+  }
+}
+
+template <typename C>
+__global__ void __launch_bounds__(kThreads, 1)
+    wgrad_norm_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap dy_map,
+                      const __grid_constant__ WgradNorm args) {
+  const Shared<C> shared{(shared_base() + 1023) / 1024 * 1024};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      mbarrier_init(shared.full(stage), 1);
+      mbarrier_init(shared.empty(stage), 4 * kConsumers);
+    }
+    mbarrier_init_fence();
+  }
+  sync_block();
+  const int tile_rows = (args.d_out - 1) / kTileRows + 1, tile_columns = (args.d_in - 1) / C::kColumns + 1;
+  const int warp = warp_uniform(static_cast<int>(threadIdx.x) / 32);
+  if (warp < 4) {
+    registers_release<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<C>(&x_map, &dy_map, args, tile_rows, tile_columns, shared);
+  } else {
+    registers_acquire<kConsumerRegisters>();
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    consume<C>(args, tile_rows, tile_columns, shared, Consumer{warp / 4 - 1, warp % 4, lane});
+  }
+}
+
+}  // namespace gradnorm::sm90

@@ -1,0 +1,67 @@
+// Segmented weight gradient for sm_90a: norms at each sample's and group's end, and the sum, from one pass of
+// tensor-core products over all tokens (launchers.h says what goes where, device/sm90_wgrad.cuh how).
+//
+// Left out until it can be measured on a GPU: clusters of blocks with multicast copies.
+#include "device/launch.cuh"
+#include "device/sm90_encode.cuh"
+#include "device/sm90_wgrad.cuh"
+
+namespace gradnorm {
+namespace {
+
+constexpr char kName[] = "wgrad_norm_sm90";
+
+// The map of a matrix [tokens, columns] in which a sample has an end. Element (c, r, b) of the map is element c of row
+// b + r - 64, for r < 64. So the box of 64 rows at (c, 64 - n, row + n) holds the n rows from `row` on and then, as r
+// passes 64, zeros: of the neighbour's rows not one is read, whatever they hold, and one map serves all samples.
+TensorMap ragged_map(const void* matrix, int64_t stride, int tokens, int columns, int type) {
+  // A single row has no next one: any stride will do, but not every one is allowed.
+  const uint64_t row_bytes = tokens == 1 ? 16 : static_cast<uint64_t>(stride) * 2;
+  const uint64_t sizes[3] = {static_cast<uint64_t>(columns), sm90::kPanelTokens, static_cast<uint64_t>(tokens) + 1};
+  const uint64_t strides[2] = {row_bytes, row_bytes};
+  const uint32_t box[3] = {sm90::kPanelColumns, sm90::kPanelTokens, 1};
+  const uintptr_t address = reinterpret_cast<uintptr_t>(matrix) - sm90::kPanelTokens * row_bytes;
+  return encode_tensor_map(reinterpret_cast<const void*>(address), type, sizes, strides, box, kName);
+}
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(std::string(kName) + ": " + what);
+}
+
+template <typename C>
+void start(const WgradNorm& args, void* stream) {
+  const int64_t works = wgrad_norm_sm90_rows(args.d_in, args.d_out, C::kColumns) / sm90::kConsumers * args.splits;
+  require(works <= 0x7fffffff, "more tiles than a 32-bit number counts");
+  const dim3 grid(static_cast<unsigned>(works < args.multiprocessors ? works : args.multiprocessors));
+  launch(kName, sm90::wgrad_norm_kernel<C>, grid, sm90::kThreads, sm90::Shared<C>::kBytes, stream,
+         ragged_map(args.x, args.x_stride, args.tokens, args.d_in, args.type),
+         ragged_map(args.dy, args.dy_stride, args.tokens, args.d_out, args.type), args);
+}
+
+template <int kType>
+void start(const WgradNorm& args, void* stream) {
+  if (args.block_n == 192) {
+    start<sm90::Config<kType, 192, 4>>(args, stream);
+  } else {
+    start<sm90::Config<kType, 128, 6>>(args, stream);
+  }
+}
+
+}  // namespace
+
+int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n) {
+  const int64_t tile_rows = (static_cast<int64_t>(d_out) + sm90::kTileRows - 1) / sm90::kTileRows;
+  return sm90::kConsumers * tile_rows * ((static_cast<int64_t>(d_in) + block_n - 1) / block_n);
+}
+
+void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
+  require(args.block_n == 128 || args.block_n == 192, "block_n must be 128 or 192");
+  require(args.type == kBFloat16 || args.type == kFloat16, "x and dy must be bfloat16 or float16");
+  // The copy engine takes nothing else (cuTensorMapEncodeTiled): the caller copies such a matrix into padded rows.
+  const bool aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && reinterpret_cast<uintptr_t>(args.dy) % 16 == 0;
+  require(aligned && (args.tokens == 1 || (args.x_stride % 8 == 0 && args.dy_stride % 8 == 0)),
+          "x and dy must start at a multiple of 16 bytes, and their rows be a multiple of 8 elements apart");
+  args.type == kBFloat16 ? start<kBFloat16>(args, stream) : start<kFloat16>(args, stream);
+}
+
+}  // namespace gradnorm

@@ -1,0 +1,100 @@
+"""Calling the compiled CUDA launchers: on which device and stream, with which tensors, for which GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..segments import rows
+
+#: Major compute capability -> the architecture whose kernels run on it.
+ARCHITECTURES = {8: 80, 9: 90}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device and stream of a process, for the time of a call.
+
+    ``module`` is ``gradnorm_kernels._C``; ``arch`` says which weight-gradient kernel runs (80 or 90).
+    """
+
+    module: Any
+    arch: int
+    multiprocessors: int
+    stream: int
+
+    def launch(self, name: str, **fields: object) -> None:
+        """Start a launch of ``csrc/launchers.h``: fields by name, a tensor for its address, None for a null pointer.
+
+        Raises RuntimeError that names the launch where the device refuses it. The tensors need not outlive the call:
+        torch hands their memory on in the order of the stream.
+        """
+        plain = {key: _address(value) for key, value in fields.items()}
+        getattr(self.module, name)(**plain, stream=self.stream)
+
+    def size(self, name: str, **sizes: int) -> int:
+        """What a launcher says about the rows of its results."""
+        return int(getattr(self.module, name)(**sizes))
+
+
+def _address(value: object) -> object:
+    if value is None:
+        return 0
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def machine(device: torch.device) -> Iterator[Machine]:
+    """The machine for ``device``, which is the current one inside. Raises RuntimeError for a GPU without kernels."""
+    arch = architecture(torch.cuda.get_device_capability(device))
+    if arch is None:
+        raise RuntimeError(f"backend='cuda' cannot run on {device}: {_no_kernels(torch.cuda.get_device_name(device))}")
+    with torch.cuda.device(device):
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        yield Machine(native.module(), arch, count, torch.cuda.current_stream(device).cuda_stream)
+
+
+def architecture(capability: tuple[int, int]) -> int | None:
+    """80 or 90 for the compute capabilities that have kernels, else None."""
+    return ARCHITECTURES.get(capability[0])
+
+
+@cache
+def missing() -> str | None:
+    """Why no launch can run in this process; None if one can."""
+    reason = native.cuda_unable()
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; use backend='torch', or backend='auto' to have one chosen"
+    devices = range(torch.cuda.device_count())
+    if not any(architecture(torch.cuda.get_device_capability(device)) for device in devices):
+        return _no_kernels(torch.cuda.get_device_name(0))
+    return None
+
+
+def _no_kernels(name: str) -> str:
+    return (
+        f"its kernels are for compute capability 8.x and 9.x (A100, H100 and their kin), and {name} has another; "
+        "use backend='triton' or backend='torch'"
+    )
+
+
+def operand(tensor: Tensor) -> Tensor:
+    """``tensor`` [T, d] or [B, L, d] of 2-byte elements as [T, d] whose rows start at multiples of 16 bytes.
+
+    Copied where they do not: a row width that is no multiple of 8, or a view that starts in between.
+    """
+    tensor = rows(tensor)
+    if tensor.data_ptr() % 16 == 0 and (tensor.stride(0) % 8 == 0 or len(tensor) == 1):
+        return tensor
+    tokens, width = tensor.shape
+    padded = tensor.new_empty(tokens, (width + 7) // 8 * 8)[:, :width]
+    return padded.copy_(tensor)

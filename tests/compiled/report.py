@@ -1,0 +1,244 @@
+"""``make kernels-report``: every shipped kernel compiled for sm_80 and sm_90 without a GPU, one JSON line each.
+
+A line has the kernel, the architecture, the tile, warps, stages, registers, stack and shared memory in bytes, how many
+instructions of the machine code spill (LDL and STL), and how many multiply matrices (HMMA, and HGMMA of Hopper's
+wgmma). Triton's kernels are compiled in the form in which they are launched, for each entry of the frozen configs; the
+CUDA kernels are read from the module ``gradnorm_kernels._C``. Triton's package brings the disassembler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from gradnorm_kernels import tuning
+from gradnorm_kernels.tuning import KernelConfig
+
+ELEMENTS = {2: ("bf16", "fp16"), 4: ("fp32",)}
+ARCHITECTURES = (80, 90)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel in one form for one architecture. ``kernel`` is a function of Triton's."""
+
+    kernel: Any
+    arch: int
+    element: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    config: KernelConfig | None
+
+
+def shipped(arch: int) -> list[KernelConfig]:
+    """The configs of every frozen file for an architecture, each once."""
+    folder = Path(tuning.__file__).parent / "configs"
+    names = {field.name for field in fields(KernelConfig)}
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        for entry in tuning.frozen(path.stem).get("kernels", {}).get("entries", ()):
+            config = KernelConfig(**{name: value for name, value in entry.items() if name in names})
+            if config.arch == arch:
+                found[config] = None
+    return list(found)
+
+
+def modules() -> Iterator[Any]:
+    """The modules of the triton backend that define kernels."""
+    package = importlib.import_module("gradnorm_kernels.backends.triton")
+    for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
+        if hasattr(module, "signatures"):
+            yield module
+
+
+def jobs() -> list[Job]:
+    """Everything that is shipped, in a fixed order."""
+    found = []
+    for module in modules():
+        for arch in ARCHITECTURES:
+            configs = [c for c in shipped(arch) if c.kernel in module.CONFIGS] if module.CONFIGS else [None]
+            for config in configs:
+                elements = ELEMENTS[config.element_bytes] if config else ("bf16", "fp16", "fp32")
+                for element in elements:
+                    found += _jobs_of(module, arch, element, config)
+    return found
+
+
+def _jobs_of(module: Any, arch: int, element: str, config: KernelConfig | None) -> list[Job]:
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if config else {}
+    return [
+        Job(kernel, arch, element, types, constants, options | (more[0] if more else {}), config)
+        for kernel, types, constants, *more in module.signatures(config, element)
+    ]
+
+
+def compile_job(job: Job) -> dict[str, Any]:
+    """The line of a job. Raises what Triton raises where it does not compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(inspect.signature(job.kernel.fn).parameters)
+    types = {name: "constexpr" if name in job.constants else job.types[name] for name in names}
+    aligned = [
+        (names.index(name),)
+        for name, kind in types.items()
+        if kind.startswith("*") or (kind != "constexpr" and (name.endswith("_stride") or name.startswith("d_")))
+    ]
+    source = ASTSource(
+        fn=job.kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in job.constants.items()},
+        attrs={place: [["tt.divisibility", 16]] for place in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+    line: dict[str, Any] = {"kernel": job.kernel.fn.__name__, "arch": f"sm_{job.arch}", "element": job.element}
+    if job.config is not None:
+        line["tile"] = [job.config.block_m, job.config.block_n, job.config.block_k]
+    line |= {"warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages}
+    line |= {"form": {k: v for k, v in job.constants.items() if isinstance(v, bool)}, "triton": triton.__version__}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        (measured,) = inspect_binary(cubin.name)
+    # Shared memory is asked for at launch; the binary knows only of what is static.
+    return (
+        line
+        | {key: value for key, value in measured.items() if key not in ("arch", "function", "shared")}
+        | {"shared": compiled.metadata.shared}
+    )
+
+
+def tool(name: str) -> str:
+    """The path of one of NVIDIA's binary tools: the toolkit's where there is one, else the one that Triton brings."""
+    found = shutil.which(name)
+    if found is None:
+        import triton
+
+        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    return found
+
+
+def _dump(option: str, path: str) -> str:
+    result = subprocess.run([tool("cuobjdump"), option, path], capture_output=True, text=True, check=False)
+    if result.returncode and "does not contain device code" not in result.stdout + result.stderr:
+        raise RuntimeError(f"cuobjdump {option} {path} failed: {result.stdout}{result.stderr}")
+    return result.stdout if result.returncode == 0 else ""
+
+
+def inspect_binary(path: str) -> list[dict[str, Any]]:
+    """Of every kernel in a cubin or a module: registers, stack, static shared memory, spills and matrix products."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    arch = ""
+    for line in _dump("--dump-resource-usage", path).splitlines():
+        if match := re.match(r"arch = (sm_\w+)", line):  # in a module; a cubin is for one architecture
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            found[arch, name] = {"registers": registers, "stack": stack, "local": local, "shared": shared}
+    for (arch, name), code in _machine_code(path).items():
+        # The part behind the dot says what kind: LDL.64, HGMMA.64x128x16.F32.BF16.
+        words = [match[1] for match in re.finditer(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", code, re.M)]
+        counted = {"spills": sum(w in ("LDL", "STL") for w in words), "mma": words.count("HMMA")}
+        found[arch, name] |= counted | {"wgmma": words.count("HGMMA"), "instructions": len(words)}
+    return [{"arch": arch, "function": name, **facts} for (arch, name), facts in sorted(found.items())]
+
+
+def _machine_code(path: str) -> dict[tuple[str, str], str]:
+    """(architecture, function) -> its machine code, as the disassembler prints it."""
+    found, arch = {}, ""
+    for part in re.split(r"^(?=arch = |\s*Function : )", _dump("-sass", path), flags=re.M):
+        if match := re.match(r"arch = (sm_\w+)", part):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", part):
+            found[arch, match[1]] = part
+    return found
+
+
+def cuda_lines() -> list[dict[str, Any]]:
+    """The kernels of ``gradnorm_kernels._C``; none where it was built without CUDA."""
+    from gradnorm_kernels.backends import native
+
+    if native.cuda_unable() is not None:
+        return []
+    lines = inspect_binary(native.module().__file__)
+    return [{"kernel": _demangled(line["function"]), **line} for line in lines]
+
+
+def _demangled(name: str) -> str:
+    command = shutil.which("c++filt") or shutil.which("cu++filt")
+    if command is None:
+        return name
+    return subprocess.run([command, "-p", name], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@functools.cache
+def _all_jobs() -> list[Job]:
+    return jobs()
+
+
+def _compile_numbered(number: int) -> dict[str, Any]:
+    job = _all_jobs()[number]
+    line: dict[str, Any]
+    try:
+        return compile_job(job)
+    except Exception as error:
+        line = {"kernel": job.kernel.fn.__name__, "arch": f"sm_{job.arch}", "element": job.element}
+        line["config"] = asdict(job.config) if job.config else None
+        return line | {"error": f"{type(error).__name__}: {error}"}
+
+
+def triton_lines(processes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of :func:`jobs`, in order, compiled afresh by several processes."""
+    count = len(_all_jobs())
+    with tempfile.TemporaryDirectory() as cache:
+        before = os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = cache  # inherited by the processes: nothing comes from an earlier run
+        try:
+            workers = processes or min(4, os.cpu_count() or 1)
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                yield from pool.map(_compile_numbered, range(count))
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+
+
+def main() -> int:
+    """Print the report; 1 if something does not compile."""
+    parser = argparse.ArgumentParser(prog="python -m tests.compiled.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--processes", type=int, help="compile in so many processes (default: the cores, at most 4)")
+    failed = False
+    for line in triton_lines(parser.parse_args().processes):
+        print(json.dumps(line), flush=True)
+        failed |= "error" in line
+    lines = cuda_lines()
+    for line in lines:
+        print(json.dumps(line), flush=True)
+    if not lines:
+        print("kernels-report: gradnorm_kernels._C holds no CUDA kernels here", file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Every shipped kernel, compiled for sm_80 and sm_90 without a GPU: no spills, no stack, tensor cores where due.
+
+The whole report is compiled once for this file, by several processes.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradnorm_kernels.backends import native
+from tests.compiled import report
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
+)
+
+#: Shared memory that a block may have, in bytes, and the name of the instruction that multiplies matrices.
+SHARED = {"sm_80": 166_912, "sm_90": 232_448}
+PRODUCTS = {"sm_80": "mma", "sm_90": "wgmma"}
+KERNELS = Path(report.tuning.__file__).parent / "backends" / "triton"
+
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def lines() -> Lines:
+    return list(report.triton_lines())
+
+
+def complaints(line: dict[str, Any]) -> list[str]:
+    """What a shipped kernel must not have, by name."""
+    if "error" in line:
+        return ["does not compile"]
+    found = [name for name in ("spills", "stack", "local") if line[name]]
+    if line["shared"] > SHARED[line["arch"]]:
+        found.append("more shared memory than there is")
+    if line["registers"] * line["warps"] * 32 > 65536:
+        found.append("more registers than there are")
+    return found
+
+
+def test_nothing_spills(lines: Lines) -> None:
+    assert len(lines) > 20
+    bad = [(complaints(line), json.dumps(line)) for line in lines if complaints(line)]
+    assert not bad, "\n".join(f"{what}: {line}" for what, line in bad)
+
+
+def test_products_run_on_tensor_cores_and_float32_does_not(lines: Lines) -> None:
+    """Kernels with a tile: mma on Ampere, wgmma on Hopper; float32 inputs are multiplied in float32, not in tf32."""
+    tiled = [line for line in lines if "tile" in line]
+    assert {(line["arch"], line["element"]) for line in tiled} >= {
+        (arch, element) for arch in PRODUCTS for element in ("bf16", "fp16", "fp32")
+    }
+    for line in tiled:
+        if line["element"] == "fp32":
+            assert line["mma"] == line["wgmma"] == 0, json.dumps(line)
+        else:
+            assert line[PRODUCTS[line["arch"]]] > 0, json.dumps(line)
+
+
+def kernel_names(folder: Path) -> set[str]:
+    """The functions named ``..._kernel`` under ``triton.jit`` in the files of a folder."""
+    found = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                found |= {node.name for mark in node.decorator_list if "jit" in ast.unparse(mark)}
+    return found
+
+
+def test_every_kernel_is_in_the_report(lines: Lines, tmp_path: Path) -> None:
+    (tmp_path / "new.py").write_text("@triton.jit\ndef new_kernel(x):\n    pass\n\ndef other_kernel():\n    pass\n")
+    assert kernel_names(tmp_path) == {"new_kernel"}
+    assert {line["kernel"] for line in lines} >= {name for name in kernel_names(KERNELS) if not name.startswith("_")}
+
+
+def test_it_can_fail() -> None:
+    """A tile too large for its registers spills, and the report says so."""
+    config = next(c for c in report.shipped(80) if c.kernel == "gram" and c.element_bytes == 2)
+    module = next(module for module in report.modules() if "gram" in module.CONFIGS)
+    large = replace(config, block_m=256, block_n=256, num_warps=4, num_stages=2)
+    line = report.compile_job(report._jobs_of(module, 80, "bf16", large)[0])
+    assert {"spills", "stack"} <= set(complaints(line)), line
+    assert line["registers"] == 255
+
+
+def test_kernels_of_the_compiled_module() -> None:
+    reason = native.cuda_unable()
+    if reason is not None:
+        pytest.skip(f"no CUDA kernels to look at: {reason}")
+    lines = report.cuda_lines()
+    assert {line["arch"] for line in lines} == {"sm_80", "sm_90", "sm_90a"} & {line["arch"] for line in lines}
+    assert len(lines) > 4
+    bad = [line for line in lines if line["spills"] or line["stack"] or line["local"]]
+    assert not bad, "\n".join(json.dumps(line) for line in bad)
+    for arch, product in (("sm_80", "mma"), ("sm_90a", "wgmma")):
+        assert any(line[product] for line in lines if line["arch"] == arch), f"no {product} for {arch}"
+
+
+def test_the_disassembly_is_read_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = """
+arch = sm_80
+ Function first:
+  REG:40 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:404 TEXTURE:0 SURFACE:0 SAMPLER:0
+arch = sm_90a
+ Function first:
+  REG:32 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:404
+"""
+    code = """
+arch = sm_80
+\tcode for sm_80
+\t\tFunction : first
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                    /* 0x00000a0000017a02 */
+                                                                             /* 0x000fc40000000f00 */
+        /*0010*/              @!P0 STL.64 [R1], R2 ;                         /* 0x0 */
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;     /* 0x0 */
+        /*0030*/               @P1 LDL R1, [R2] ;                            /* 0x0 */
+arch = sm_90a
+\tcode for sm_90a
+\t\tFunction : first
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4] ; /* 0x0 */
+        /*0010*/              @!UP0 UIADD3 UR4, UR4, 0x1, URZ ;              /* 0x0 */
+"""
+    monkeypatch.setattr(report, "_dump", lambda option, path: usage if "usage" in option else code)
+    old, new = report.inspect_binary("")
+    assert old == {
+        "arch": "sm_80",
+        "function": "first",
+        "registers": 40,
+        "stack": 8,
+        "local": 0,
+        "shared": 1024,
+        "spills": 2,
+        "mma": 1,
+        "wgmma": 0,
+        "instructions": 4,
+    }
+    assert new["arch"] == "sm_90a" and (new["wgmma"], new["instructions"], new["spills"]) == (1, 2, 0)

@@ -1,0 +1,51 @@
+"""The cuda backend on CPU tensors: its launches go to the module that build.py compiled for the host."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradnorm_kernels import backends
+from gradnorm_kernels.backends import cuda
+from gradnorm_kernels.backends.cuda.launch import Machine
+from tests.cuda_host.build import Host
+
+
+@dataclass(frozen=True)
+class HostMachine(Machine):
+    """A machine whose kernels may touch the tensors of their launch and nothing else. Each launch has its own seed."""
+
+    host: Any = None
+    seeds: Iterator[int] = field(default_factory=lambda: iter(range(1 << 30)))
+
+    def launch(self, name: str, **fields: object) -> None:
+        self.host.reset(next(self.seeds))
+        for value in fields.values():
+            if isinstance(value, Tensor) and value.numel():
+                last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+                self.host.region(value.data_ptr(), (last + 1) * value.element_size())
+        super().launch(name, **fields)
+
+
+def host_machine(host: Host, arch: int = 80, multiprocessors: int = 2) -> HostMachine:
+    """A GPU of few multiprocessors, so that blocks go from tile to tile."""
+    return HostMachine(host.module, arch, multiprocessors, 0, host)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, machine: HostMachine) -> None:
+    """Let ``backend="cuda"`` take CPU tensors and run on this machine."""
+
+    @contextlib.contextmanager
+    def here(device: torch.device) -> Iterator[Machine]:
+        yield machine
+
+    before = backends.missing
+    monkeypatch.setattr(backends, "missing", lambda name: None if name == "cuda" else before(name))
+    monkeypatch.setattr(cuda, "unsupported", lambda device_type, dtype: None)
+    monkeypatch.setattr(cuda, "machine", here)

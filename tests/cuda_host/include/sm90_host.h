@@ -1,0 +1,349 @@
+// What is Hopper's own, in plain C++: mbarriers, tensor copies, wgmma on descriptors, setmaxnreg. Section numbers are
+// those of the PTX ISA, version 9.0. The names that kernels use are in overlay/device/sm90_ptx.cuh.
+//
+// - A tensor copy fills its box with NaN when it is issued, reads global memory and arrives when no thread can go on.
+// - A wgmma fills its accumulators with NaN when it is issued. They hold the result, computed from what shared memory
+//   holds by then, when it has been waited for. Its operands are found by decoding the descriptors, not by knowing the
+//   kernel.
+// - mbarriers carry happens-before; each has an asynchronous actor of its own for the copies it counts.
+#pragma once
+
+#include <map>
+#include <memory>
+
+#include "host.h"
+#include "host_memory.h"
+
+namespace host {
+
+inline int defect = 0;  // which of a test's broken expressions is in force; none: 0
+
+struct TensorMap {
+  uint64_t address, sizes[3], strides[2];
+  uint32_t box[3];
+};
+
+struct Mbarrier {
+  int count, missing, actor;  // arrivals of a phase, those not in yet; the actor of its copies
+  int64_t bytes = 0;          // announced and not arrived
+  uint64_t phase = 0;
+  int maker;
+  uint32_t made;
+  bool fenced = false;
+  Clocks pending, published;
+};
+
+struct Product {  // one wgmma of one thread
+  float* sum;
+  uint64_t number;  // of this warpgroup's
+};
+
+struct Issued {  // one wgmma of a warpgroup
+  uint64_t a, b;
+  int columns, major;
+  bool add;
+  std::vector<float> result;  // [64, columns], when the first thread has waited for it
+};
+
+struct WgmmaThread {
+  bool fenced = false;
+  uint64_t next = 0;
+  std::vector<std::vector<Product>> groups = {{}};  // the last one is open
+  std::map<float*, std::vector<float>> sums;        // what the accumulators in flight will hold
+};
+
+constexpr int kAsyncActors = 32;
+constexpr int kRegisterFile = 65536;
+
+struct Hopper {
+  std::map<uint32_t, Mbarrier> barriers;
+  std::vector<WgmmaThread> threads;
+  std::vector<std::map<uint64_t, Issued>> issued;  // of each warpgroup
+  std::vector<int> registers;                      // of each warp's threads
+  int free_registers;
+};
+
+inline std::weak_ptr<Hopper> hopper_of_block;
+
+// This block's state; its end is checked for what nobody waited for.
+inline Hopper& hopper() {
+  if (std::shared_ptr<Hopper> state = hopper_of_block.lock()) return *state;
+  auto state = std::make_shared<Hopper>();
+  hopper_of_block = state;
+  const int actors = block.threads + 1 + kAsyncActors;
+  for (int i = 0; i < kAsyncActors; ++i) block.clocks.emplace_back();
+  for (int i = 0; i < actors; ++i) {
+    block.clocks[i].resize(actors, 0);
+    if (i > block.threads) block.clocks[i][i] = 1;
+  }
+  state->threads.resize(block.threads);
+  state->issued.resize(block.threads / 128 + 1);
+  // 168 a thread of 384: __launch_bounds__ lets the compiler take no more, in steps of 8.
+  state->registers.assign(block.threads / kWarp, kRegisterFile / block.threads / 8 * 8);
+  state->free_registers = kRegisterFile - state->registers[0] * block.threads;
+  block.at_exit.push_back([state] {
+    for (const auto& [address, barrier] : state->barriers) {
+      if (barrier.bytes != 0) fail("a block ends while the mbarrier at %u still expects bytes", address - kSharedBase);
+    }
+    for (const WgmmaThread& thread : state->threads) {
+      if (thread.groups.size() > 1 || !thread.groups[0].empty()) fail("a block ends with a wgmma in flight");
+    }
+  });
+  return *state;
+}
+
+inline Mbarrier& mbarrier_at(uint32_t address) {
+  const auto found = hopper().barriers.find(address);
+  if (found == hopper().barriers.end()) fail("no mbarrier was initialised at shared offset %u", address - kSharedBase);
+  Mbarrier& barrier = found->second;
+  if (!before(barrier.maker, barrier.made, actor())) fail("an mbarrier is used before its initialisation is visible");
+  return barrier;
+}
+
+inline void mbarrier_init(uint32_t address, uint32_t count) {
+  shared_bytes(address, 8, 8);
+  Hopper& state = hopper();
+  if (count == 0 || state.barriers.count(address)) fail("an mbarrier is initialised wrongly or twice");
+  const int who = block.threads + 1 + int(state.barriers.size());
+  if (int(state.barriers.size()) >= kAsyncActors) fail("more mbarriers than the host execution has actors");
+  Mbarrier barrier{};
+  barrier.count = barrier.missing = int(count);
+  barrier.actor = who;
+  barrier.maker = actor();
+  barrier.made = block.clocks[actor()][actor()];
+  state.barriers[address] = barrier;
+}
+
+inline void mbarrier_init_fence() {
+  for (auto& [address, barrier] : hopper().barriers) {
+    if (barrier.maker == actor()) barrier.fenced = true;
+  }
+}
+
+inline void mbarrier_advance(Mbarrier& barrier) {
+  if (barrier.missing > 0 || barrier.bytes != 0) return;
+  merge(barrier.published, barrier.pending);
+  barrier.pending.clear();
+  barrier.missing = barrier.count;
+  ++barrier.phase;
+}
+
+inline void mbarrier_arrive(uint32_t address, uint32_t bytes) {
+  Mbarrier& barrier = mbarrier_at(address);
+  if (barrier.missing == 0) fail("more arrivals at an mbarrier than it counts");
+  barrier.bytes += bytes;
+  --barrier.missing;
+  release(barrier.pending, actor());
+  mbarrier_advance(barrier);
+}
+
+inline void mbarrier_wait(uint32_t address, uint32_t parity) {
+  Mbarrier& barrier = mbarrier_at(address);
+  if (parity > 1) fail("a parity of %u", parity);
+  wait_until("an mbarrier", [&] { return (barrier.phase & 1) != parity; });
+  acquire(barrier.published, actor());
+}
+
+// The 128-byte swizzle: bits 4-6 of a shared address ^= bits 7-9.
+inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void tensor_load(uint32_t to, const TensorMap& given, uint32_t barrier_address, int column, int row, int base) {
+  const TensorMap map = given;
+  Mbarrier& barrier = mbarrier_at(barrier_address);
+  if (!barrier.fenced) fail("the copy engine uses an mbarrier whose initialisation was not fenced for it");
+  const uint32_t bytes = map.box[0] * map.box[1] * map.box[2] * 2;
+  async_write_begin(to, bytes, 128, actor());
+  Clocks issued;
+  release(issued, actor());
+  defer([=, &barrier] {
+    bool ended = true;
+    for (const Fiber& fiber : block.fibers) ended &= fiber.done;
+    if (ended) fail("a tensor copy arrives after the block has ended");
+    acquire(issued, barrier.actor);
+    std::vector<uint8_t> data(bytes, 0);
+    for (uint32_t k = 0; k < map.box[2]; ++k) {
+      for (uint32_t j = 0; j < map.box[1]; ++j) {
+        const int64_t r = int64_t(row) + j, b = int64_t(base) + k;
+        if (r < 0 || b < 0 || r >= int64_t(map.sizes[1]) || b >= int64_t(map.sizes[2])) continue;
+        const uint64_t line = map.address + r * map.strides[0] + b * map.strides[1];
+        for (uint32_t i = 0; i < map.box[0]; ++i) {
+          const int64_t c = int64_t(column) + i;
+          if (c < 0 || c >= int64_t(map.sizes[0])) continue;
+          const uint16_t* from = reinterpret_cast<const uint16_t*>(line + 2 * c);
+          check_global(from, 2, 2, "tensor copy");
+          std::memcpy(&data[swizzle128(to + ((k * map.box[1] + j) * map.box[0] + i) * 2) - to], from, 2);
+        }
+      }
+    }
+    async_write_end(to, bytes, data.data(), barrier.actor);
+    barrier.bytes -= bytes;
+    release(barrier.pending, barrier.actor);
+    mbarrier_advance(barrier);
+  });
+}
+
+// Where 16 bytes of an operand lie: 9.7.15.5.1.2 and the matrix descriptor. `mn`, `k` index elements along M or N and
+// along K; of the contiguous one only every eighth is asked for.
+struct Operand {
+  uint32_t start, leading, stride;
+  int swizzle;  // bytes: 16 (none), 32, 64, 128
+  bool mn_major;
+
+  Operand(uint64_t descriptor, bool mn_major_) : mn_major(mn_major_) {
+    start = uint32_t(descriptor & 0x3fff) << 4;
+    leading = uint32_t(descriptor >> 16 & 0x3fff) << 4;
+    stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+    const int modes[4] = {16, 128, 64, 32};
+    swizzle = modes[descriptor >> 62];
+    if (descriptor >> 49 & 7) fail("a matrix descriptor with a base offset, which is not modelled here");
+    if (swizzle > 16 && (start & (swizzle * 8 - 1) & ~127u)) fail("an operand starts inside its swizzle");
+  }
+
+  uint32_t at(int mn, int k) const {
+    const uint32_t atom = mn_major ? k % 8 * swizzle : mn % 8 * swizzle;
+    uint32_t address;
+    if (mn_major && swizzle == 16) {
+      address = start + mn / 8 * stride + k / 8 * leading + atom;
+    } else if (mn_major) {
+      address = start + mn * 2 / swizzle * leading + mn * 2 % swizzle + k / 8 * stride + atom;
+    } else if (swizzle == 16) {
+      address = start + mn / 8 * stride + k / 8 * leading + atom;
+    } else {
+      address = start + mn / 8 * stride + k * 2 + atom;
+    }
+    return address ^ (address >> 7 & (swizzle / 16 - 1)) << 4;
+  }
+
+  // Calls visit(address, mn, k) for each 16 bytes of [first, last) by 16.
+  template <typename Visit>
+  void each(int first, int last, Visit visit) const {
+    for (int k = 0; k < 16; k += mn_major ? 1 : 8) {
+      for (int mn = first; mn < last; mn += mn_major ? 8 : 1) visit(at(mn, k), mn, k);
+    }
+  }
+
+  // The elements as float, to[mn + k * pitch].
+  template <typename Widen>
+  void fetch(int count, float* to, int pitch, Widen widen) const {
+    each(0, count, [&](uint32_t address, int mn, int k) {
+      uint16_t elements[8];
+      std::memcpy(elements, shared_bytes(address, 16, 16), 16);
+      for (int i = 0; i < 8; ++i) to[mn_major ? mn + i + k * pitch : mn + (k + i) * pitch] = widen(elements[i]);
+    });
+  }
+};
+
+// A warp reads its 16 rows of a and all of b.
+inline void check_operands(const Issued& product) {
+  const int row = actor() / kWarp % 4 * 16;
+  const auto read = [](uint32_t address, int, int) { shared_read(address, 16, 16, actor()); };
+  Operand(product.a, product.major).each(row, row + 16, read);
+  Operand(product.b, product.major).each(0, product.columns, read);
+}
+
+inline void wgmma_fence() {
+  int nothing = 0;
+  warp_collective("wgmma.fence", nothing, [](int* (&)[kWarp]) {});
+  hopper().threads[actor()].fenced = true;
+}
+
+inline void wgmma(float* sum, int columns, uint64_t a, uint64_t b, bool add, int major) {
+  int nothing = 0;
+  warp_collective("wgmma", nothing, [](int* (&)[kWarp]) {});
+  WgmmaThread& thread = hopper().threads[actor()];
+  const Issued mine{a, b, columns, major, add, {}};
+  const auto [place, first] = hopper().issued[actor() / 128].emplace(thread.next, mine);
+  const Issued& theirs = place->second;
+  if (!first && (theirs.a != a || theirs.b != b || theirs.add != add || theirs.columns != columns)) {
+    fail("the threads of a warpgroup issue different wgmmas");
+  }
+  // 9.7.15.7.1: a fence lies between any other use of the registers and the first wgmma that uses them.
+  if (!thread.fenced) fail("a wgmma without a wgmma.fence since its registers were used");
+  if (!thread.sums.count(sum)) {
+    thread.sums[sum].assign(sum, sum + columns / 2);
+    std::fill(sum, sum + columns / 2, std::nanf(""));
+  }
+  thread.groups.back().push_back({sum, thread.next++});
+  if (actor() % kWarp == 0) check_operands(mine);
+}
+
+inline void wgmma_commit() {
+  int nothing = 0;
+  warp_collective("wgmma.commit_group", nothing, [](int* (&)[kWarp]) {});
+  hopper().threads[actor()].groups.emplace_back();
+}
+
+// Elements of D in a thread's registers: 9.7.15.5.1.1.
+template <typename Widen>
+void wgmma_finish(const Product& product, Widen widen) {
+  WgmmaThread& thread = hopper().threads[actor()];
+  Issued& issued = hopper().issued[actor() / 128].at(product.number);
+  const int columns = issued.columns;
+  if (actor() % kWarp == 0) check_operands(issued);
+  if (issued.result.empty()) {
+    std::vector<float> a(64 * 16), b(16 * columns);
+    Operand(issued.a, issued.major).fetch(64, a.data(), 64, widen);
+    Operand(issued.b, issued.major).fetch(columns, b.data(), columns, widen);
+    issued.result.assign(64 * columns, 0.0f);
+    for (int m = 0; m < 64; ++m) {
+      float* line = &issued.result[m * columns];
+      for (int k = 0; k < 16; ++k) {
+        const float left = a[m + k * 64];
+        const float* right = &b[k * columns];
+        for (int n = 0; n < columns; n += 64) {
+          for (int i = 0; i < 64; ++i) line[n + i] += left * right[n + i];
+        }
+      }
+    }
+  }
+  std::vector<float>& sum = thread.sums.at(product.sum);
+  const int t = actor() % 128;
+  for (int i = 0; i < columns / 2; ++i) {
+    const int row = t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+    sum[i] = (issued.add ? sum[i] : 0.0f) + issued.result[row * columns + column];
+  }
+}
+
+template <typename Widen>
+void wgmma_wait(int later, Widen widen) {
+  int nothing = 0;
+  warp_collective("wgmma.wait_group", nothing, [](int* (&)[kWarp]) {});
+  WgmmaThread& thread = hopper().threads[actor()];
+  while (int(thread.groups.size()) - 1 > later) {
+    for (const Product& product : thread.groups.front()) wgmma_finish(product, widen);
+    thread.groups.erase(thread.groups.begin());
+  }
+  if (thread.groups.size() > 1 || !thread.groups[0].empty()) return;
+  for (const auto& [sum, values] : thread.sums) std::copy(values.begin(), values.end(), sum);
+  thread.sums.clear();
+  thread.fenced = false;
+  // A warpgroup's products that all its threads are done with are forgotten.
+  uint64_t done = thread.next;
+  const int first = actor() / 128 * 128;
+  for (int i = first; i < first + 128; ++i) {
+    const WgmmaThread& other = hopper().threads[i];
+    uint64_t oldest = other.next;
+    for (const auto& group : other.groups) {
+      if (!group.empty()) oldest = std::min(oldest, group[0].number);
+    }
+    done = std::min(done, oldest);
+  }
+  auto& issued = hopper().issued[actor() / 128];
+  issued.erase(issued.begin(), issued.lower_bound(done));
+}
+
+inline void set_registers(int count, bool more) {
+  int nothing = 0;
+  warp_collective("setmaxnreg", nothing, [](int* (&)[kWarp]) {});
+  if (count < 24 || count > 256 || count % 8 != 0) fail("setmaxnreg of %d", count);
+  if (actor() % kWarp != 0) return;
+  Hopper& state = hopper();
+  int& mine = state.registers[actor() / kWarp];
+  const int wanted = (count - mine) * kWarp;
+  if (more ? wanted < 0 : wanted > 0) fail("setmaxnreg of %d from %d in the wrong direction", count, mine);
+  wait_until("setmaxnreg", [&] { return state.free_registers >= wanted; });
+  state.free_registers -= wanted;
+  mine = count;
+}
+
+}  // namespace host

@@ -1,0 +1,47 @@
+"""The GPU backends on a GPU. ``--rehearse`` runs the same tests on the CPU where they can, to find slips without one.
+
+A rehearsal covers the triton backend in the interpreter (TRITON_INTERPRET=1), which has no bfloat16, no streams and no
+graphs; what needs these is skipped.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradnorm_kernels import backends
+
+BACKENDS = ("triton", "cuda")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device("cpu" if request.config.getoption("--rehearse") else "cuda")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """A backend that can run here; the others are skipped with their reason (``test_backends_can_run`` fails then)."""
+    name: str = request.param
+    reason = backends.missing(name) or backends.unable(name, device.type, torch.float16)
+    if reason is not None:
+        pytest.skip(f"backend {name!r} cannot run: {reason}")
+    return name
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest, backend: str, device: torch.device) -> torch.dtype:
+    """A dtype that the backend takes here."""
+    dtype = DTYPES[request.param]
+    reason = backends.unable(backend, device.type, dtype)
+    if reason is not None:
+        pytest.skip(f"backend {backend!r}: {reason}")
+    return dtype
+
+
+@pytest.fixture
+def gpu_only(request: pytest.FixtureRequest) -> None:
+    """For tests of what only a GPU has."""
+    if request.config.getoption("--rehearse"):
+        pytest.skip("only a GPU has what this test is about")

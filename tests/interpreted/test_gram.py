@@ -1,0 +1,180 @@
+"""The Gram kernels, interpreted, with small tiles: samples that straddle blocks, fill them and share them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradnorm_kernels import checks, reference
+from gradnorm_kernels.backends import segments
+from gradnorm_kernels.backends.segments import Segments
+from gradnorm_kernels.backends.triton import gram, gram_order
+from gradnorm_kernels.tuning import KernelConfig
+from tests.tolerances import NORMS
+from tests.traps import Case, assert_close, packed, poisoned_memory
+
+SMALL = KernelConfig("gram", 80, 4, 32, 32, 16, num_warps=4, num_stages=2, group_m=2)
+LARGE = KernelConfig("gram", 80, 4, 128, 128, 64, num_warps=8, num_stages=2)
+IDS = {"sample_ids": [3, 1, 0, 4, 2, 3, 4], "group_ids": [0, 2, 0, 2, 0, 3]}
+LENGTHS = [5, 1, 70, 0, 33, 32, 9]
+
+
+def prepared(case: Case) -> tuple[Tensor, Tensor, Segments]:
+    arguments = (case.cu_seqlens, case.sample_ids, case.group_ids)
+    sizes = checks.fused_grad_norm(case.x, case.dy, *arguments, None, None, "auto", "auto", ("torch",))
+    return case.x, case.dy, segments.prepare(case.x, *arguments, sizes)
+
+
+def truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    ids = {"sample_ids": case.sample_ids, "group_ids": case.group_ids}
+    samples, groups, _, inner = reference.fused_grad_norm(case.x, case.dy, case.cu_seqlens, **ids, group_gram=True)
+    assert inner is not None
+    return samples, groups, inner
+
+
+def sample_gram(case: Case) -> Tensor:
+    samples = None if case.group_ids is None else len(case.group_ids)
+    return reference.grad_gram(case.x, case.dy, case.cu_seqlens, sample_ids=case.sample_ids, num_samples=samples)
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(nan=-7.0), two.nan_to_num(nan=-7.0))
+
+
+def check(case: Case, config: KernelConfig = SMALL) -> None:
+    """Every launch of the module against the reference, in memory filled with NaN."""
+    x, dy, segs = prepared(case)
+    tolerance = NORMS[x.dtype]
+    samples, groups, inner = truth(case)
+    with poisoned_memory():
+        norms, group_sq, group_gram = gram.pair_sums(x, dy, segs, True, config)
+        again = gram.pair_sums(x, dy, segs, True, config)
+        _, within, none = gram.pair_sums(x, dy, segs, False, config)
+        pairs = gram.pair_gram(x, dy, segs.each_alone(), config)
+    assert group_gram is not None and again[2] is not None and none is None
+    assert same_bits(norms, again[0]) and same_bits(group_gram, again[2]), "other bits the second time"
+    assert same_bits(group_gram, group_gram.T) and same_bits(pairs, pairs.T)
+    finite = samples.isfinite()
+    assert_close(norms, samples, tolerance)
+    assert_close(norms[finite], samples[finite], tolerance, samples[finite])  # each by itself
+    assert_close(group_sq, groups, tolerance)
+    assert_close(group_gram, inner, tolerance)
+    assert_close(within, groups, tolerance)
+    assert_close(pairs, sample_gram(case), tolerance)
+
+
+@pytest.fixture(autouse=True)
+def small_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``pair_sums`` takes its norms' config from the files: a small one here."""
+    monkeypatch.setattr(gram, "config_for", lambda *_: SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_samples_and_groups_in_pieces(dtype: torch.dtype) -> None:
+    check(packed(LENGTHS, 19, 35, dtype, **IDS))
+
+
+@pytest.mark.parametrize(
+    "lengths, ids",
+    [
+        ([1], {}),
+        ([31, 1, 32, 33], {}),
+        ([3, 0, 0, 4, 0], {"group_ids": [0, 2, 2, 0, 1]}),
+        ([40, 50, 40], {"sample_ids": [1, 0, 1], "group_ids": [1, 0]}),
+    ],
+)
+def test_layouts(lengths: list[int], ids: dict[str, list[int]]) -> None:
+    check(packed(lengths, 9, 16, torch.float32, **ids))
+
+
+def test_more_samples_than_lanes() -> None:
+    """Seventy samples of one token: more pieces in a block than are summed at a time."""
+    check(packed([1] * 70, 5, 3, torch.float32, group_ids=[0, 1] * 35))
+
+
+def test_long_samples_in_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "config_for", lambda *_: LARGE)
+    check(packed([300, 1, 130], 7, 50, torch.float32), LARGE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_what_is_not_finite_stays_in_its_sample_and_group(where: str, value: float) -> None:
+    """The poisoned sample shares a block with neighbours on both sides."""
+    case = packed([10, 40, 30, 20], 9, 8, torch.float32, sample_ids=[0, 1, 2, 1], group_ids=[0, 1, 2])
+    getattr(case, where)[20, 3] = value
+    check(case)
+    assert truth(case)[0].isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("longest", [0, 9, 33])
+def test_longer_samples_are_left_out(longest: int) -> None:
+    """They are zero, and what is in them is not looked at."""
+    case = packed(LENGTHS, 19, 35, torch.float32, **IDS)
+    x, dy, segs = prepared(case)
+    samples, lengths = truth(case)[0], segs.lengths()
+    x[6:76] = float("nan")  # the longest of all
+    with poisoned_memory():
+        norms = gram.sample_norms(x, dy, segs, longest, SMALL)
+    expected = torch.where(lengths <= longest, samples, 0.0)
+    assert_close(norms, expected, NORMS[x.dtype])
+    assert torch.equal(norms == 0, expected == 0)
+
+
+def test_splits_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = packed([100, 90], 6, 7, torch.float32)
+    x, dy, segs = prepared(case)
+    for programs in (1, 12, 1000):
+        monkeypatch.setattr(gram, "_PROGRAMS", programs)
+        assert_close(gram.sample_norms(x, dy, segs, len(x), SMALL), truth(case)[0], NORMS[x.dtype])
+
+
+def test_strides_and_widths_that_need_a_copy_get_one() -> None:
+    """Rows that overlap, lie apart, begin off a multiple of 16 bytes, or run the wrong way."""
+    base = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    dy = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    offsets = torch.tensor([0, 15, 40])
+    for x in (base[:, 16:32], base[:, 3:19], base[::1, ::4], base[:1, :16].expand(40, 16), base.T[:40, :16]):
+        rows = gram.even_rows(x, 16)
+        assert rows.data_ptr() % 16 == 0 and rows.stride(0) * 4 % 16 == 0 and rows.shape[1] % 16 == 0
+        assert torch.equal(rows, x)
+    check(Case(x, dy, offsets))
+    assert gram.even_rows(base, 16).data_ptr() == base.data_ptr()
+    assert torch.equal(gram.even_rows(base[:, :5], 16)[:, 5:], torch.zeros(40, 11))
+
+
+def test_the_order_of_places() -> None:
+    case = packed(LENGTHS, 2, 2, torch.float32, **IDS)
+    _, _, segs = prepared(case)
+    with poisoned_memory():
+        places = gram_order.order(segs, sum(LENGTHS))
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    keys = sorted((IDS["group_ids"][sample], sample, at) for at, sample in enumerate(IDS["sample_ids"]))
+    rows = torch.cat([torch.arange(int(offsets[at]), int(offsets[at + 1])) for _, _, at in keys])
+    assert places.row.tolist() == rows.tolist()
+    assert places.sample.tolist() == [sample for _, sample, at in keys for _ in range(LENGTHS[at])]
+    assert places.group.tolist() == [group for group, _, at in keys for _ in range(LENGTHS[at])]
+    for ids, spans in ((places.sample, places.sample_span), (places.group, places.group_span)):
+        for owner, (begin, stop) in enumerate(spans.tolist()):
+            assert (ids == owner).nonzero().flatten().tolist() == list(range(begin, stop))
+
+
+def test_nothing_to_add_up() -> None:
+    case = packed([0, 0], 4, 5, torch.float32)
+    x, dy, segs = prepared(case)
+    assert torch.equal(gram.sample_norms(x, dy, segs, 10, SMALL), torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(gram.pair_gram(x, dy, segs, SMALL), torch.zeros(2, 2, dtype=torch.float64))
+    sums = gram.pair_sums(x, dy, segs, True, SMALL)
+    assert [float(part.abs().sum()) for part in sums if part is not None] == [0.0, 0.0, 0.0]
+
+
+def test_offsets_that_are_out_of_range_do_not_leave_the_arrays() -> None:
+    """On a GPU wrong values are only reported afterwards: until then they must do no harm."""
+    x, dy = torch.ones(50, 4), torch.ones(50, 4)
+    wrong = Segments(
+        torch.tensor([0, 60]), torch.tensor([3, 90]), *[torch.tensor([0, 1], dtype=torch.int32)] * 2, 2, 2, None
+    )
+    places = gram_order.order(wrong, 50)
+    assert int(places.row.min()) >= 0 and int(places.row.max()) < 50
+    gram.pair_sums(x, dy, wrong, True, SMALL)

@@ -1,0 +1,130 @@
+"""Sums over runs of rows, and the Grams of embeddings and of heads tied to them, interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradnorm_kernels.backends.segments import Segments
+from gradnorm_kernels.backends.triton import rows, rows_embedding, rows_tied
+from tests.tolerances import NORMS
+from tests.traps import assert_close, poisoned_memory
+
+NAN = float("nan")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def spans(*ends: tuple[int, int]) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+def test_sums_of_places() -> None:
+    """Spans that are empty, of one place, and longer than what is summed at a time; a NaN next to each."""
+    parts = random(3, 1300).double()
+    parts[:, 7], parts[:, 1100] = NAN, NAN
+    wanted = spans((0, 7), (8, 8), (8, 9), (9, 1100), (1101, 1300))
+    row = torch.randperm(1300, generator=torch.Generator().manual_seed(1)).int()
+    with poisoned_memory():
+        plain, gathered = rows.place_sums(parts, wanted), rows.place_sums(parts[:, row.long().argsort()], wanted, row)
+    expected = torch.stack([parts[:, lo:hi].sum() for lo, hi in wanted.tolist()])
+    torch.testing.assert_close(plain, expected, rtol=1e-14, atol=1e-13)
+    torch.testing.assert_close(gathered, expected, rtol=1e-14, atol=1e-13)
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_of_rows(dtype: torch.dtype, short: bool) -> None:
+    values = random(100, 130, dtype=dtype)
+    values[3], values[60] = NAN, NAN
+    wanted = spans((0, 3), (4, 60), (5, 5), (99, 100))
+    row = torch.randperm(100, generator=torch.Generator().manual_seed(1)).int()
+    expected = torch.stack([values[lo:hi].double().sum(0) for lo, hi in wanted.tolist()])
+    with poisoned_memory():
+        for source, where in ((values, None), (values.T.contiguous().T, None), (values[row.long().argsort()], row)):
+            sums = rows.row_sums(source, wanted, where, short=short)
+            torch.testing.assert_close(sums, expected, rtol=1e-14, atol=1e-13)
+            assert rows.row_sums(source, wanted, where, dtype=torch.float32).dtype == torch.float32
+
+
+def embedding(ids: Tensor, dy: Tensor, owner: Tensor, owners: int, words: int) -> Tensor:
+    """Every owner's gradient, whole: [owners, words * d] float64."""
+    found = torch.zeros(owners, words, dy.shape[1], dtype=torch.float64)
+    for word, gradient, at in zip(ids.tolist(), dy.double(), owner.tolist(), strict=True):
+        if word >= 0:
+            found[at, word] += gradient
+    return found.flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "tokens, d, words, owners",
+    [(1, 3, 4, 2), (150, 19, 40, 5), (130, 5, 1, 70), (97, 16, 1000, 3), (60, 7, 3, 1)],
+)
+def test_embedding(tokens: int, d: int, words: int, owners: int, dtype: torch.dtype) -> None:
+    """Ids that occur once, that every owner shares, that fill more than a block; some left out; owners without any."""
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(0, words, (tokens,), generator=generator)
+    ids[::7] = -1
+    owner = torch.randint(0, owners, (tokens,), generator=generator)
+    dy = random(tokens, d, dtype=dtype)
+    dy[::7] = NAN  # what is left out is not looked at
+    gradients = embedding(ids, dy, owner, owners, words)
+    expected = gradients @ gradients.T
+    with poisoned_memory():
+        gram, again = (rows_embedding.embedding_gram(ids, dy, owner, owners) for _ in range(2))
+        norms = rows_embedding.embedding_norms(ids, dy, owner, owners)
+    assert torch.equal(gram, again) and torch.equal(gram, gram.T)
+    assert_close(gram, expected, NORMS[dtype], expected.abs().max())
+    assert_close(norms, expected.diagonal(), NORMS[dtype], expected.abs().max())
+
+
+def test_embedding_in_several_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held at a time is bounded: the strips add up."""
+    ids, owner = torch.arange(200) % 9, torch.arange(200) % 11
+    dy = random(200, 6)
+    whole = rows_embedding.embedding_gram(ids, dy, owner, 11)
+    monkeypatch.setattr(rows_embedding, "_HELD", 64 * 11)
+    torch.testing.assert_close(rows_embedding.embedding_gram(ids, dy, owner, 11), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_a_nan_in_an_embedding_stays_with_those_who_share_the_word() -> None:
+    ids, owner = torch.tensor([0, 1, 0, 1, 2, 3]), torch.tensor([0, 0, 1, 1, 2, 2])
+    dy = random(6, 4)
+    dy[0, 2] = NAN  # owner 0, word 0, which owner 1 has too
+    gram = rows_embedding.embedding_gram(ids, dy, owner, 3)
+    assert gram.isnan().tolist() == [[True, True, False], [True, False, False], [False, False, False]]
+    assert rows_embedding.embedding_norms(ids, dy, owner, 3).isnan().tolist() == [True, False, False]
+
+
+def segments(lengths: list[int]) -> Segments:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    samples = torch.arange(len(lengths), dtype=torch.int32)
+    return Segments(offsets[:-1], offsets[1:], samples, samples, len(lengths), len(lengths), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_head_tied_to_an_embedding(dtype: torch.dtype) -> None:
+    """Other tokens on the two sides, samples without any, ids left out, and padding whose x is NaN."""
+    head, other = [3, 0, 40, 70], [20, 5, 0, 66]
+    x, dy = random(113, 19, dtype=dtype), random(113, 50, seed=1, dtype=dtype)
+    e, ids = random(91, 19, seed=2, dtype=dtype), torch.arange(91) % 51 - 1
+    gradients = torch.stack([a.double().T @ b.double() for a, b in zip(dy.split(head), x.split(head), strict=True)])
+    owner = torch.arange(4).repeat_interleave(torch.tensor(other))
+    expected = gradients.flatten(1) @ embedding(ids, e, owner, 4, 50).T
+    with poisoned_memory():
+        cross = rows_tied.tied_gram(x, dy, segments(head), ids, e, segments(other))
+    scale = expected.abs().max()
+    assert_close(cross, expected, NORMS[dtype], scale)
+
+    dy[50], x[50] = 0.0, NAN
+    without = [part.clone() for part in (x, dy)]
+    without[0][50] = 0.0
+    padded, plain = (rows_tied.tied_gram(*pair, segments(head), ids, e, segments(other)) for pair in ((x, dy), without))
+    assert torch.equal(padded, plain)
+    x[2] = NAN  # the last token of sample 0, in a block with sample 2
+    poisoned = rows_tied.tied_gram(x, dy, segments(head), ids, e, segments(other))
+    assert poisoned[0].isnan().tolist() == [True, True, False, True] and poisoned[1:].isfinite().all()

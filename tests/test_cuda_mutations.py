@@ -1,0 +1,129 @@
+"""The host execution must notice what is wrong: each entry breaks the kernels once and says what caught it.
+
+A mutation is a change of the text of csrc in a copy, compiled for the host. If one goes unnoticed, either the tests do
+not reach the place, or the line is not needed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradnorm_kernels import ops, reference
+from tests import traps
+from tests.cuda_host.backend import host_machine, install
+from tests.cuda_host.build import Host, Patch, Tree
+from tests.tolerances import NORMS, WEIGHT_GRAD
+
+WGRAD, GRAM, REDUCE, ITEMS = "wgrad_norm_sm80.cu", "gram_sm80.cu", "reduce.cu", "device/items.cuh"
+COPY, RACE, WRONG = "before the copy into it", "race at shared", "wrong"
+
+MUTATIONS = {
+    # Pipeline of the weight-gradient pass.
+    "no wait for the copies": (
+        Patch(WGRAD, r"copy_wait<kStages - 2>\(\);(\s+)sync_block\(\);(\s+)collect", r"\1sync_block();\2collect"),
+        COPY,
+    ),
+    "wait for one group too few": (
+        Patch(WGRAD, r"copy_wait<kStages - 2>(\(\);\s+sync_block\(\);\s+collect)", r"copy_wait<kStages - 1>\1"),
+        COPY,
+    ),
+    "no barrier between token blocks": (Patch(WGRAD, r"sync_block\(\);(\s+collect\(step\);)", r"\1"), COPY),
+    "no barrier before the last sums": (Patch(WGRAD, r"sync_block\(\);(\s+collect\(step \+ 1\);)", r"\1"), RACE),
+    "notes overwritten too soon": (Patch(WGRAD, r"kNotes = 2 \* kStages", "kNotes = kStages"), RACE),
+    "one place for the sums of two steps": (
+        Patch(WGRAD, r"step % 2 \* \(2 \* kWarps \* 4\) \+ warp", "0 * (2 * kWarps * 4) + warp"),
+        RACE,
+    ),
+    # Indices and masks.
+    "a row too many": (
+        Patch(WGRAD, r"row < cursor_\.rows;", "row <= cursor_.rows;"),
+        f"outside of every buffer|{WRONG}",
+    ),
+    "columns not masked": (
+        Patch(WGRAD, r"max\(0, min\(16, 2 \* \(args_\.d_in - x_column\)\)\)", "16"),
+        f"outside of every buffer|{WRONG}",
+    ),
+    "matrices in another order": (Patch(WGRAD, r"chunk_at\(r \+ q % 2 \* 8", "chunk_at(r + q / 2 * 8"), WRONG),
+    "the group's sum is not started afresh": (
+        Patch(WGRAD, r"pair\[0\] = pair\[1\] = pair\[2\] = pair\[3\] = 0\.0f;", ""),
+        WRONG,
+    ),
+    "a sample's end inside a sample": (
+        Patch(ITEMS, r" \|\| next_\.target != now_\.target\) ends", r" || true) ends"),
+        WRONG,
+    ),
+    "rows that do not touch are one run": (Patch(ITEMS, r" && start == run\.end", ""), WRONG),
+    # The Gram.
+    "Gram: no wait": (Patch(GRAM, r"copy_wait<kStages - 2>\(\);", ""), COPY),
+    "Gram: terms written over a stage in use": (
+        Patch(GRAM, r"(reads these any more\.)\n  sync_block\(\);", r"\1\n"),
+        RACE,
+    ),
+    "Gram: sums of columns read too soon": (Patch(GRAM, r"sync_block\(\);(\s+const int column)", r"\1"), RACE),
+    "Gram: the neighbour's terms count": (
+        Patch(GRAM, r"args\.pairwise \|\| rank == own\) sum \+=", "true) sum +="),
+        WRONG,
+    ),
+    # Reductions.
+    "the diagonal counts twice": (Patch(REDUCE, r"offset == 0 \? 1\.0 : 2\.0", "2.0"), WRONG),
+    "one place for two sums of a block": (Patch(REDUCE, r"turn % 2 \* \(kWarps \* 4\)", "0"), RACE),
+    "a split's part is left out": (Patch(REDUCE, r"split <= last; \+\+split", "split < last; ++split"), WRONG),
+}
+
+
+def fault(monkeypatch: pytest.MonkeyPatch, host: Host) -> str:
+    """The first fault that these kernels show: a launch's error, or which result is wrong; empty: none."""
+    several = traps.packed(
+        [33, 5, 0, 64, 100, 3, 40],
+        200,
+        136,
+        torch.bfloat16,
+        sample_ids=[0, 0, 1, 2, 3, 1, 4],
+        group_ids=[0, 1, 0, 1, 1],
+    )
+    split = traps.packed([300, 500], 40, 24, torch.float16, group_ids=[0, 0])
+    gaps = traps.packed([3, 4, 40, 5], 24, 16, torch.bfloat16, group_ids=[0, 1, 0, 0])
+    for case, multiprocessors, algorithm in (
+        *((several, 2, "wgrad"), (several, 2, "gram")),
+        *((split, 5, "wgrad"), (gaps, 1, "gram")),
+    ):
+        install(monkeypatch, host_machine(host, multiprocessors=multiprocessors))
+        ids = {"sample_ids": case.sample_ids, "group_ids": case.group_ids, "weight_grad": True}
+        call = (case.x, case.dy, case.cu_seqlens)
+        try:
+            with traps.poisoned_memory():
+                found = ops.fused_grad_norm(*call, **ids, algorithm=algorithm, backend="cuda")
+                gram = ops.grad_gram(*call, sample_ids=case.sample_ids, algorithm=algorithm, backend="cuda")
+        except RuntimeError as error:
+            return str(error)
+        truth = (*reference.fused_grad_norm(*call, **ids)[:3], reference.grad_gram(*call, sample_ids=case.sample_ids))
+        names = ("sample_sq_norms", "group_sq_norms", "weight_grad", "gram")
+        for name, actual, expected in zip(names, (*found[:3], gram), truth, strict=True):
+            tolerance = (WEIGHT_GRAD if name == "weight_grad" else NORMS)[case.x.dtype]
+            try:
+                traps.assert_close(actual, expected, tolerance)
+            except AssertionError:
+                return f"wrong {name}"
+    return ""
+
+
+def compiled(tmp_path: Path, config: pytest.Config, *patches: Patch) -> Host:
+    objects = Path(config.cache.mkdir("cuda_host"))  # type: ignore[union-attr]
+    return Host(Tree(tmp_path, objects, patches, flags=("-O1",)).module())
+
+
+def test_the_kernels_as_they_are(tmp_path: Path, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fault(monkeypatch, compiled(tmp_path, pytestconfig)) == ""
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_caught(
+    tmp_path: Path, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    patch, caught = MUTATIONS[name]
+    found = fault(monkeypatch, compiled(tmp_path, pytestconfig, patch))
+    assert re.search(caught, found), f"caught by: {found or 'nothing'}"

@@ -1,0 +1,67 @@
+"""The cases that catch implementations out, through the cuda backend on a Hopper that the host plays.
+
+The same cases as on every backend (``traps.py``), with the weight-gradient kernel of sm_90a; the other kernels of the
+backend are those that ``test_cuda_host.py`` tries. Each check runs twice, in another order of warps and of arriving
+copies, and must give the same bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradnorm_kernels.backends.cuda import wgrad
+from tests import traps
+from tests.cuda_host.backend import HostMachine, host_machine, install
+from tests.cuda_host.build import Host, Tree
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+BF16, FP16 = torch.bfloat16, torch.float16
+WANTED = ({"weight_grad": True}, {"weight_grad": True, "group_gram": True}, {})
+# Every trap once, the variants and dtypes taking turns.
+TURNS = [(trap, WANTED[i % 3], FP16 if i % 5 == 2 else BF16) for i, trap in enumerate(traps.TRAPS)]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Host:
+    objects = Path(pytestconfig.cache.mkdir("cuda_host"))  # type: ignore[union-attr]
+    return Host(Tree(tmp_path_factory.mktemp("csrc"), objects).module())
+
+
+@pytest.fixture
+def launched(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the launches, with ``backend="cuda"`` on a machine of compute capability 9.0."""
+    names: list[str] = []
+    original = HostMachine.launch
+
+    def launch(self: HostMachine, name: str, **fields: object) -> None:
+        names.append(name)
+        original(self, name, **fields)
+
+    monkeypatch.setattr(HostMachine, "launch", launch)
+    install(monkeypatch, host_machine(host, arch=90))
+    return names
+
+
+@pytest.mark.parametrize(("trap", "wanted", "dtype"), TURNS, ids=[str(turn[0]) for turn in TURNS])
+def test_traps(launched: list[str], trap: traps.Trap, wanted: dict[str, bool], dtype: torch.dtype) -> None:
+    case = trap.build(dtype)
+    traps.check(case, "cuda", "wgrad", **wanted)
+    if case.x.numel() and case.dy.numel():
+        assert "wgrad_norm_sm90" in launched
+        assert "wgrad_norm_sm80" not in launched
+
+
+def test_pairs(launched: list[str]) -> None:
+    traps.check_pairs(traps.ODD.build(BF16), "cuda", "wgrad")
+    assert "wgrad_norm_sm90" in launched
+
+
+def test_both_tiles_are_chosen(host: Host) -> None:
+    machine = host_machine(host, arch=90)
+    assert wgrad.block_n(machine, 576, 576) == 192
+    assert wgrad.block_n(machine, 4096, 4096) == 128

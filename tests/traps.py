@@ -1,0 +1,291 @@
+"""The inputs that catch implementations out, as one list, and one check of a backend against the float64 reference.
+
+Every backend passes these same cases: torch and cpu in ``test_ops.py``, triton in ``interpreted/test_ops.py`` and on a
+GPU, cuda in ``gpu/``. Cases are built on the CPU from a fixed seed and moved; what is compared is always float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradnorm_kernels import ops, reference
+from tests.tolerances import NORMS, WEIGHT_GRAD
+
+ALGORITHMS = ("wgrad", "gram", "auto")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. ``kwargs``: counts given by hand. ``loses_digits``: the Gram is a small difference of large numbers."""
+
+    x: Tensor
+    dy: Tensor
+    cu_seqlens: Tensor | None = None
+    sample_ids: Tensor | None = None
+    group_ids: Tensor | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    loses_digits: bool = False
+
+    def to(self, device: torch.device | str, ids: torch.device | str | None = None) -> Case:
+        """On another device; the integer tensors on ``ids`` if it is given. Strides stay as they are."""
+
+        def moved(tensor: Tensor | None, where: torch.device | str) -> Tensor | None:
+            if tensor is None or tensor.device == torch.device(where):
+                return tensor
+            base = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+            return base.to(where).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        x, dy = moved(self.x, device), moved(self.dy, device)
+        assert x is not None and dy is not None
+        where = device if ids is None else ids
+        indices = {name: moved(getattr(self, name), where) for name in ("cu_seqlens", "sample_ids", "group_ids")}
+        return replace(self, x=x, dy=dy, **indices)
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A case by name; ``build`` makes it for a dtype."""
+
+    name: str
+    build: Callable[[torch.dtype], Case]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def packed(lengths: list[int], d_in: int, d_out: int, dtype: torch.dtype, **ids: Any) -> Case:
+    """Random tokens in segments of these lengths; lists among ``ids`` become tensors."""
+    generator = torch.Generator().manual_seed(sum(lengths) + d_in)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = int(cu_seqlens[-1])
+    x = torch.randn(tokens, d_in, generator=generator).to(dtype)
+    dy = torch.randn(tokens, d_out, generator=generator).to(dtype)
+    tensors = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in ids.items()}
+    return Case(x, dy, cu_seqlens, **tensors)
+
+
+def _poisoned(value: float, where: str) -> Callable[[torch.dtype], Case]:
+    """A sample with a neighbour on both sides, another piece of it elsewhere, and other groups."""
+
+    def build(dtype: torch.dtype) -> Case:
+        case = packed([20, 20, 20, 130, 20, 7], 19, 23, dtype, sample_ids=[0, 1, 2, 3, 1, 4], group_ids=[0, 1, 2, 0, 2])
+        getattr(case, where)[30, 5] = value
+        return case
+
+    return build
+
+
+def _cancelling_tokens(dtype: torch.dtype) -> Case:
+    """Pairs of tokens with opposite gradients, up to a thousandth: the norm is that of what is left."""
+    half = packed([50], 64, 48, torch.float32)
+    nudge = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
+    other = half.x + nudge * torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+    x, dy = torch.cat([half.x, other]), torch.cat([half.dy, -half.dy])
+    return Case(x.to(dtype), dy.to(dtype), loses_digits=True)
+
+
+def _cancelling_samples(dtype: torch.dtype) -> Case:
+    """Two samples with opposite gradients: the group's sum is nothing beside them, and U is -||G||^2."""
+    half = packed([90], 33, 21, dtype)
+    offsets = torch.tensor([0, 90, 180])
+    return Case(torch.cat([half.x, half.x]), torch.cat([half.dy, -half.dy]), offsets)
+
+
+def _zeros(dtype: torch.dtype) -> Case:
+    """All-zero dy in one sample, -0.0 in another, zeros of both signs in x."""
+    case = packed([9, 8, 7], 20, 24, dtype, group_ids=[0, 1, 1])
+    case.dy[:9], case.dy[9:17] = 0.0, -0.0
+    case.x[:, ::3], case.x[:, 1::3] = 0.0, -0.0
+    return case
+
+
+def _small_gradients(dtype: torch.dtype) -> Case:
+    """As in training: dy a millionth of x (a thousandth in float16, whose smallest normal number is 6e-5)."""
+    case = packed([64, 33, 100], 48, 40, torch.float32)
+    return replace(case, x=case.x.to(dtype), dy=(case.dy * (1e-3 if dtype == torch.float16 else 1e-6)).to(dtype))
+
+
+def _strided(view: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[torch.dtype], Case]:
+    def build(dtype: torch.dtype) -> Case:
+        generator = torch.Generator().manual_seed(0)
+        x, dy = (torch.randn(6, 40, d, generator=generator).to(dtype) for d in (22, 13))
+        return Case(*view(x, dy))
+
+    return build
+
+
+def _plain(*args: Any, **ids: Any) -> Callable[[torch.dtype], Case]:
+    return lambda dtype: packed(*args, dtype, **ids)
+
+
+#: Lengths of 1, 0, 777 and 1000; a sample in two places; samples 4 and 6 and group 3 without tokens.
+ODD = Trap(
+    "odd lengths",
+    _plain(
+        [1, 0, 777, 13, 1000, 97, 0, 13],
+        67,
+        83,
+        sample_ids=[3, 1, 0, 5, 2, 3, 4, 7],
+        group_ids=[0, 1, 0, 2, 2, 4, 0, 1],
+    ),
+)
+
+LENGTHS = {
+    "one token": [1],
+    "one sample of 777": [777],
+    "samples of one token": [1, 1, 1],
+    "empty at the end": [5, 0, 0],
+    "all empty": [0, 0],
+    "primes": [2, 3, 5, 7, 11, 13],
+    "equal lengths": [128] * 9,
+    "long and short": [600, 40],
+}
+
+TRAPS = (
+    ODD,
+    *(Trap(name, _plain(lengths, 31, 17)) for name, lengths in LENGTHS.items()),
+    *(
+        Trap(f"widths {d_in} x {d_out}", _plain([7, 60, 1], d_in, d_out))
+        for d_in, d_out in ((1, 1), (1, 97), (777, 2), (1000, 131), (129, 257), (64, 128), (0, 5), (5, 0))
+    ),
+    Trap("one segment, no offsets", lambda dtype: replace(packed([100], 40, 30, dtype), cu_seqlens=None)),
+    Trap("samples that take turns", _plain([5, 60, 5, 60, 7, 130], 40, 72, sample_ids=[0, 1] * 3, group_ids=[1, 0])),
+    Trap("one sample a group", _plain([40, 3, 90], 50, 60, group_ids=[2, 0, 1])),
+    Trap("groups that take turns", _plain([30, 7, 64, 1, 65, 50], 33, 35, group_ids=[0, 1, 0, 1, 0, 1])),
+    Trap("a hundred samples", _plain([1, 3, 2, 5] * 25, 32, 48, group_ids=[0, 1, 2, 2, 1] * 20)),
+    Trap("few tiles, many tokens", _plain([700, 1500, 64], 16, 16)),
+    Trap("32-bit offsets and ids", lambda dtype: _narrow(packed([5, 60, 2], 9, 8, dtype, sample_ids=[2, 0, 1]))),
+    Trap(
+        "counts given by hand",
+        _plain([5, 6], 4, 3, sample_ids=[1, 0], group_ids=[0, 1, 1, 0], kwargs={"num_samples": 4, "num_groups": 3}),
+    ),
+    Trap("tokens that cancel", _cancelling_tokens),
+    Trap("samples that cancel", _cancelling_samples),
+    Trap("zeros of both signs", _zeros),
+    Trap("small gradients", _small_gradients),
+    *(
+        Trap(f"{value} in {where}", _poisoned(value, where))
+        for value in (float("nan"), float("inf"), float("-inf"))
+        for where in ("x", "dy")
+    ),
+    Trap("batch", _strided(lambda x, dy: (x, dy))),
+    Trap("batch, sliced tokens", _strided(lambda x, dy: (x[:, 3:20], dy[:, 3:20]))),
+    Trap("batch, every other row", _strided(lambda x, dy: (x[::2], dy[::2]))),
+    Trap("batch, sliced features", _strided(lambda x, dy: (x[..., 2:9], dy[..., ::3]))),
+    Trap("batch, transposed", _strided(lambda x, dy: (x.transpose(0, 1), dy.transpose(0, 1)))),
+    Trap("expanded features", _strided(lambda x, dy: (x[..., :1].expand(6, 40, 8), dy))),
+    Trap("expanded rows", _strided(lambda x, dy: (x[:1, :1].expand(6, 40, 22), dy[:, :1].expand(6, 40, 13)))),
+    Trap("columns first", _strided(lambda x, dy: (x[0].T.contiguous().T, dy[0].T.contiguous().T))),
+    Trap("no rows", _strided(lambda x, dy: (x[:, :0], dy[:, :0]))),
+    Trap("no batch", _strided(lambda x, dy: (x[:0], dy[:0]))),
+)
+
+
+def _narrow(case: Case) -> Case:
+    assert case.cu_seqlens is not None and case.sample_ids is not None
+    return replace(case, cu_seqlens=case.cu_seqlens.int(), sample_ids=case.sample_ids.int())
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, scale: Tensor | float | None = None) -> None:
+    """Within ``tolerance`` of ``scale``; finite where, and only where, expected.
+
+    ``scale`` is of one element or of the expected shape; without it, the largest finite expected value.
+    """
+    assert actual.shape == expected.shape
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite().cpu(), finite)
+    if finite.any():
+        bound = torch.as_tensor(expected[finite].abs().max() if scale is None else scale).expand_as(expected)[finite]
+        error = (actual.cpu().double() - expected)[finite].abs()
+        assert (error <= tolerance * bound).all(), f"{(error / bound).max():.2e}"
+
+
+def _same_bits(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first.nan_to_num(nan=-7.0), second.nan_to_num(nan=-7.0))
+
+
+def _clean(tensor: Tensor) -> Tensor:
+    """Absolute values of rows [T, d] in float64, with zeros for what is not finite."""
+    return tensor.double().flatten(0, -2).abs().nan_to_num(0, 0, 0)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory comes filled with NaN, so that a result nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def check(case: Case, backend: str, algorithm: str, runs: int = 2, **wanted: bool) -> ops.FusedGradNorm:
+    """Hold every result of ``fused_grad_norm`` to the reference, and more runs to the first one's bits; return it.
+
+    ``wanted``: ``weight_grad`` and ``group_gram``.
+    """
+    call = (case.x, case.dy, case.cu_seqlens)
+    ids = {"sample_ids": case.sample_ids, "group_ids": case.group_ids, **case.kwargs, **wanted}
+    with poisoned_memory():
+        first, *more = (ops.fused_grad_norm(*call, **ids, algorithm=algorithm, backend=backend) for _ in range(runs))
+    assert all(_same_bits(a, b) for other in more for a, b in zip(first, other, strict=True)), "other bits later"
+    cpu = case.to("cpu")
+    ids |= {"sample_ids": cpu.sample_ids, "group_ids": cpu.group_ids}
+    sample_sq, group_sq, weight_grad, group_gram = reference.fused_grad_norm(cpu.x, cpu.dy, cpu.cu_seqlens, **ids)
+
+    norms = 0.5 if case.loses_digits and algorithm != "wgrad" else NORMS[case.x.dtype]
+    assert first.sample_sq_norms.dtype == first.group_sq_norms.dtype == torch.float64
+    assert_close(first.sample_sq_norms, sample_sq, norms)
+    finite = sample_sq.isfinite()
+    assert_close(first.sample_sq_norms.cpu()[finite], sample_sq[finite], norms, sample_sq[finite])  # each by itself
+    # A sum may cancel: it is held to the largest of what it is made of.
+    groups = torch.zeros(len(sample_sq), dtype=torch.int64) if cpu.group_ids is None else cpu.group_ids.long()
+    made_of = torch.zeros_like(group_sq).index_add_(0, groups, sample_sq.nan_to_num(0, 0, 0)).maximum(group_sq)
+    assert_close(first.group_sq_norms, group_sq, norms, made_of)
+    assert (first.weight_grad is None) == (weight_grad is None) and (first.group_gram is None) == (group_gram is None)
+    if weight_grad is not None and first.weight_grad is not None:
+        assert first.weight_grad.dtype == case.x.dtype
+        terms = (_clean(cpu.dy).T @ _clean(cpu.x)).amax() if weight_grad.numel() else 0.0
+        element = weight_grad.nan_to_num(0, 0, 0).abs().amax() if weight_grad.numel() else 0.0
+        rounding = WEIGHT_GRAD[case.x.dtype]
+        assert_close(first.weight_grad, weight_grad, rounding, element + 1e-6 / rounding * terms)
+    if group_gram is not None and first.group_gram is not None:
+        assert first.group_gram.dtype == torch.float64
+        assert_close(first.group_gram, group_gram, norms, made_of.sqrt().outer(made_of.sqrt()))
+    return first
+
+
+def check_pairs(case: Case, backend: str, algorithm: str, runs: int = 2) -> None:
+    """Hold ``grad_gram`` and ``grad_dot`` to the reference, and more runs to the first one's bits."""
+    cpu = case.to("cpu")
+    counts = {"num_samples": case.kwargs["num_samples"]} if case.kwargs else {}
+    generator = torch.Generator().manual_seed(3)
+    v = torch.randn(case.dy.shape[-1], case.x.shape[-1], generator=generator).to(case.x.dtype)
+    call = {"cu_seqlens": case.cu_seqlens, "sample_ids": case.sample_ids, "backend": backend, **counts}
+    with poisoned_memory():
+        grams = [ops.grad_gram(case.x, case.dy, algorithm=algorithm, **call) for _ in range(runs)]
+        dots = [ops.grad_dot(case.x, case.dy, v.to(case.x.device), **call) for _ in range(runs)]
+    assert all(_same_bits(found[0], other) for found in (grams, dots) for other in found), "other bits later"
+    assert_close(grams[0], grams[0].T.cpu(), 1e-8 if case.x.dtype != torch.float64 else 1e-14)  # symmetric
+    assert grams[0].dtype == dots[0].dtype == torch.float64
+
+    truth = (cpu.x, cpu.dy), {"cu_seqlens": cpu.cu_seqlens, "sample_ids": cpu.sample_ids, **counts}
+    norms = 0.5 if case.loses_digits and algorithm != "wgrad" else NORMS[case.x.dtype]
+    assert_close(grams[0], reference.grad_gram(*truth[0], **truth[1]), norms)
+    # Products of random signs: a sum is held to the root of the sum of its terms' squares.
+    terms = (_clean(cpu.x).norm(dim=1) * _clean(cpu.dy).norm(dim=1)).norm()
+    assert_close(dots[0], reference.grad_dot(*truth[0], v, **truth[1]), NORMS[case.x.dtype], terms)
