@@ -108,13 +108,16 @@ __device__ __forceinline__ void write_sums(const Gram& args, SharedAddress share
     for (int row = 0; row < kTile; ++row) {
       const int next = rank_at(row_ranks, row);
       if (next != rank) {
-        if (args.pairwise) store_shared_float(term_at(shared, first, column), sum);
-        if (args.pairwise || rank != own) sum = 0.0f;
-        if (rank == own && !args.pairwise) break;
+        if (args.pairwise) {
+          store_shared_float(term_at(shared, first, column), sum);
+        } else if (rank == own) {
+          break;
+        }
+        sum = 0.0f;
         first = row;
         rank = next;
       }
-      if (args.pairwise || rank == own) sum += load_shared_float(term_at(shared, row, column));
+      sum += load_shared_float(term_at(shared, row, column));
     }
     store_shared_float(term_at(shared, args.pairwise ? first : 0, column), sum);
   }

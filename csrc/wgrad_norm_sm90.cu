@@ -11,17 +11,23 @@ namespace {
 
 constexpr char kName[] = "wgrad_norm_sm90";
 
-// The map of a matrix [tokens, columns] in which a sample has an end. Element (c, r, b) of the map is element c of row
-// b + r - 64, for r < 64. So the box of 64 rows at (c, 64 - n, row + n) holds the n rows from `row` on and then, as r
-// passes 64, zeros: of the neighbour's rows not one is read, whatever they hold, and one map serves all samples.
+// The map of a matrix [tokens, columns] in which a box can begin or end with a sample. Element (c, r, b) of the map is
+// element c of row b + r, for r < 64. The box of 64 rows at (c, n - 64, row) begins at negative r: that is zeros, and
+// then come, as r reaches 0, the n rows from `row` on, the last in the box. Of a neighbour's rows not one is read,
+// whatever they hold, and one map serves all samples.
+//
+// The address is the matrix's own, and what is read lies in the matrix: r stays below n, and the row + n rows exist. An
+// address moved back by 64 rows would put the zeros last, but loads fault where that memory is not mapped. That r and b
+// together would reach beyond the matrix is nothing the driver looks at: it checks sizes and strides one by one
+// (cuTensorMapEncodeTiled), and the maps of QuACK (create_ragged_tensor_for_tma, ptr_shift=False) and of Triton
+// (tools/ragged_tma.py), made for the same end, declare 2^30 rows whatever the matrix has.
 TensorMap ragged_map(const void* matrix, int64_t stride, int tokens, int columns, int type) {
-  // A single row has no next one: any stride will do, but not every one is allowed.
-  const uint64_t row_bytes = tokens == 1 ? 16 : static_cast<uint64_t>(stride) * 2;
-  const uint64_t sizes[3] = {static_cast<uint64_t>(columns), sm90::kPanelTokens, static_cast<uint64_t>(tokens) + 1};
+  // A single row has no next one, so its stride may be one that is not allowed: then rows are as if they touched.
+  const uint64_t row_bytes = tokens == 1 ? (static_cast<uint64_t>(columns) * 2 + 15) / 16 * 16 : stride * uint64_t{2};
+  const uint64_t sizes[3] = {static_cast<uint64_t>(columns), sm90::kPanelTokens, static_cast<uint64_t>(tokens)};
   const uint64_t strides[2] = {row_bytes, row_bytes};
   const uint32_t box[3] = {sm90::kPanelColumns, sm90::kPanelTokens, 1};
-  const uintptr_t address = reinterpret_cast<uintptr_t>(matrix) - sm90::kPanelTokens * row_bytes;
-  return encode_tensor_map(reinterpret_cast<const void*>(address), type, sizes, strides, box, kName);
+  return encode_tensor_map(matrix, type, sizes, strides, box, kName);
 }
 
 void require(bool holds, const char* what) {

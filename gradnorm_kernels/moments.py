@@ -170,7 +170,22 @@ def merge(sums: Sequence[StepSums]) -> StepSums:
                     f"sample_ids: sample {sample!r} has rows of two tasks, {tasks[sample_task[sample]]!r} on one rank "
                     f"and {part.tasks[task]!r} on another; a sample belongs to one task"
                 )
-    return StepSums(tuple(tasks), tuple(keys), block_task, *total, *own, *by_task, sample_task)
+    inner, pairs, (own_inner, own_pairs) = total[0], total[1], own
+    self_sq, weight_sq, whole, whole_weight = by_task
+    return StepSums(
+        tuple(tasks),
+        tuple(keys),
+        block_task,
+        inner,
+        pairs,
+        own_inner,
+        own_pairs,
+        self_sq,
+        weight_sq,
+        whole,
+        whole_weight,
+        sample_task,
+    )
 
 
 def task_moments(parts: Sequence[PairSums], num_tasks: int) -> TaskMoments:

@@ -61,7 +61,16 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert all(".self_attn." in name for name in described["tracked_layers"]) and len(described["tracked_layers"]) == 4
     lines = _lines(run)
     assert [(line["kind"], line["step"]) for line in lines if line["kind"] != "warm_start"] == [
-        *(("eval_base", 0), ("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4)),
+        *(
+            ("eval_base", 0),
+            ("eval", 0),
+            ("train", 1),
+            ("train", 2),
+            ("eval", 2),
+            ("train", 3),
+            ("train", 4),
+            ("eval", 4),
+        ),
     ]
     assert sum(line["kind"] == "warm_start" for line in lines) == 3
     for line in lines:

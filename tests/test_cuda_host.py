@@ -8,15 +8,16 @@ and must give the same bits.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from gradnorm_kernels import ops
-from gradnorm_kernels.backends import Plan, cuda
+from gradnorm_kernels import ops, reference
+from gradnorm_kernels.backends import Plan, cuda, native
 from gradnorm_kernels.backends.cuda import tables, wgrad
-from gradnorm_kernels.backends.cuda.launch import operand
+from gradnorm_kernels.backends.cuda.launch import old_driver, operand
 from gradnorm_kernels.backends.segments import Segments
 from tests import traps
 from tests.cuda_host.backend import HostMachine, host_machine, install
@@ -113,7 +114,7 @@ def test_splits(
 def test_slabs_of_the_groups_gram(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the stored sums would take too much memory, rows of the weight are done one slab after another."""
     names = launches(machine, monkeypatch)
-    monkeypatch.setattr(wgrad, "_PARTS", 3 * 2 * 4 * 70 * 128)
+    monkeypatch.setattr(wgrad, "_PARTS", 3 * 2 * 4 * 70 * 130)
     case = traps.packed([30, 7, 64, 50], 70, 300, BF16, group_ids=[0, 1, 2, 1])
     traps.check(case, "cuda", "wgrad", weight_grad=True, group_gram=True)
     assert names.count("wgrad_norm_sm80") == 2 * 3
@@ -135,6 +136,21 @@ def test_a_wrong_value_on_the_device_makes_nan(machine: HostMachine, monkeypatch
     result = ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, weight_grad=True, group_gram=True, backend="cuda")
     for tensor in result:
         assert tensor is not None and tensor.isnan().all()
+
+
+@pytest.mark.parametrize("algorithm", ["wgrad", "gram"])
+def test_more_than_two_to_the_31_elements(machine: HostMachine, algorithm: str) -> None:
+    """Offsets of 64 bits: the rows of x lie far apart, and only a few of their elements are ever touched."""
+    tokens, lengths = 2100, [700, 1, 1300, 99]
+    x = torch.empty(tokens, 1 << 20, dtype=BF16)[:, :16]
+    x.copy_(torch.randn(tokens, 16, generator=torch.Generator().manual_seed(0)))
+    case = replace(traps.packed(lengths, 16, 24, BF16), x=x)
+    result = ops.fused_grad_norm(
+        case.x, case.dy, case.cu_seqlens, weight_grad=algorithm == "wgrad", algorithm=algorithm, backend="cuda"
+    )
+    expected = reference.fused_grad_norm(case.x, case.dy, case.cu_seqlens)
+    torch.testing.assert_close(result.sample_sq_norms, expected[0], rtol=2e-5, atol=0)
+    torch.testing.assert_close(result.group_sq_norms, expected[1], rtol=2e-5, atol=0)
 
 
 def test_no_bank_conflicts(machine: HostMachine) -> None:
@@ -169,6 +185,13 @@ def test_a_failed_launch_says_which(machine: HostMachine) -> None:
         machine.launch("column_sums", partial=torch.zeros(3, 5), columns=5, out=zeros)
 
 
+def test_without_a_device_a_launch_says_which() -> None:
+    if native.cuda_unable() is not None or torch.cuda.is_available():
+        pytest.skip(native.cuda_unable() or "there is a device")
+    with pytest.raises(RuntimeError, match="^column_sums: "):
+        native.module().column_sums(partial=0, rows=1, columns=1, out=0, stream=0)
+
+
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_operands_are_copied_only_where_rows_are_not_aligned(tokens: int) -> None:
     wide = torch.randn(tokens, 48).to(BF16)
@@ -185,6 +208,19 @@ def segments(lengths: list[int], sample: list[int], group: list[int]) -> Segment
     ends = torch.tensor(lengths).cumsum(0)
     ids = (torch.tensor(values, dtype=torch.int32) for values in (sample, group))
     return Segments(ends - torch.tensor(lengths), ends, *ids, max(sample) + 1, max(group) + 1, None)
+
+
+def test_a_row_expanded_over_tokens_is_copied() -> None:
+    row = torch.randn(1, 64).to(torch.bfloat16)
+    copied = operand(row.expand(7, 64))
+    assert copied.stride(0) == 64 and torch.equal(copied, row.expand(7, 64))
+    assert operand(row).data_ptr() == row.data_ptr()
+
+
+def test_a_driver_older_than_the_toolkit_is_named() -> None:
+    assert old_driver("13.0", 13000) is None and old_driver("12.8", 13020) is None
+    said = old_driver("13.0", 12080)
+    assert said is not None and "built with CUDA 13.0 and the driver is for CUDA 12.8: update the driver" in said
 
 
 def test_splits_end_between_samples() -> None:

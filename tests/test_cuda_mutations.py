@@ -65,7 +65,7 @@ MUTATIONS = {
     ),
     "Gram: sums of columns read too soon": (Patch(GRAM, r"sync_block\(\);(\s+const int column)", r"\1"), RACE),
     "Gram: the neighbour's terms count": (
-        Patch(GRAM, r"args\.pairwise \|\| rank == own\) sum \+=", "true) sum +="),
+        Patch(GRAM, r" else if \(rank == own\) \{\s+break;\s+\}", ""),
         WRONG,
     ),
     # Reductions.

@@ -182,7 +182,9 @@ def test_documented_commands_exist(document):
     assert {"test"} <= named <= makefile_targets()
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/mathematics.md", "docs/design-notes.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+)
 def test_links_lead_somewhere(path):
     document = ROOT / path
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text()):

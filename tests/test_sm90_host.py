@@ -38,6 +38,7 @@ CASES = {
     "splits": Case((7, 5, 1, 64, 100), 210, 77, groups=(0, 0, 0, 1, 1), splits=3, parts=True, multiprocessors=4),
     "group sums": Case((70, 5, 9), 33, 130, groups=(0, 1, 3), parts=True),
     "neighbour": Case((20, 64), 72, 40),
+    "one at the end": Case((20, 1), 24, 40),
     "nan": Case((20, 20, 20, 130, 7), 72, 130, groups=(0, 0, 1, 1, 2), poison=(float("nan"), 1)),
     "inf": Case((20, 20, 20, 130, 7), 73, 130, groups=(0, 0, 1, 1, 2), poison=(INF, 1)),
     "far rows": Case((33, 40), 16, 40, stride=1 << 25),
@@ -87,14 +88,21 @@ DEFECTS = {
         "mbarrier_arrive(shared.full(stage));",
         UNORDERED,
     ),
-    "a neighbour's rows": Defect(
-        LAUNCHER, r"(?<=\(columns\), )sm90::kPanelTokens", "2 * sm90::kPanelTokens", "numbers", "neighbour"
+    "a neighbour's rows": Defect(KERNEL, r"rows - kPanelTokens", "0", "numbers", "neighbour"),
+    "a row behind the matrix": Defect(KERNEL, r"(?<=begin, )row(?=\))", "row + 1", "outside of its map"),
+    "a row of a block lost": Defect(LAUNCHER, r"(?<=\(columns\), )sm90::kPanelTokens", "63", "numbers"),
+    "the last row lost": Defect(
+        LAUNCHER, r"static_cast<uint64_t>\(tokens\)(?=\};)", "tokens - uint64_t{1}", "numbers", "one at the end"
     ),
-    "tokens one too few": Defect(
-        LAUNCHER, r"static_cast<uint64_t>\(tokens\) \+ 1", "static_cast<uint64_t>(tokens)", "numbers"
+    # With coordinates 64 rows further on this would read the right rows; a GPU may fault at the address alone.
+    "map begins before the matrix": Defect(
+        LAUNCHER,
+        r"(?<=encode_tensor_map\()matrix",
+        "static_cast<const char*>(matrix) - 64 * row_bytes",
+        "begins outside of every buffer|outside of its map's buffer",
     ),
-    "map starts elsewhere": Defect(
-        LAUNCHER, r"sm90::kPanelTokens \* row_bytes", "63 * row_bytes", "outside of every buffer|numbers"
+    "the first steps of a stage": Defect(
+        KERNEL, r"(?<= x \+ )step(?= \*)", "step - kSteps + static_cast<int>(steps.value)", "numbers"
     ),
     "a step too few": Defect(KERNEL, r"\(rows - 1\) / kStepTokens \+ 1", "(rows + 14) / kStepTokens", "numbers"),
     "no wait for a sample's first copy": Defect(

@@ -43,7 +43,7 @@ struct Tag {
   int slot;    // the group, or the index in `parts`
   int tile;
   int blocks;  // stages
-  int steps;   // of 16 tokens in the first stage; the others are full
+  int steps;   // of 16 tokens at the end of the first stage; the others are full
 };
 enum Flag : int {
   kSampleEnds = 1,

@@ -70,17 +70,16 @@ __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap*
         mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
         if (row == run.row) shared.store_tag(stage, tag);
         mbarrier_arrive_expect(shared.full(stage), C::kStageBytes);
-        // In the maps (ragged_map) a box at `begin` ends with row + rows: what follows in it arrives as zeros.
-        const int begin = kPanelTokens - rows;
+        // In the maps (ragged_map) this box holds zeros and then, to its end, the `rows` rows from `row` on.
+        const int begin = rows - kPanelTokens;
 #pragma unroll
         for (int i = 0; i < C::kRowPanels; ++i) {
-          tensor_load(shared.rows(stage, i), dy_map, shared.full(stage), first_row + i * kPanelColumns, begin,
-                      row + rows);
+          tensor_load(shared.rows(stage, i), dy_map, shared.full(stage), first_row + i * kPanelColumns, begin, row);
         }
 #pragma unroll
         for (int i = 0; i < C::kColumnPanels; ++i) {
           tensor_load(shared.columns(stage, i), x_map, shared.full(stage), first_column + i * kPanelColumns, begin,
-                      row + rows);
+                      row);
         }
         ring.advance();
       }
@@ -179,14 +178,14 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
   float product[C::kFragment], sum[C::kFragment];
   int add = 0;  // whether the next product is added: not at a sample's beginning
 
-  // The product of the first `steps` times 16 tokens of a stage. `steps` is a constant: with a condition between two
-  // wgmmas the compiler makes a group of each.
+  // The product of the last `steps` times 16 tokens of a stage; what comes before them is zeros. `steps` is a constant:
+  // with a condition between two wgmmas the compiler makes a group of each.
   const auto multiply = [&](int stage, auto steps) {
     const uint64_t dy = dy_base + stage * (C::kRowPanels * kPanelBytes >> 4);
     const uint64_t x = x_base + stage * (C::kColumnPanels * kPanelBytes >> 4);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < steps.value; ++step) {
+    for (int step = kSteps - steps.value; step < kSteps; ++step) {
       Wgmma<C::kType, C::kColumns, kMnMajor>::multiply(product, dy + step * kDescriptorStep, x + step * kDescriptorStep,
                                                        add);
       add = 1;

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import distributed
 from .owners import to_device
@@ -36,11 +36,11 @@ class TaskSums:
             dy = dy.flatten(0, 1)
             if use.layer.kind == "embedding":
                 module = use.layer.module
+                assert isinstance(module, nn.Embedding)
                 ids = use.x[at].reshape(-1)
-                padding = getattr(module, "padding_idx", None)
-                if padding is not None:
-                    dy = dy * (ids != padding)[:, None]
-                shape = (int(module.num_embeddings), dy.shape[1])
+                if module.padding_idx is not None:
+                    dy = torch.where((ids != module.padding_idx)[:, None], dy, 0.0)
+                shape = (module.num_embeddings, dy.shape[1])
                 # Unlike index_add_, this sorts the ids on a GPU: the same bits every run.
                 self._slot(name, task, dy, shape).index_put_((ids,), dy, accumulate=True)
                 continue

@@ -70,16 +70,24 @@ def modules() -> Iterator[Any]:
 
 
 def jobs() -> list[Job]:
-    """Everything that is shipped, in a fixed order."""
-    found = []
+    """Everything that is shipped, in a fixed order, each once.
+
+    float16 is compiled like bfloat16 but for the name of its products: of a kernel's forms for it, only the first.
+    """
+    found: dict[str, Job] = {}
     for module in modules():
         for arch in ARCHITECTURES:
             configs = [c for c in shipped(arch) if c.kernel in module.CONFIGS] if module.CONFIGS else [None]
             for config in configs:
-                elements = ELEMENTS[config.element_bytes] if config else ("bf16", "fp16", "fp32")
-                for element in elements:
-                    found += _jobs_of(module, arch, element, config)
-    return found
+                for element in ELEMENTS[config.element_bytes] if config else ("bf16", "fp16", "fp32"):
+                    forms = _jobs_of(module, arch, element, config)
+                    if element == "fp16":
+                        forms = list({job.kernel.fn.__name__: job for job in reversed(forms)}.values())
+                    for job in forms:
+                        # Small kernels may not depend on the element, or on all of the config.
+                        same = (job.kernel.fn.__name__, arch, job.types, job.constants, job.options)
+                        found.setdefault(repr(same), job)
+    return list(found.values())
 
 
 def _jobs_of(module: Any, arch: int, element: str, config: KernelConfig | None) -> list[Job]:

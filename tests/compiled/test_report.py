@@ -88,7 +88,6 @@ def test_it_can_fail() -> None:
     large = replace(config, block_m=256, block_n=256, num_warps=4, num_stages=2)
     line = report.compile_job(report._jobs_of(module, 80, "bf16", large)[0])
     assert {"spills", "stack"} <= set(complaints(line)), line
-    assert line["registers"] == 255
 
 
 def test_kernels_of_the_compiled_module() -> None:

@@ -153,7 +153,7 @@ def gpu_steps(python: str, folder: Path, commit: str, profile: bool) -> list[Ste
     for name, chosen in tests.items():
         cuda = name == "tests-cuda"
         command = pytest_command(python, "tests/gpu", "-k", chosen, f"--junitxml={folder / name}.xml")
-        steps.append(Step(name, command, 170, ("build",) if cuda else (), ("build",) if cuda else ()))
+        steps.append(Step(name, command, 150, ("build",) if cuda else (), ("build",) if cuda else ()))
     for tool in ("memcheck", "racecheck"):
         for backend in ("triton", "cuda"):
             inner = pytest_command(python, "tests/gpu/test_traps.py", "-x", "-k", f"{backend} and fp16 and primes")
@@ -170,11 +170,12 @@ def gpu_steps(python: str, folder: Path, commit: str, profile: bool) -> list[Ste
             )
     checked = tuple(step.name for step in steps)
     bench = [python, "-m", "benchmarks"]
+    ops, whole = ["--quick", "--minutes", "2", "--patience", "60"], ["--quick", "--minutes", "1.5"]
     out = [str(folder / f"{name}.json") for name in ("ops", "step")]
     shape = ["--d_in", "2048", "--d_out", "2048", "--tokens", "16384", "--limit", "10"]
     steps += [
-        Step("ops", [*bench, "ops", "--quick", "--minutes", "2", "--commit", commit, "--out", out[0]], 150, checked),
-        Step("step", [*bench, "step", "--minutes", "1.2", "--commit", commit, "--out", out[1]], 90, ("ops",)),
+        Step("ops", [*bench, "ops", *ops, "--commit", commit, "--out", out[0]], 200, checked),
+        Step("step", [*bench, "step", *whole, "--commit", commit, "--out", out[1]], 130, ("ops",)),
         Step(
             "tune",
             [python, "-m", "gradnorm_kernels", "tune", *shape],

@@ -77,7 +77,21 @@ def missing() -> str | None:
     devices = range(torch.cuda.device_count())
     if not any(architecture(torch.cuda.get_device_capability(device)) for device in devices):
         return _no_kernels(torch.cuda.get_device_name(0))
-    return None
+    return old_driver(native.module().build_info()["cuda"], torch._C._cuda_getDriverVersion())
+
+
+def old_driver(built: str, driver: int) -> str | None:
+    """Why a driver (13020 for CUDA 13.2) cannot run what was built with a toolkit ("13.0"); None if it can.
+
+    The module holds its own CUDA runtime, which runs on drivers of its major version or newer.
+    """
+    if driver // 1000 >= int(built.partition(".")[0]):
+        return None
+    supported = f"{driver // 1000}.{driver % 1000 // 10}"
+    return (
+        f"gradnorm_kernels was built with CUDA {built} and the driver is for CUDA {supported}: update the driver, or "
+        "install gradnorm_kernels again with an nvcc of the driver's CUDA version or older"
+    )
 
 
 def _no_kernels(name: str) -> str:
@@ -90,10 +104,12 @@ def _no_kernels(name: str) -> str:
 def operand(tensor: Tensor) -> Tensor:
     """``tensor`` [T, d] or [B, L, d] of 2-byte elements as [T, d] whose rows start at multiples of 16 bytes.
 
-    Copied where they do not: a row width that is no multiple of 8, or a view that starts in between.
+    Copied where they do not: a row width that is no multiple of 8, or a view that starts in between. A row that is
+    expanded over all tokens is copied too: whether a tensor map may have such a stride is not written down.
     """
     tensor = rows(tensor)
-    if tensor.data_ptr() % 16 == 0 and (tensor.stride(0) % 8 == 0 or len(tensor) == 1):
+    spaced = tensor.stride(0) % 8 == 0 and tensor.stride(0) > 0
+    if tensor.data_ptr() % 16 == 0 and (spaced or len(tensor) == 1):
         return tensor
     tokens, width = tensor.shape
     padded = tensor.new_empty(tokens, (width + 7) // 8 * 8)[:, :width]

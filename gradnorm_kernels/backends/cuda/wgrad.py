@@ -53,15 +53,16 @@ def run(
     ``weight_grad`` [d_out, d_in], if given, is overwritten with the sum.
     """
     d_in, d_out, groups = x.shape[1], dy.shape[1], segments.groups
-    slots = min(groups, len(segments.start))
-    tiles = -(-d_out // BLOCK_M) * -(-d_in // block_n(machine, d_in, d_out))
-    wanted = splits(tiles, len(x), machine.multiprocessors)
-    size = 4 * d_out * d_in
+    columns = -(-d_in // block_n(machine, d_in, d_out))
+    # Rows of the weight that are done at once: all, unless sums of every group are stored for each of them.
+    rows = max(BLOCK_M, _PARTS // (4 * d_in * 2 * groups) // BLOCK_M * BLOCK_M) if group_gram else d_out
+    wanted = splits(-(-min(rows, d_out) // BLOCK_M) * columns, len(x), machine.multiprocessors)
     few = min(segments.samples, len(segments.start))
+    size = 4 * d_out * d_in
     if wanted > 1 and few < 4 * wanted and (wanted + few) * size <= _SAMPLE_PARTS and not group_gram:
         return _by_samples(machine, x, dy, segments, wanted, weight_grad)
-    if wanted > 1 and (wanted + slots) * size > _PARTS:
-        wanted = max(1, _PARTS // size - slots)
+    if not group_gram and (wanted + groups) * size > _PARTS:
+        wanted = max(1, _PARTS // size - groups)
     target = segments.sample
     if gram_tokens > 0:
         target = torch.where(segments.lengths()[segments.sample] > gram_tokens, segments.sample, -1)
@@ -69,14 +70,11 @@ def run(
     if wanted == 1 and not group_gram:
         return _direct(machine, x, dy, segments, items, target, weight_grad)
 
-    held = (wanted + groups - 1) * (2 if group_gram else 1)
-    rows = max(BLOCK_M, _PARTS // (4 * d_in * held) // BLOCK_M * BLOCK_M)
     sums = _zeros(x, segments.samples), _zeros(x, groups)
     gram = _zeros(x, groups, groups) if group_gram else None
     for lo in range(0, d_out, rows):
-        slab = dy[:, lo : lo + rows]
         part = None if weight_grad is None else weight_grad[lo : lo + rows]
-        found = _stored(machine, x, slab, segments, items, target, part, group_gram)
+        found = _stored(machine, x, dy[:, lo : lo + rows], segments, items, target, part, group_gram)
         for total, value in zip(sums, found[:2], strict=True):
             total += value
         if gram is not None and found.gram is not None:

@@ -68,10 +68,11 @@ def dot_kernel(
 def signatures(config: KernelConfig, element: str = "bf16") -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """What a config launches: (kernel, argument -> type, constexpr -> value) of each form, for a compile-only check.
 
-    All pointers, strides, d_in and d_out are divisible by 16, as they are at every launch.
+    ``element`` is Triton's name of v's dtype: a float32 v comes with x of any. All pointers, strides, d_in and d_out
+    are divisible by 16, as they are at every launch.
     """
-    arguments = {"x_ptr": f"*{element}", "dy_ptr": f"*{element}", "v_ptr": f"*{element}", "part_ptr": "*fp64"}
     integers = ("tokens", "x_stride", "dy_stride", "v_stride", "d_in", "d_out", "rows", "splits")
-    arguments |= dict.fromkeys(integers, "i32")
+    arguments = {"v_ptr": f"*{element}", "part_ptr": "*fp64"} | dict.fromkeys(integers, "i32")
     tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP": config.group_m}
-    return [(dot_kernel, arguments, tile)]
+    inputs = ("fp32", "bf16", "fp16") if element == "fp32" else (element,)
+    return [(dot_kernel, arguments | {"x_ptr": f"*{x}", "dy_ptr": f"*{x}"}, tile) for x in inputs]

@@ -94,7 +94,7 @@ def _gram(
     if not _any(x, dy, places):
         return x.new_zeros(count, count, dtype=torch.float64)
     blocks = triton.cdiv(tokens, config.block_m)
-    pieces = blocks + count
+    pieces = triton.cdiv(blocks + count, 16) * 16  # rows begin at multiples of 16 bytes
     pairs = x.new_empty(pieces, pieces, dtype=torch.float32)
     with on_device(x):
         gram_pairs_kernel[(blocks * blocks,)](

@@ -89,7 +89,8 @@ def tied_gram(x: Tensor, dy: Tensor, segments: Segments, ids: Tensor, e: Tensor,
     if not (x.numel() and e.numel() and count):
         return x.new_zeros(count, count, dtype=torch.float64)
     blocks, other_blocks = triton.cdiv(len(x), _BLOCK), triton.cdiv(len(e), _BLOCK)
-    pairs = x.new_empty(blocks + count, other_blocks + count, dtype=torch.float32)
+    pieces = triton.cdiv(other_blocks + count, 16) * 16  # rows begin at multiples of 16 bytes
+    pairs = x.new_empty(blocks + count, pieces, dtype=torch.float32)
     with on_device(x):
         tied_pairs_kernel[(blocks, other_blocks)](
             x,
@@ -107,7 +108,7 @@ def tied_gram(x: Tensor, dy: Tensor, segments: Segments, ids: Tensor, e: Tensor,
             dy.stride(0),
             e.stride(0),
             x.shape[1],
-            pairs.shape[1],
+            pieces,
             BLOCK=_BLOCK,
             BLOCK_K=block_k,
             LANES=LANES,

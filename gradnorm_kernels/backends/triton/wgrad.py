@@ -14,6 +14,7 @@ take three to five tiles a program (25 MiB for three). ``group_gram`` holds the 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,12 +154,16 @@ def _pass(
     shared = (table.blocks, table.owner, table.group, table.count)
     out = x if weight_grad is None else weight_grad
     held = pieces if sums is None else sums
-    kernel, operands, strides = wgrad_sm90_kernel, (x, dy), ()
+    kernel: Any
+    operands: tuple[Any, Any]
+    strides: tuple[int, ...] = ()
     if config.descriptors:
+        kernel = wgrad_sm90_kernel
         operands = _ragged(x, config.block_k, config.block_n), _ragged(dy, config.block_k, config.block_m)
     else:
-        kernel, operands = wgrad_sm80_kernel, (_narrow(x, config.block_k), _narrow(dy, config.block_k))
-        strides = tuple(operand.stride(0) for operand in operands)
+        kernel = wgrad_sm80_kernel
+        operands = _narrow(x, config.block_k), _narrow(dy, config.block_k)
+        strides = operands[0].stride(0), operands[1].stride(0)
     with on_device(x):
         kernel[(programs,)](
             *operands,

@@ -2,6 +2,7 @@
 // those of the PTX ISA, version 9.0. The names that kernels use are in overlay/device/sm90_ptx.cuh.
 //
 // - A tensor copy fills its box with NaN when it is issued, reads global memory and arrives when no thread can go on.
+//   What of its box is inside the map must be in the buffer that the map's address is in.
 // - A wgmma fills its accumulators with NaN when it is issued. They hold the result, computed from what shared memory
 //   holds by then, when it has been waited for. Its operands are found by decoding the descriptors, not by knowing the
 //   kernel.
@@ -144,6 +145,15 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
   acquire(barrier.published, actor());
 }
 
+// The buffers that this address is in: of views of one storage, maybe several.
+inline std::vector<Region> regions_at(uintptr_t address) {
+  std::vector<Region> found;
+  for (const Region& region : regions) {
+    if (address >= region.begin && address < region.end) found.push_back(region);
+  }
+  return found;
+}
+
 // The 128-byte swizzle: bits 4-6 of a shared address ^= bits 7-9.
 inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
@@ -160,18 +170,23 @@ inline void tensor_load(uint32_t to, const TensorMap& given, uint32_t barrier_ad
     for (const Fiber& fiber : block.fibers) ended &= fiber.done;
     if (ended) fail("a tensor copy arrives after the block has ended");
     acquire(issued, barrier.actor);
+    const std::vector<Region> buffers = regions_at(map.address);
+    const int64_t first = std::max(column, 0);
+    const int64_t last = std::min(int64_t(column) + map.box[0], int64_t(map.sizes[0]));
     std::vector<uint8_t> data(bytes, 0);
     for (uint32_t k = 0; k < map.box[2]; ++k) {
       for (uint32_t j = 0; j < map.box[1]; ++j) {
         const int64_t r = int64_t(row) + j, b = int64_t(base) + k;
-        if (r < 0 || b < 0 || r >= int64_t(map.sizes[1]) || b >= int64_t(map.sizes[2])) continue;
-        const uint64_t line = map.address + r * map.strides[0] + b * map.strides[1];
-        for (uint32_t i = 0; i < map.box[0]; ++i) {
-          const int64_t c = int64_t(column) + i;
-          if (c < 0 || c >= int64_t(map.sizes[0])) continue;
-          const uint16_t* from = reinterpret_cast<const uint16_t*>(line + 2 * c);
-          check_global(from, 2, 2, "tensor copy");
-          std::memcpy(&data[swizzle128(to + ((k * map.box[1] + j) * map.box[0] + i) * 2) - to], from, 2);
+        if (r < 0 || b < 0 || r >= int64_t(map.sizes[1]) || b >= int64_t(map.sizes[2]) || first >= last) continue;
+        const uintptr_t line = map.address + r * map.strides[0] + b * map.strides[1];
+        bool inside = false;
+        for (const Region& region : buffers) {
+          inside |= line + 2 * first >= region.begin && line + 2 * last <= region.end;
+        }
+        if (!inside) fail("a tensor copy reads row %lld, %lld outside of its map's buffer", (long long)b, (long long)r);
+        for (int64_t c = first; c < last; ++c) {
+          const uint32_t at = to + ((k * map.box[1] + j) * map.box[0] + uint32_t(c - column)) * 2;
+          std::memcpy(&data[swizzle128(at) - to], reinterpret_cast<const uint16_t*>(line) + c, 2);
         }
       }
     }

@@ -1,5 +1,6 @@
 // Tensor maps on the host: laid over csrc/device/sm90_encode.cuh in the tests' copy of csrc. The driver's conditions
-// (cuTensorMapEncodeTiled) are checked, the rest is sm90_host.h's.
+// (cuTensorMapEncodeTiled) are checked, and that the address is one of a buffer, for want of which loads on a GPU fault
+// even where all they read is inside one. The rest is sm90_host.h's.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,6 +18,9 @@ inline host::TensorMap encode_tensor_map(const void* address, int, const uint64_
   for (uint64_t stride : strides) allowed &= stride % 16 == 0 && stride < uint64_t{1} << 40;
   for (uint32_t side : box) allowed &= side > 0 && side <= 256;
   if (!allowed) throw std::runtime_error(std::string(name) + ": the driver would refuse this tensor map");
+  if (host::regions_at(reinterpret_cast<uintptr_t>(address)).empty()) {
+    throw std::runtime_error(std::string(name) + ": a tensor map begins outside of every buffer");
+  }
   host::TensorMap map;
   map.address = reinterpret_cast<uintptr_t>(address);
   std::copy(std::begin(sizes), std::end(sizes), map.sizes);

@@ -1,0 +1,46 @@
+"""Measuring a micro-batch on a GPU neither waits for the GPU nor gives other bits the second time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gradnorm_kernels as gk
+from gradnorm_kernels.tracking import vocabulary
+
+pytestmark = pytest.mark.gpu
+brute_force = pytest.importorskip("tests.brute_force", reason="needs transformers", exc_type=ImportError)
+
+TASKS = ["a", "b", "a", "b", "a", "a", "b", "a"]
+SAMPLES = ["a0", "b0", "a0", "b1", "a1", "a2", "b2", "a1"]
+
+
+@pytest.mark.parametrize("blocks", [512, 4])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+def test_all_layers(name: str, fused: bool, blocks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradnorm_kernels.tracker.MAX_BLOCKS", blocks)
+    paired = []
+    run = vocabulary._paired
+    monkeypatch.setattr(vocabulary, "_paired", lambda *args: paired.append(1) or run(*args))
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = brute_force.small_model(name, dtype).to(device)
+    ids, mask = (tensor.to(device) for tensor in brute_force.batch(len(TASKS), 24, "right"))
+    tracker = gk.GradNormTracker(model, "all", fused=fused)
+    seen = []
+    for _ in range(3):
+        with tracker.microbatch(TASKS, SAMPLES, mask):
+            loss = brute_force.row_losses(model, ids, mask).mean()
+            # The first time kernels are compiled and loaded, which may wait.
+            if on_gpu and seen:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                loss.backward()
+            finally:
+                if on_gpu:
+                    torch.cuda.set_sync_debug_mode("default")
+        seen.append({task: (value.sq_norm, value.mean_sq_norm) for task, value in tracker.step().items()})
+    assert seen[1] == seen[0] and seen[2] == seen[0]
+    if on_gpu:
+        assert paired
