@@ -11,16 +11,16 @@ namespace {
 
 constexpr char kName[] = "wgrad_norm_sm90";
 
-// The map of a matrix [tokens, columns] in which a box can begin or end with a sample. Element (c, r, b) of the map is
-// element c of row b + r, for r < 64. The box of 64 rows at (c, n - 64, row) begins at negative r: that is zeros, and
-// then come, as r reaches 0, the n rows from `row` on, the last in the box. Of a neighbour's rows not one is read,
-// whatever they hold, and one map serves all samples.
+// The map of a matrix [tokens, columns] in which a box can hold fewer than 64 rows. Element (c, r, b) of the map is
+// element c of row b + r, for 0 <= r < 64. The box of 64 rows at (c, n - 64, row) begins below r = 0, with zeros; then,
+// from r = 0 to the end of the box, come the n rows from `row` on. Of a neighbour's rows not one is read, whatever they
+// hold, and one map serves all samples. Coordinates of loads may be negative (CUDA Programming Guide).
 //
-// The address is the matrix's own, and what is read lies in the matrix: r stays below n, and the row + n rows exist. An
-// address moved back by 64 rows would put the zeros last, but loads fault where that memory is not mapped. That r and b
-// together would reach beyond the matrix is nothing the driver looks at: it checks sizes and strides one by one
-// (cuTensorMapEncodeTiled), and the maps of QuACK (create_ragged_tensor_for_tma, ptr_shift=False) and of Triton
-// (tools/ragged_tma.py), made for the same end, declare 2^30 rows whatever the matrix has.
+// The address is the matrix's own: with one 64 rows before it the zeros could come last, but loads through such a map
+// are reported to fault where that memory is not mapped. All that is asked for lies in the matrix: row + r < row + n.
+// That r = 63 of the last b would not is allowed: cuTensorMapEncodeTiled knows of no allocation, and the maps through
+// which QuACK (create_ragged_tensor_for_tma, ptr_shift=False) and Triton (tools/ragged_tma.py) load ragged rows declare
+// 2^30 rows of every matrix.
 TensorMap ragged_map(const void* matrix, int64_t stride, int tokens, int columns, int type) {
   // A single row has no next one, so its stride may be one that is not allowed: then rows are as if they touched.
   const uint64_t row_bytes = tokens == 1 ? (static_cast<uint64_t>(columns) * 2 + 15) / 16 * 16 : stride * uint64_t{2};
@@ -63,10 +63,12 @@ int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n) {
 void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
   require(args.block_n == 128 || args.block_n == 192, "block_n must be 128 or 192");
   require(args.type == kBFloat16 || args.type == kFloat16, "x and dy must be bfloat16 or float16");
-  // The copy engine takes nothing else (cuTensorMapEncodeTiled): the caller copies such a matrix into padded rows.
+  // The copy engine takes nothing else (cuTensorMapEncodeTiled), and of a stride of 0, one row expanded over all tokens,
+  // nothing is said: the caller copies such a matrix into padded rows.
   const bool aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && reinterpret_cast<uintptr_t>(args.dy) % 16 == 0;
-  require(aligned && (args.tokens == 1 || (args.x_stride % 8 == 0 && args.dy_stride % 8 == 0)),
-          "x and dy must start at a multiple of 16 bytes, and their rows be a multiple of 8 elements apart");
+  const auto spaced = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
+  require(aligned && (args.tokens == 1 || (spaced(args.x_stride) && spaced(args.dy_stride))),
+          "x and dy must start at a multiple of 16 bytes, with rows a positive multiple of 8 elements apart");
   args.type == kBFloat16 ? start<kBFloat16>(args, stream) : start<kFloat16>(args, stream);
 }
 

@@ -94,7 +94,10 @@ DEFECTS = {
     "the last row lost": Defect(
         LAUNCHER, r"static_cast<uint64_t>\(tokens\)(?=\};)", "tokens - uint64_t{1}", "numbers", "one at the end"
     ),
-    # With coordinates 64 rows further on this would read the right rows; a GPU may fault at the address alone.
+    "one row for all": Defect(
+        LAUNCHER, r"stride \* uint64_t\{2\}", "stride * uint64_t{0}", "the driver would refuse this tensor map"
+    ),
+    # A GPU may fault at the address alone, whatever is read through the map.
     "map begins before the matrix": Defect(
         LAUNCHER,
         r"(?<=encode_tensor_map\()matrix",
@@ -229,11 +232,15 @@ def test_agrees_on_random_cases(host: Host) -> None:
         assert differences(case, result, expected) == [], case
 
 
-def test_refuses_what_the_copy_engine_cannot_take(host: Host) -> None:
+def test_refuses_what_the_copy_engine_cannot_take(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="wgrad_norm_sm90: x and dy must start at a multiple of 16 bytes"):
         run(host, replace(EDGES, stride=204), seed=1)
     with pytest.raises(RuntimeError, match="wgrad_norm_sm90: block_n must be 128 or 192"):
         run(host, replace(EDGES, block_n=64), seed=1)
+    launch = host.module.wgrad_norm_sm90
+    monkeypatch.setattr(host.module, "wgrad_norm_sm90", lambda **fields: launch(**{**fields, "x_stride": 0}))
+    with pytest.raises(RuntimeError, match="with rows a positive multiple of 8 elements apart"):
+        run(host, EDGES, seed=1)
 
 
 @pytest.mark.parametrize("name", DEFECTS)

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = 4  # two types, two tiles
-# 65536 registers of a multiprocessor for 384 threads, in steps of 8; and what setmaxnreg gives a consumer.
+# 65536 registers of a multiprocessor for 384 threads, in steps of 8; and what setmaxnreg gives a consumer. It shares out
+# what the launch took: of 160 a thread the second consumer would wait for ever for its share.
 REGISTERS_AT_START, REGISTERS_OF_A_CONSUMER = 168, 232
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -50,8 +51,7 @@ def test_nothing_spills_and_no_product_is_serialised(compiled: tuple[str, Path])
     report, _ = compiled
     assert complaints(report) == []
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
-    assert len(registers) == KERNELS
-    assert max(registers) <= REGISTERS_AT_START
+    assert registers == [REGISTERS_AT_START] * KERNELS
 
 
 def test_a_report_with_complaints_is_read() -> None:

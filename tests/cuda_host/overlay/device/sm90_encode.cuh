@@ -15,7 +15,8 @@ inline host::TensorMap encode_tensor_map(const void* address, int, const uint64_
                                          const uint64_t (&strides)[2], const uint32_t (&box)[3], const char* name) {
   bool allowed = reinterpret_cast<uintptr_t>(address) % 16 == 0 && box[0] * 2 % 16 == 0 && box[0] * 2 <= 128;
   for (uint64_t size : sizes) allowed &= size > 0 && size <= uint64_t{1} << 32;
-  for (uint64_t stride : strides) allowed &= stride % 16 == 0 && stride < uint64_t{1} << 40;
+  // What a stride of 0 does is said nowhere.
+  for (uint64_t stride : strides) allowed &= stride > 0 && stride % 16 == 0 && stride < uint64_t{1} << 40;
   for (uint32_t side : box) allowed &= side > 0 && side <= 256;
   if (!allowed) throw std::runtime_error(std::string(name) + ": the driver would refuse this tensor map");
   if (host::regions_at(reinterpret_cast<uintptr_t>(address)).empty()) {
