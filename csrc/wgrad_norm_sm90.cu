@@ -63,8 +63,8 @@ int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n) {
 void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
   require(args.block_n == 128 || args.block_n == 192, "block_n must be 128 or 192");
   require(args.type == kBFloat16 || args.type == kFloat16, "x and dy must be bfloat16 or float16");
-  // The copy engine takes nothing else (cuTensorMapEncodeTiled), and of a stride of 0, one row expanded over all tokens,
-  // nothing is said: the caller copies such a matrix into padded rows.
+  // The copy engine takes nothing else (cuTensorMapEncodeTiled), and nothing is said of a stride of 0, one row for all
+  // tokens: the caller copies such a matrix into padded rows.
   const bool aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && reinterpret_cast<uintptr_t>(args.dy) % 16 == 0;
   const auto spaced = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
   require(aligned && (args.tokens == 1 || (spaced(args.x_stride) && spaced(args.dy_stride))),

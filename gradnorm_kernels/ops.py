@@ -87,7 +87,8 @@ def fused_grad_norm(
             length of ``group_ids``, or else the largest sample id plus one.
         num_groups: K. Default: the largest group id plus one.
 
-    The integer tensors are on x's device or on the CPU.
+    The integer tensors are on x's device or on the CPU. On a GPU, where reading them would wait for it, the triton and
+    cuda backends raise nothing for values out of range: the results are then NaN (of ``weight_grad`` the first row).
 
     Returns:
         ``sample_sq_norms`` [N] float64; ``group_sq_norms`` [K] float64; ``weight_grad`` [d_out, d_in] in x's dtype,

@@ -98,6 +98,8 @@ def test_wrong_values_raise_on_the_host_and_void_the_results_on_a_device(
     assert bool(((found.sample >= 0) & (found.sample < found.samples)).all())
     assert bool(((found.group >= 0) & (found.group < found.groups)).all())
     assert found.guard(torch.ones(3)).isnan().all()
+    assert found.guard_weight_grad(torch.ones(3, 2)).isnan().tolist() == [[True] * 2, [False] * 2, [False] * 2]
+    assert found.guard_weight_grad(torch.ones(0, 2)).shape == (0, 2)
     assert found.guard(torch.ones(3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = 4  # two types, two tiles
-# 65536 registers of a multiprocessor for 384 threads, in steps of 8; and what setmaxnreg gives a consumer. It shares out
-# what the launch took: of 160 a thread the second consumer would wait for ever for its share.
+# 65536 registers of a multiprocessor for 384 threads, in steps of 8; and what setmaxnreg gives a consumer. It shares
+# out what the launch took: of 160 a thread the second consumer would wait for ever for its share.
 REGISTERS_AT_START, REGISTERS_OF_A_CONSUMER = 168, 232
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -233,6 +233,13 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+def _own_memory(results: ops.FusedGradNorm) -> None:
+    """What torch.compile takes for granted: an operator's results are laid out as its fake says, and share nothing."""
+    there = [tensor for tensor in results if tensor is not None and tensor.numel()]
+    assert all(tensor.is_contiguous() for tensor in there), [tensor.stride() for tensor in there]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in there}) == len(there), "results share memory"
+
+
 def check(case: Case, backend: str, algorithm: str, runs: int = 2, **wanted: bool) -> ops.FusedGradNorm:
     """Hold every result of ``fused_grad_norm`` to the reference, and more runs to the first one's bits; return it.
 
@@ -243,6 +250,7 @@ def check(case: Case, backend: str, algorithm: str, runs: int = 2, **wanted: boo
     with poisoned_memory():
         first, *more = (ops.fused_grad_norm(*call, **ids, algorithm=algorithm, backend=backend) for _ in range(runs))
     assert all(_same_bits(a, b) for other in more for a, b in zip(first, other, strict=True)), "other bits later"
+    _own_memory(first)
     cpu = case.to("cpu")
     ids |= {"sample_ids": cpu.sample_ids, "group_ids": cpu.group_ids}
     sample_sq, group_sq, weight_grad, group_gram = reference.fused_grad_norm(cpu.x, cpu.dy, cpu.cu_seqlens, **ids)

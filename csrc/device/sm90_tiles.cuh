@@ -9,8 +9,8 @@ namespace gradnorm::sm90 {
 constexpr int kTileRows = 128;  // of d_out
 constexpr int kConsumers = 2;   // warpgroups, 64 rows each
 constexpr int kThreads = 128 * (1 + kConsumers);
-// Registers a thread: 168 of 65536 at the start, in steps of 8; then 128 x 40 + 256 x 232. setmaxnreg shares out what the
-// launch took and waits for ever for more, so a build that starts with fewer than 168 would hang (test_sm90_sass.py).
+// Registers a thread: 168 of 65536 at the start, in steps of 8; then 128 x 40 + 256 x 232. setmaxnreg shares out what
+// the launch took and waits for more: a build that starts with fewer than 168 would hang (test_sm90_sass.py).
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= kThreads * (65536 / kThreads / 8 * 8));

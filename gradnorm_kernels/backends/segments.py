@@ -1,12 +1,14 @@
 """Where each sample's rows are, as tensors on x's device: what the GPU backends read instead of numbers on the host.
 
 Values that lie on the CPU are checked there and raise. Values on a GPU are never read back: they are clamped so that no
-kernel leaves its arrays, and ``Segments.valid`` turns every result into NaN where they were wrong. Only sizes that
-nothing but the values tell (N from ``sample_ids`` alone, K from ``group_ids``) are read, which synchronises.
+kernel leaves its arrays, and ``Segments.valid`` turns every result into NaN where they were wrong (dW in its first
+row). Only sizes that nothing but the values tell (N from ``sample_ids`` alone, K from ``group_ids``) are read, which
+synchronises.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +25,8 @@ class Segments:
     The order is that of (group, sample), and of the rows' order in cu_seqlens within a sample: a sample's segments are
     neighbours, and so are a group's samples. Segments may be empty; samples and groups may have none.
 
-    ``start``, ``end``: [S] int64, ``sample``, ``group``: [S] int32, all contiguous on x's device.
+    ``start``, ``end``: [S] int64, ``sample``, ``group``: [S] int32, all contiguous on x's device. Each begins at a
+    multiple of 16 bytes, whatever the sizes: Triton compiles a kernel anew for pointers that do not.
     ``valid``: bool [], False where values on the device were out of range; None where they were checked on the host.
     """
 
@@ -38,6 +41,12 @@ class Segments:
     def guard(self, result: Tensor) -> Tensor:
         """``result``, or NaN throughout if the index tensors' values were out of range."""
         return result if self.valid is None else torch.where(self.valid, result, torch.nan)
+
+    def guard_weight_grad(self, weight_grad: Tensor) -> Tensor:
+        """The same for dW, in place and in its first row alone: all of it would cost one more pass over it."""
+        if self.valid is not None:
+            weight_grad[:1].masked_fill_(~self.valid, torch.nan)
+        return weight_grad
 
     def lengths(self) -> Tensor:
         """The tokens of each sample: [N] int64."""
@@ -90,12 +99,21 @@ def prepare(
 
     if device != x.device:
         # One copy for all four; a stream takes it from memory that is not pinned without being waited for.
-        packed = torch.cat([start.view(torch.int32), end.view(torch.int32), sample, of])
-        packed = packed.to(x.device, non_blocking=True)
-        start, end, sample, of = packed.split([2 * count, 2 * count, count, count])
-        start, end = start.view(torch.int64), end.view(torch.int64)
+        parts = [torch.nn.functional.pad(part, (0, -count % 4)).view(torch.int32) for part in (start, end, sample, of)]
+        packed = torch.cat(parts).to(x.device, non_blocking=True)
+        start, end, sample, of = packed.split([len(part) for part in parts])
+        start, end = (part.view(torch.int64)[:count] for part in (start, end))
+        sample, of = sample[:count], of[:count]
     valid = torch.stack(flags).all() if flags and not checked else None
     return Segments(start, end, sample, of, samples, groups, valid)
+
+
+def vectors(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Vectors of these sizes in one allocation, not initialised, each from a multiple of 16 bytes on."""
+    step = 16 // dtype.itemsize
+    rooms = [-(-size // step) * step for size in sizes]
+    whole = torch.empty(sum(rooms), dtype=dtype, device=device)
+    return [room[:size] for room, size in zip(whole.split(rooms), sizes, strict=True)]
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -112,6 +130,15 @@ def _on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the host as ``dtype`` on ``device``, without a wait where that is a GPU.
+
+    The copy is taken from memory of its own that is not pinned, which CUDA has read before the call returns: the
+    caller may write to a pinned tensor as soon as it has the results.
+    """
+    return tensor.to(dtype, copy=device.type != "cpu").to(device, non_blocking=True)
+
+
 def _rows(
     x: Tensor, cu_seqlens: Tensor | None, tokens: int, count: int, device: torch.device, flags: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -122,14 +149,15 @@ def _rows(
         return start, start + length
     if _on_host(cu_seqlens.device):
         checks.read_offsets(cu_seqlens, tokens)
-        offsets = cu_seqlens.to(device, torch.int64)
+        offsets = _moved(cu_seqlens, torch.int64, device)
     else:
         offsets = cu_seqlens.long()
         flags += [(offsets[0] == 0) & (offsets[-1] == tokens), (offsets[1:] >= offsets[:-1]).all()]
         offsets = offsets.clamp(0, tokens)
         # Whatever the values, the starts and ends ascend, so that no segment is of negative length.
         offsets = offsets.cummax(0).values
-    return offsets[:-1], offsets[1:]
+    # A copy, because a view would begin 8 bytes later.
+    return offsets[:-1], offsets[1:].clone()
 
 
 def _ids(
@@ -140,7 +168,7 @@ def _ids(
         return None, 0
     if _on_host(ids.device):
         _, count = checks.read_ids(name, ids, count, of)
-        return ids.to(device, torch.int32), count
+        return _moved(ids, torch.int32, device), count
     if count is None:
         count = int(ids.max()) + 1 if len(ids) else 0
         count = max(count, 0)

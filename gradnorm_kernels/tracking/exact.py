@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
+from ..backends.numerics import exact_matmuls
 from .owners import to_device
 from .uses import Use
 
@@ -45,7 +46,8 @@ class TaskSums:
                 self._slot(name, task, dy, shape).index_put_((ids,), dy, accumulate=True)
                 continue
             x = use.x[at].reshape(-1, use.x.shape[-1]).to(wide)
-            self._slot(name, task, dy, (dy.shape[1], x.shape[1])).addmm_(dy.T, x)
+            with exact_matmuls(dy.device):
+                self._slot(name, task, dy, (dy.shape[1], x.shape[1])).addmm_(dy.T, x)
 
     def add_vectors(self, name: str, grads: Tensor, sample_task: Sequence[Hashable], groups: tuple[Any, ...]) -> None:
         """Add a small parameter's gradients of N samples, [N, d]. ``sample_task``: the task of each sample."""

@@ -73,7 +73,7 @@ def fused_grad_norm(
     return (
         guard(samples),
         guard(groups),
-        None if total is None else guard(total),
+        None if total is None else segments.guard_weight_grad(total),
         None if pairs is None else guard(pairs),
     )
 

@@ -105,11 +105,11 @@ def _no_kernels(name: str) -> str:
 def operand(tensor: Tensor) -> Tensor:
     """``tensor`` [T, d] or [B, L, d] of 2-byte elements as [T, d] whose rows start at multiples of 16 bytes.
 
-    Copied where they do not: a row width that is no multiple of 8, or a view that starts in between. A row that is
-    expanded over all tokens is copied too: whether a tensor map may have such a stride is not written down.
+    Copied where they do not: a row width that is no multiple of 8, or a view that starts in between. Rows that overlap
+    are copied too, as one row expanded over all tokens: whether a tensor map may have such strides is not written down.
     """
     tensor = rows(tensor)
-    spaced = tensor.stride(0) % 8 == 0 and tensor.stride(0) > 0
+    spaced = tensor.stride(0) % 8 == 0 and tensor.stride(0) >= tensor.shape[1]
     if tensor.data_ptr() % 16 == 0 and (spaced or len(tensor) == 1):
         return tensor
     tokens, width = tensor.shape

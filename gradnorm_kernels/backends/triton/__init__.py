@@ -5,7 +5,8 @@ samples, and in calls with few tokens everything, from inner products of tokens;
 given matrix.
 
 Index tensors that are on the GPU stay there: nothing synchronises, and a call whose sizes are all known (num_samples,
-num_groups) can be captured in a CUDA graph. Values that are out of range then cannot raise: every result is NaN.
+num_groups) can be captured in a CUDA graph. Values that are out of range then cannot raise: every result is NaN
+(dW in its first row).
 Products accumulate in float32, float32 inputs without tf32; there are no atomics, and results have the same bits on
 every run on the same kind of GPU.
 """
@@ -85,7 +86,7 @@ def fused_grad_norm(
     return (
         guard(samples),
         guard(groups),
-        None if total is None else guard(total),
+        None if total is None else segments.guard_weight_grad(total),
         None if between is None else guard(between),
     )
 

@@ -73,7 +73,8 @@ def pair_sums(
     """
     samples = sample_norms(x, dy, segments, x.shape[0])
     groups = _gram(x, dy, segments, config, groups=True, within=not group_gram)
-    return samples, groups.diagonal(), groups if group_gram else None
+    # A diagonal is a view with another stride, and results of an operator must not share memory.
+    return samples, groups.diagonal().clone(), groups if group_gram else None
 
 
 def pair_gram(x: Tensor, dy: Tensor, segments: Segments, config: KernelConfig | None = None) -> Tensor:

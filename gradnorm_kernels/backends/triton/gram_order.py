@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import Segments
+from ..segments import Segments, vectors
 from .rows import on_device
 
 #: No config chooses among forms of these kernels.
@@ -105,9 +105,10 @@ def order_kernel(
 def order(segments: Segments, tokens: int) -> Order:
     """The order of ``tokens`` rows that ``segments`` describe, on the segments' device."""
     device = segments.start.device
-    row, sample, group = (torch.empty(tokens, dtype=torch.int32, device=device) for _ in range(3))
-    spans = torch.zeros(segments.samples + segments.groups, 2, dtype=torch.int32, device=device)
-    sample_span, group_span = spans[: segments.samples], spans[segments.samples :]
+    row, sample, group = vectors([tokens] * 3, torch.int32, device)
+    room = segments.samples + segments.samples % 2  # both begin at a multiple of 16 bytes
+    spans = torch.zeros(room + segments.groups, 2, dtype=torch.int32, device=device)
+    sample_span, group_span = spans[: segments.samples], spans[room:]
     count = segments.start.shape[0]
     if tokens and count:
         length = segments.end - segments.start

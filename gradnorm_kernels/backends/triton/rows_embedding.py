@@ -29,16 +29,16 @@ _OPTIONS = {"num_warps": 4, "num_stages": 3}
 _HELD = 1 << 24
 
 
-@triton.jit(do_not_specialize=["runs", "first_run", "owners"])
+@triton.jit(do_not_specialize=["runs", "first_run", "pitch"])
 def embedding_pairs_kernel(
     sum_ptr,  # [R, d_out] float32: E, BLOCK_K divides d_out
     id_ptr,  # [R] int64, ascending: each run's id, below 0 for what is left out
     begin_ptr,  # [R] int32: the first run with that id
     owner_ptr,  # [R] int32
-    pair_ptr,  # [rows, owners] float32, out, zero before: E_r . E_s at (r, owner of s), s <= r
+    pair_ptr,  # [rows, owners] float32 in rows of ``pitch``, out, zero before: E_r . E_s at (r, owner of s), s <= r
     runs,
     first_run,  # the first of the rows of pair_ptr, a multiple of BLOCK
-    owners,
+    pitch,
     sum_stride,
     d_out,
     BLOCK: tl.constexpr,
@@ -59,7 +59,7 @@ def embedding_pairs_kernel(
         other_word = tl.load(id_ptr + other_run, mask=other_run < runs, other=-2)
         other_owner = tl.load(owner_ptr + other_run, mask=other_run < runs, other=0)
         keep = (word >= 0)[:, None] & (word[:, None] == other_word[None, :]) & (other_run[None, :] <= run[:, None])
-        place = (run - first_run).to(tl.int64)[:, None] * owners + other_owner[None, :]
+        place = (run - first_run).to(tl.int64)[:, None] * pitch + other_owner[None, :]
         tl.store(pair_ptr + place, terms, mask=keep)
 
 
@@ -110,10 +110,11 @@ def embedding_gram(ids: Tensor, dy: Tensor, owner: Tensor, owners: int) -> Tenso
     ordered = torch.where(spans[:, 0] < spans[:, 1], word, torch.iinfo(torch.int64).max)
     begin = torch.searchsorted(ordered, ordered).int()
     runs = len(sums)
-    height = max(1, _HELD // owners // _BLOCK) * _BLOCK
+    pitch = triton.cdiv(owners, 16) * 16  # row_sums is compiled anew for rows that do not begin at multiples of it
+    height = max(1, _HELD // pitch // _BLOCK) * _BLOCK
     for first in range(0, runs, height):
         rows = min(height, runs - first)
-        pairs = sums.new_zeros(rows, owners)
+        pairs = sums.new_zeros(rows, pitch)[:, :owners]
         with on_device(sums):
             embedding_pairs_kernel[(triton.cdiv(rows, _BLOCK),)](
                 sums,
@@ -123,7 +124,7 @@ def embedding_gram(ids: Tensor, dy: Tensor, owner: Tensor, owners: int) -> Tenso
                 pairs,
                 runs,
                 first,
-                owners,
+                pitch,
                 sums.stride(0),
                 sums.shape[1],
                 BLOCK=_BLOCK,
@@ -141,5 +142,5 @@ def embedding_gram(ids: Tensor, dy: Tensor, owner: Tensor, owners: int) -> Tenso
 def signatures(config: None, element: str) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(kernel, argument -> type, constexpr -> value, options) of what is launched, for a compile-only check."""
     types = {"sum_ptr": "*fp32", "id_ptr": "*i64", "begin_ptr": "*i32", "owner_ptr": "*i32", "pair_ptr": "*fp32"}
-    types |= dict.fromkeys(("runs", "first_run", "owners", "sum_stride", "d_out"), "i32")
+    types |= dict.fromkeys(("runs", "first_run", "pitch", "sum_stride", "d_out"), "i32")
     return [(embedding_pairs_kernel, types, {"BLOCK": _BLOCK, "BLOCK_K": _BLOCK_K}, _OPTIONS)]

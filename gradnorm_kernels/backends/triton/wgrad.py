@@ -110,7 +110,8 @@ def wgrad(
                 part = sums[: stop - first]
                 gram += torch.bmm(part, part.mT).sum(0, dtype=torch.float64)
     assert found is not None
-    sample_sq, group_sq = found.split([segments.samples, groups])
+    # Two tensors: results of an operator must not share memory.
+    sample_sq, group_sq = (part.clone() for part in found.split([segments.samples, groups]))
     if gram is not None:
         # Nothing was written for groups without rows.
         there = table.state[segments.samples :] != 0

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tuning import KernelConfig
-from ..segments import Segments
+from ..segments import Segments, vectors
 from .rows import on_device
 
 # What ends behind a block. MEASURED: a sample whose norm is taken. FLUSH: rows that are only added up. GROUP_ENDS: a
@@ -68,12 +68,9 @@ def build(segments: Segments, tokens: int, gram_tokens: int, block_k: int, split
     count = segments.start.shape[0]
     most = tokens // block_k + count
     device = segments.start.device
-    wide = torch.empty(4 * count + most + 1, dtype=torch.int64, device=device)
-    narrow = torch.empty(
-        5 * count + 2 * most + 1 + segments.samples + segments.groups, dtype=torch.int32, device=device
-    )
-    blocks, spans = wide.split([most + 1, 4 * count])
-    owner, group, number, state, runs = narrow.split([most, most, 1, segments.samples + segments.groups, 5 * count])
+    blocks, spans = vectors([most + 1, 4 * count], torch.int64, device)
+    sizes = [most, most, 1, segments.samples + segments.groups, 5 * count]
+    owner, group, number, state, runs = vectors(sizes, torch.int32, device)
     lengths = segments.lengths() if gram_tokens else segments.start
     with on_device(blocks):
         table_kernel[(1,)](
