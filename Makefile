@@ -21,7 +21,7 @@ help:
 	@echo "make test-interpreted  only the Triton kernels, in Triton's interpreter"
 	@echo "make test-versions     the Triton kernels interpreted and compiled under other versions of Triton as well"
 	@echo "make kernels-report    every kernel compiled for sm_80 and sm_90: registers, spills, shared memory; a JSON line each"
-	@echo "make gpu-check         on a machine with a GPU: build, tests, sanitizer, benchmarks, in nine minutes; OUT= names the"
+	@echo "make gpu-check         on a machine with a GPU: build, tests, benchmarks, sanitizer, in nine minutes; OUT= names the"
 	@echo "                       results folder, ARGS=--dry-run walks the steps without a GPU, PROFILE=1 adds a profile;"
 	@echo "                       PYTHON=python3 takes that Python instead of $(VENV) and installs nothing"
 	@echo "make lint     ruff and mypy only"

@@ -14,6 +14,7 @@ from benchmarks.harness import HostClock, WrongResultError, gate
 from benchmarks.providers import PEERS, PROVIDERS, YARDSTICK, Provider, Result
 from benchmarks.shapes import LAYERS, choose
 from gradnorm_kernels import reference
+from tests import tolerances
 
 
 def broken(change) -> Provider:
@@ -100,6 +101,25 @@ def test_a_peer_that_rounds_is_not_held_to_float32():
     gate(rounded, batch, truth(batch))
     with pytest.raises(WrongResultError, match="norms off by"):
         gate(dataclasses.replace(rounded, rounds=False), batch, truth(batch))
+
+
+def test_only_tensor_cores_are_allowed_more_and_only_for_long_chains():
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert tolerances.norms(dtype, gpu, 1000) == tolerances.NORMS[dtype]
+        assert tolerances.norms(dtype, gpu, 400_000) == pytest.approx(2.4e-3)
+        assert tolerances.norms(dtype, cpu, 400_000) == tolerances.NORMS[dtype]
+    assert tolerances.norms(torch.float32, gpu, 400_000) == tolerances.NORMS[torch.float32]
+
+
+@pytest.mark.parametrize(("d", "norms", "sums"), [(24, 100, 131), (120, 120, 131), (777, 777, 777)])
+def test_a_chain_is_a_sample_s_tokens_a_sum_s_tokens_or_the_features(d, norms, sums, monkeypatch):
+    chains = []
+    monkeypatch.setattr(tolerances, "norms", lambda dtype, device, chain: chains.append(chain) or 1.0)
+    batch = make_batch(d, 8, 1, 131, False, gram=True)
+    batch = dataclasses.replace(batch, offsets=(0, 30, 130, 131), cu_seqlens=torch.tensor([0, 30, 130, 131]), groups=3)
+    gate(PROVIDERS["torch"], batch, truth(batch))
+    assert chains == [norms, sums, sums]
 
 
 def measured(provider: Provider, monkeypatch) -> dict:

@@ -34,7 +34,7 @@ SHAPES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_samples": -1}, ValueError, "num_samples must be at least 0, got -1"),
     ({"num_groups": 2}, ValueError, "num_groups must be 1 when group_ids is left out, got 2"),
     ({"algorithm": "ghost"}, ValueError, "algorithm must be one of 'auto', 'wgrad', 'gram', got 'ghost'"),
-    ({"backend": "mps"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', 'cuda', got 'mps'"),
+    ({"backend": "mps"}, ValueError, "backend must be one of 'auto', 'torch', 'cpu', 'triton', 'cuda', got 'mps'"),
 ]
 #: Wrong because of what the integer tensors hold: only a call with data can tell.
 VALUES: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -65,6 +65,56 @@ def test_the_time_for_all_is_a_limit_too(tmp_path: Path) -> None:
     assert results[1]["reason"] == "no time is left"
 
 
+def test_time_is_kept_for_later_steps(tmp_path: Path) -> None:
+    steps = [
+        Step("greedy", python("import time; time.sleep(60)"), 50, keep=24),
+        Step("too late", python(""), 50, ("greedy",), keep=24),
+        Step("kept for", python(""), 50, ("greedy",)),
+    ]
+    results = {r["name"]: r for r in run_steps(steps, tmp_path, {}, minutes=0.5)}
+    assert results["greedy"]["status"] == "timed out" and results["greedy"]["seconds"] < 8
+    assert results["too late"]["reason"] == "no time is left"
+    assert results["kept for"]["status"] == "passed"
+
+
+REFUSED = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access the counters"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (f"print('==PROF== Connected')\nprint({REFUSED!r})", f"(passed): {REFUSED}"),  # and yet a status of 0
+        ("print('========= Error: no such device'); raise SystemExit(1)", "(failed): ========= Error: no such device"),
+        ("print('cannot attach'); raise SystemExit(7)", "(failed): cannot attach"),
+    ],
+)
+def test_a_tool_that_is_refused_is_not_run_and_fails_nothing(code: str, said: str, tmp_path: Path) -> None:
+    steps = [
+        Step("trial", python(code), 30, program=sys.executable, extra=True, trial=True),
+        Step("with it", python("raise SystemExit(1)"), 30, ("trial",), ("trial",), extra=True),
+        Step("missing", ["no-such-program"], 30, program="no-such-program", extra=True),
+    ]
+    results = {r["name"]: r for r in run_steps(steps, tmp_path, {}, minutes=1)}
+    assert {r["status"] for r in results.values()} == {"not run"}
+    reason = f"{sys.executable} on one kernel {said}"
+    assert results["trial"]["reason"] == reason
+    assert results["with it"]["reason"] == f"trial has not passed: {reason}"
+    assert json.loads((tmp_path / "summary.json").read_text())["passed"] is True
+
+
+@pytest.mark.parametrize(("code", "passed"), [("", True), ("raise SystemExit(1)", False)])
+def test_what_a_tool_finds_counts(code: str, passed: bool, tmp_path: Path) -> None:
+    fine = "print('========= COMPUTE-SANITIZER'); print('========= ERROR SUMMARY: 0 errors')"
+    steps = [
+        Step("trial", python(fine), 30, program=sys.executable, extra=True, trial=True),
+        Step("with it", python(code), 30, ("trial",), ("trial",), extra=True),
+    ]
+    results = run_steps(steps, tmp_path, {}, minutes=1)
+    assert [r["status"] for r in results] == ["passed", "passed" if passed else "failed"]
+    assert any(map(check.counts, results)) != passed
+    assert json.loads((tmp_path / "summary.json").read_text())["passed"] is passed
+
+
 def test_all_passed(tmp_path: Path) -> None:
     run_steps([Step("a", python(""), 30), Step("b", python(""), 30, ("a",), ("a",))], tmp_path, {}, minutes=1)
     assert json.loads((tmp_path / "summary.json").read_text())["passed"] is True
@@ -84,6 +134,12 @@ def test_the_plan_is_consistent(profile: bool, tmp_path: Path) -> None:
         ended |= ready
     for step in steps:
         assert set(step.needs) <= set(step.after)
+    order = [step.name for step in steps]
+    slow = [name for name in order if name.startswith(("memcheck", "racecheck"))]
+    assert len(slow) == 4 and order[-4:] == slow and all(step.extra for step in steps[-4:])
+    timed = sum({step.name: step.limit for step in steps}[name] for name in ("ops", "step"))
+    assert check.TIMED < 60 * check.MINUTES - 200 and timed < 60 * check.MINUTES - 150
+    assert all(step.keep >= check.TIMED for step in steps if step.name.startswith(("build", "tests", "sanitizer")))
     commands = [" ".join(step.command) for step in steps]
     assert any("compute-sanitizer --tool racecheck" in command for command in commands)
     assert any("benchmarks ops" in command for command in commands)

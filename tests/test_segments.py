@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,3 +130,62 @@ def test_rows_keeps_views_where_strides_leave_one() -> None:
         found = segments.rows(awkward)
         assert found.stride(1) == 1
         assert torch.equal(found, awkward.reshape(-1, awkward.shape[-1]))
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("count", range(1, 8))
+def test_everything_begins_at_a_multiple_of_16_bytes(where: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory shows where in an allocation the copies from the host begin."""
+    x = torch.zeros(count, 3, device="meta" if where == "host" else "cpu")
+    if where == "device":
+        monkeypatch.setattr(segments, "_on_host", lambda device: False)
+    offsets = torch.arange(count + 1)
+    for ids in (None, torch.arange(count).flip(0)):
+        found = prepare(x, offsets, ids, num_samples=None if ids is None else count)
+        for tensor in (found.start, found.end, found.sample, found.group):
+            assert tensor.device == x.device and len(tensor) == count and tensor.is_contiguous()
+            assert tensor.storage_offset() * tensor.itemsize % 16 == 0
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 3, 5, 0, 777], [4, 8], [0], []])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_vectors_share_an_allocation_and_nothing_else(sizes: list[int], dtype: torch.dtype) -> None:
+    found = segments.vectors(sizes, dtype, torch.device("cpu"))
+    assert [len(vector) for vector in found] == sizes and all(vector.dtype == dtype for vector in found)
+    assert all(vector.data_ptr() % 16 == 0 for vector in found)
+    assert len({vector.untyped_storage().data_ptr() for vector in found}) <= 1
+    for value, vector in enumerate(found):
+        vector.fill_(value)
+    assert all((vector == value).all() for value, vector in enumerate(found))
+
+
+class _Copies(torch.overrides.TorchFunctionMode):
+    """Notes every ``Tensor.to`` that leaves the CPU: whether it waits, and what was read."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[bool, int]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is Tensor.to and args[0].device.type == "cpu" != result.device.type:
+            self.found.append((not (kwargs or {}).get("non_blocking", False), args[0].untyped_storage().data_ptr()))
+        return result
+
+
+@pytest.mark.parametrize("on_device", ["offsets", "ids", "none"])
+def test_copies_from_the_host_do_not_wait_and_read_memory_of_their_own(on_device: str) -> None:
+    """The caller may overwrite its (pinned) tensors as soon as it has the results."""
+    x = torch.zeros(9, 3, device="meta")
+    offsets, ids = torch.tensor([0, 2, 5, 9]), torch.tensor([1, 0, 1], dtype=torch.int32)
+    groups = torch.tensor([0, 1], dtype=torch.int32)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (offsets, ids, groups)}
+    values = (
+        offsets.to("meta") if on_device == "offsets" else offsets,
+        ids.to("meta") if on_device == "ids" else ids,
+        groups,
+    )
+    with _Copies() as copies:
+        prepare(x, *values, num_samples=2, num_groups=2)
+    assert len(copies.found) == (1 if on_device == "none" else 2)
+    assert not any(waits for waits, _ in copies.found)
+    assert not {read for _, read in copies.found} & given

@@ -60,6 +60,7 @@ def test_wrong_values_on_the_device_give_nan_and_touch_nothing(
         wrong = torch.tensor(offsets, device=device)
         result = ops.fused_grad_norm(case.x, case.dy, wrong, weight_grad=True, backend=backend)
         assert result.sample_sq_norms.isnan().all() and result.group_sq_norms.isnan().all(), offsets
+        assert result.weight_grad is not None and result.weight_grad[0].isnan().all(), offsets
     for ids in ([0, 3, 1], [0, -1, 1]):
         wrong = torch.tensor(ids, device=device)
         found = ops.grad_gram(case.x, case.dy, case.cu_seqlens, sample_ids=wrong, num_samples=3, backend=backend)

@@ -32,8 +32,8 @@ def missing() -> str | None:
         return None
     if not torch.cuda.is_available():
         return (
-            "there is no CUDA device that torch can use; "
-            "on CPU tensors Triton runs only in its interpreter: set TRITON_INTERPRET=1 before Python starts"
+            "there is no CUDA device that torch can use; on CPU tensors Triton runs only in its interpreter: set "
+            "TRITON_INTERPRET=1 before Python starts, or use backend='torch'"
         )
     if torch.version.cuda is None:
         return "it is for NVIDIA GPUs, and this torch is built for others"
