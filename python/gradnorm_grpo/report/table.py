@@ -26,7 +26,7 @@ HEADINGS = (
     "share\nof pull",
     "reward, first\n→ last third",
     "gain",
-    "eval\n(given →) before → after",
+    "eval (given →)\nbefore → after",
 )
 # A terminal narrower than this gets two tables below each other, the first about the pull, the second about rewards.
 _WHOLE = 120
