@@ -1,4 +1,4 @@
-"""The command line: `train`, `probe` and `report`."""
+"""The command line: `train`, `probe`, `study`, `estimators` and `report`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {
        train_grpo.py train  --config FILE [--setting value ...]   train with a YAML file
        train_grpo.py train  --resume RUN_DIR|CHECKPOINT|auto      go on where a run stopped
        train_grpo.py probe  --preset NAME [--setting value ...]   measure every task without training
-       train_grpo.py report RUN_DIR                               table and HTML report of a run
+       train_grpo.py study  --preset NAME [--seeds 1 2 3] [--arms uniform ...] [--jobs 2] [--setting value ...]
+                                                                  every arm and seed, and the answers; goes on where
+                                                                  it stopped
+       train_grpo.py estimators --preset NAME [--setting value ...]  the estimators side by side on stored rollouts
+       train_grpo.py report DIR                                   a run's table and HTML report, or a study's answers
 
 settings, as options or as keys of the YAML file:
 """
+COMMANDS = ("train", "probe", "study", "estimators", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,11 +63,19 @@ def _run(arguments: list[str], console: Console) -> int:
     if command in ("-h", "--help") or "--help" in arguments or "-h" in arguments:
         _print_help()
         return 0
-    if command not in ("train", "probe", "report"):
-        raise one_of("the command", command, ("train", "probe", "report"))
+    if command not in COMMANDS:
+        raise one_of("the command", command, COMMANDS)
     if command == "report":
         return _report(arguments, console)
     _quiet()
+    if command == "study":
+        from .study.command import study
+
+        return study(arguments, console)
+    if command == "estimators":
+        from .study.estimators import estimators
+
+        return estimators(arguments, console)
     from .parse import parse_settings
 
     settings, name = parse_settings(arguments, _saved_settings(arguments))
@@ -96,10 +109,15 @@ def _finish(folder: Path, console: Console) -> int:
 
 def _report(arguments: list[str], console: Console) -> int:
     if len(arguments) != 1:
-        raise UserError("report needs one argument, the folder of a run")
+        raise UserError("report needs one argument, the folder of a run or of a study")
     folder = Path(arguments[0])
+    if (folder / "study.json").is_file():
+        from .study.command import conclude
+
+        conclude(folder, console)
+        return 0
     if not (folder / "run.json").is_file():
-        raise UserError(f"{folder} has no run.json: give the folder of a run")
+        raise UserError(f"{folder} has no run.json or study.json: give the folder of a run or of a study")
     return _finish(folder, console)
 
 

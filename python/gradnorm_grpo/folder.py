@@ -65,26 +65,37 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def describe_run(command: str, settings: Settings, model: Any, tracked: list[str]) -> dict[str, Any]:
-    """The content of run.json for a run that starts now."""
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of Python and the packages a run depends on."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    versions["gradnorm_kernels"] = sys.modules["gradnorm_kernels"].__version__
+    found["gradnorm_kernels"] = sys.modules["gradnorm_kernels"].__version__
+    return found
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """What a run runs on; ``device``: the model's, by default what a run would take by itself."""
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return {
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+    }
+
+
+def describe_run(command: str, settings: Settings, model: Any, tracked: list[str]) -> dict[str, Any]:
+    """The content of run.json for a run that starts now."""
     return {
         "command": command,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": versions(),
         "commit": commit(),
-        "machine": {
-            "platform": platform.platform(),
-            "processors": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
-        },
+        "machine": machine(model.device),
         "config": dataclasses.asdict(settings),
         "tasks": [task["name"] for task in settings.tasks],
         "model": settings.model,

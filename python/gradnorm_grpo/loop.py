@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,8 @@ class Grpo:
             self.tracker = (
                 GradNormTracker(model, settings.tracker_layers, settings.tracker_fused) if settings.track else None
             )
+            # Beside the first one, for the question whether a few layers stand for all of them.
+            self.full_tracker = GradNormTracker(model, "all") if settings.full_steps else None
             self.sampler: TaskSampler[str] = TaskSampler(
                 list(self.tasks),
                 settings.sampling_strategy,
@@ -101,11 +104,14 @@ class Grpo:
         old: list[Tensor] = []
         for iteration in range(settings.num_iterations):
             # Later iterations have weights that have seen these prompts: only the first is measured.
-            line_loss, stats = self.backward(batch, old, measure=iteration == 0)
+            full = iteration == 0 and settings.full_steps > 0 and self.step_number % settings.full_steps == 0
+            line_loss, stats = self.backward(batch, old, measure=iteration == 0, full=full)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf)
             if iteration == 0:
                 lr = self.scheduler.get_last_lr()[0]
                 line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **self.describe(batch, stats)}
+                if full and self.full_tracker is not None:
+                    line |= self._estimates(self.full_tracker.step(), "full_")
                 self.sampler.update(stats)
                 if self.balancer is not None:
                     rewards = {task: line[f"tasks/{task}/reward"] for task in dict.fromkeys(batch.tasks)}
@@ -141,10 +147,11 @@ class Grpo:
         weights = self.balancer.weights if self.balancer is not None else None
         return Batch(tasks, examples, rollouts, rewards, advantages(rewards, settings.scale_rewards), sampling, weights)
 
-    def backward(self, batch: Batch, old: list[Tensor], measure: bool) -> tuple[float, StepStats]:
+    def backward(self, batch: Batch, old: list[Tensor], measure: bool, full: bool = False) -> tuple[float, StepStats]:
         """Accumulate the gradient of the step's loss in micro-batches of whole groups.
 
         ``old`` receives the sampling-time log-probabilities in the first iteration and holds them for the later ones.
+        ``full``: let ``full_tracker`` watch as well; its ``step()`` is the caller's.
         """
         settings, total = self.settings, 0.0
         first_iteration, group = not old, settings.num_generations
@@ -163,8 +170,10 @@ class Grpo:
                 factor = factor.repeat_interleave(group)
                 # What is measured stays the gradient of the unweighted loss.
                 advantage, scale = advantage * factor.to(advantage), scale / factor
-            with self._measuring(batch.tasks[first:last], first, scale) if measure else contextlib.nullcontext():
-                logprobs = self.logprobs(self.model, rollouts)
+            trackers = [self.tracker if measure else None, self.full_tracker if full else None]
+            watching = [tracker for tracker in trackers if tracker is not None]
+            with self._measuring(watching, batch.tasks[first:last], first, scale):
+                logprobs = self.logprobs(self.model, rollouts, watching)
                 if first_iteration:
                     old.append(logprobs.detach())
                 losses = token_losses(logprobs, old[micro], advantage, self._reference_logprobs(rollouts), settings)
@@ -173,21 +182,26 @@ class Grpo:
             total += float(loss.detach())
         return total, self.tracker.step() if measure and self.tracker else StepStats()
 
-    def _measuring(self, tasks: list[str], first: int, scale: Tensor) -> contextlib.AbstractContextManager[None]:
-        if self.tracker is None:
-            return contextlib.nullcontext()
+    @contextmanager
+    def _measuring(
+        self, trackers: Sequence[GradNormTracker], tasks: list[str], first: int, scale: Tensor
+    ) -> Iterator[None]:
         rows = [i for i in range(len(tasks)) for _ in range(self.settings.num_generations)]
-        return self.tracker.microbatch([tasks[i] for i in rows], [first + i for i in rows], row_scale=scale)
+        with contextlib.ExitStack() as stack:
+            for tracker in trackers:
+                opened = tracker.microbatch([tasks[i] for i in rows], [first + i for i in rows], row_scale=scale)
+                stack.enter_context(opened)
+            yield
 
     def _counted(self, rollouts: Rollouts) -> Tensor:
         if not self.settings.mask_truncated_completions:
             return rollouts.completion_mask
         return rollouts.completion_mask * rollouts.ended[:, None]
 
-    def logprobs(self, model: Any, rollouts: Rollouts) -> Tensor:
-        """[n G, C] log-probabilities under ``model`` at the sampling temperature."""
+    def logprobs(self, model: Any, rollouts: Rollouts, watching: Sequence[GradNormTracker] = ()) -> Tensor:
+        """[n G, C] log-probabilities under ``model`` at the sampling temperature; ``watching``: the open trackers."""
         head = model.get_output_embeddings()
-        watched = self.tracker is not None and any(model.get_submodule(name) is head for name in self.tracker.layers)
+        watched = any(model.get_submodule(name) is head for tracker in watching for name in tracker.layers)
         return completion_logprobs(
             model, rollouts, self.settings.temperature, self.settings.shares_prompt, pad_logits=watched
         )
@@ -222,11 +236,7 @@ class Grpo:
             line[f"{key}/abs_advantage"] = float(batch.advantages[at].abs().mean())
             line[f"{key}/prompt_length"] = sum(prompt_lengths[i] for i in at) / len(at)
             line[f"{key}/response_length"] = sum(response_lengths[i] for i in at) / len(at)
-            if name in stats:
-                g = stats[name]
-                line |= {f"{key}/grad_norm_sq": g.sq_norm, f"{key}/grad_norm_sq_se": g.std_error}
-                line |= {f"{key}/noise_scale": g.noise_scale, f"{key}/plug_in": g.plug_in, f"{key}/n": g.n}
-                line |= {f"{key}/mean_sq_norm": g.mean_sq_norm, f"{key}/pair_weight": g.pair_weight}
+        line |= self._estimates(stats)
         order = {task: i for i, task in enumerate(stats.tasks)} if stats else {}
         names = [name for name in self.tasks if name in order]
         for i, a in enumerate(names):
@@ -234,6 +244,23 @@ class Grpo:
                 line[f"tasks/cosine/{a}/{b}"] = float(stats.cosines[order[a], order[b]])
                 line[f"tasks/inner_product/{a}/{b}"] = float(stats.inner_products[order[a], order[b]])
         return line
+
+    @staticmethod
+    def _estimates(stats: StepStats, prefix: str = "") -> Line:
+        """Every task's gradient statistics by metric key, ``prefix`` before the last part of each."""
+        line: Line = {}
+        for name, g in stats.items():
+            key = f"tasks/{name}/{prefix}"
+            line |= {f"{key}grad_norm_sq": g.sq_norm, f"{key}grad_norm_sq_se": g.std_error}
+            line |= {f"{key}noise_scale": g.noise_scale, f"{key}plug_in": g.plug_in, f"{key}n": g.n}
+            line |= {f"{key}mean_sq_norm": g.mean_sq_norm, f"{key}pair_weight": g.pair_weight}
+        return line
+
+    def close(self) -> None:
+        """Take the trackers' hooks out of the model."""
+        for tracker in (self.tracker, self.full_tracker):
+            if tracker is not None:
+                tracker.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but weights and global random states."""
@@ -244,6 +271,7 @@ class Grpo:
             "sampler": self.sampler.state_dict(),
             "balancer": self.balancer.state_dict() if self.balancer else None,
             "tracker": self.tracker.state_dict() if self.tracker else None,
+            "full_tracker": self.full_tracker.state_dict() if self.full_tracker else None,
             "draws": self.draws.getstate(),
             "positions": {name: task.position for name, task in self.tasks.items()},
         }
@@ -258,6 +286,8 @@ class Grpo:
             self.balancer.load_state_dict(state["balancer"])
         if self.tracker and state["tracker"]:
             self.tracker.load_state_dict(state["tracker"])
+        if self.full_tracker and state.get("full_tracker"):
+            self.full_tracker.load_state_dict(state["full_tracker"])
         version, numbers, gauss = state["draws"]
         self.draws.setstate((version, tuple(numbers), gauss))
         for name, task in self.tasks.items():

@@ -14,6 +14,7 @@ from trl import TrlParser
 
 from .errors import UserError, one_of
 from .settings import Settings
+from .study.spec import StudySpec, read_spec, take_options
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -33,12 +34,40 @@ def preset_names() -> list[str]:
 def parse_settings(arguments: list[str], saved: dict[str, Any] | None = None) -> tuple[Settings, str]:
     """Settings and the run's name: the defaults, then the YAML file (or ``saved``, a resumed run's), then the options.
 
-    ``--preset NAME`` is ``--config`` of the file of that name among the presets.
+    ``--preset NAME`` is ``--config`` of the file of that name among the presets. Its block `study:` is left to
+    :func:`parse_study`.
     """
     arguments, config = _take_config(list(arguments))
     values: dict[str, Any] = dict(saved or {})
     if config is not None:
         values = read_yaml(config)
+    values.pop("study", None)
+    return _settings(values, arguments, config), config.stem if config else "run"
+
+
+def parse_study(arguments: list[str]) -> tuple[Settings, StudySpec, str]:
+    """The settings that all runs of a study share, the study, and its name; `study: settings:` goes over the preset's
+    own settings, and the options over both."""
+    given, rest = take_options(arguments)
+    rest, config = _take_config(rest)
+    if config is None:
+        raise UserError("a study needs --preset NAME or --config FILE; see --help")
+    values = read_yaml(config)
+    spec = read_spec(values.pop("study", {}), given)
+    return _settings({**values, **spec.settings}, rest, config), spec, config.stem
+
+
+def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], str]:
+    """The settings whose rollouts are stored, the block `study: estimators:`, and the name."""
+    rest, config = _take_config(list(arguments))
+    if config is None:
+        raise UserError("estimators needs --preset NAME or --config FILE; see --help")
+    values = read_yaml(config)
+    spec = read_spec(values.pop("study", {}), {})
+    return _settings({**values, **spec.settings}, rest, config), spec.estimators, config.stem
+
+
+def _settings(values: dict[str, Any], arguments: list[str], config: Path | None) -> Settings:
     known = {spec.name for spec in dataclasses.fields(Settings)}
     for key in values:
         if key not in known:
@@ -55,8 +84,7 @@ def parse_settings(arguments: list[str], saved: dict[str, Any] | None = None) ->
     if unknown:
         option = next((text for text in unknown if text.startswith("--")), unknown[0])
         raise one_of("an option", option.split("=")[0], [f"--{name}" for name in known])
-    settings = dataclasses.replace(settings, tasks=_select(tasks, settings.only_tasks))
-    return settings, config.stem if config else "run"
+    return dataclasses.replace(settings, tasks=_select(tasks, settings.only_tasks))
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:

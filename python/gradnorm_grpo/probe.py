@@ -7,6 +7,7 @@ prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -47,6 +48,7 @@ def rounds(prompts: int, each: int) -> list[int]:
 def probe(settings: Settings, name: str, console: Console) -> Path:
     """Measure ``probe_prompts`` prompts of every task, equally many of each at a time; returns the run's folder."""
     started = time.monotonic()
+    settings = dataclasses.replace(settings, full_steps=0)  # only the tracked layers will ask for gradients
     set_seed(settings.seed)
     tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
     names = [task.name for task in tasks]
@@ -84,6 +86,6 @@ def probe(settings: Settings, name: str, console: Console) -> Path:
                 record({"kind": "probe", "step": number, **grpo.describe(batch, stats)}, display)
     finally:
         log.close()
-        grpo.tracker.close()
+        grpo.close()
     write_json(folder / "summary.json", summarize(log.lines, names, settings.gain_window, time.monotonic() - started))
     return folder

@@ -107,6 +107,10 @@ class Settings:
         default="last_attention", metadata=_help("'last_attention', 'all' or a regular expression on module names.")
     )
     tracker_fused: bool = field(default=False, metadata=_help("Take the weight gradient and the norms in one pass."))
+    full_steps: int = field(
+        default=0,
+        metadata=_help("Measure U of all trained parameters beside tracker_layers, every so many steps; 0: never."),
+    )
 
     # Drawing tasks
     sampling_strategy: str = field(
@@ -133,6 +137,9 @@ class Settings:
     # Evaluation, logging, saving
     eval_prompts: int = field(default=32, metadata=_help("Held-out questions of each task; 0 is no evaluation."))
     eval_steps: int = field(default=0, metadata=_help("Evaluate every so many steps; 0: before and after only."))
+    eval_base: bool = field(
+        default=True, metadata=_help("With a warm start: evaluate the model before it too, as it was given.")
+    )
     gain_window: int = field(
         default=4, metadata=_help("s in Gain(t) = mean reward of the next s steps - of the last s.")
     )
@@ -181,6 +188,9 @@ class Settings:
                 f"task_weighting={self.task_weighting!r} needs track=true and beta=0, got {given}: the weights come "
                 "from the measured gradients, and a KL term that they do not scale could not be told apart in them"
             )
+        if self.full_steps and (not self.track or self.tracker_layers == "all"):
+            given = "track=false" if not self.track else "tracker_layers='all', which measures them all anyway"
+            raise UserError(f"full_steps={self.full_steps} does not go with {given}: set full_steps to 0")
         if not 0.0 < self.task_weighting_decay < 1.0:
             raise UserError(f"task_weighting_decay must lie between 0 and 1, got {self.task_weighting_decay}")
         if self.share_prompt == "true" and self.loss_type != "grpo":
@@ -238,6 +248,7 @@ _LOWEST: dict[str, float] = {
     "few_shot": 0,
     "eval_prompts": 0,
     "eval_steps": 0,
+    "full_steps": 0,
     "gain_window": 1,
     "save_steps": 0,
     "save_total_limit": 1,

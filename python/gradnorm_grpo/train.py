@@ -122,7 +122,7 @@ class Training:
         try:
             self._describe()
             if self.state is None:
-                if self.settings.warm_start_steps:
+                if self.settings.warm_start_steps and self.settings.eval_base:
                     self._evaluate(0, "eval_base")
                 self._warm_start()
                 self._set_reference()
@@ -136,8 +136,7 @@ class Training:
             self._loop()
         finally:
             self.log.close()
-            if self.grpo.tracker:
-                self.grpo.tracker.close()
+            self.grpo.close()
         if not self.interrupted:
             names = [task.name for task in self.tasks]
             summary = summarize(self.log.lines, names, self.settings.gain_window, self.seconds)

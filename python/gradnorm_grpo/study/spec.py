@@ -1,0 +1,119 @@
+"""What a study runs: the block `study:` of a preset, and the options of the command.
+
+In YAML, all keys optional::
+
+    study:
+      seeds: [1, 2, 3]               # the independent replications; each seed has its own warm start and questions
+      jobs: 2                        # runs at a time
+      settings: {full_steps: 1}      # settings of every run, instead of the preset's own
+      arms:                          # what is compared: a name and the settings that make the arm
+        uniform: {sampling_strategy: uniform}
+        inverse: {sampling_strategy: inverse}
+      estimators: {prompts: 256}     # of the comparison of estimators (see estimators.py)
+      estimator_seeds: 1             # for how many of the seeds the estimators are compared
+      keep_checkpoints: false        # keep the weights of finished runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from ..errors import UserError, one_of
+from ..settings import Settings
+
+#: The paper's interventions. "uniform" is what the others are compared with.
+ARMS: dict[str, dict[str, Any]] = {
+    "uniform": {"sampling_strategy": "uniform"},
+    "proportional": {"sampling_strategy": "proportional"},
+    "inverse": {"sampling_strategy": "inverse"},
+    "equal_pull": {"sampling_strategy": "uniform", "task_weighting": "equal_pull"},
+}
+#: An arm may change how tasks are drawn and weighed. Anything else would make its budget or its starting point another.
+ARM_SETTINGS = (
+    *("sampling_strategy", "sampling_exponent", "sampling_floor", "sampling_decay", "task_draws"),
+    *("task_weighting", "task_weighting_decay"),
+)
+#: A study gives these itself, a run at a time.
+_OWN = ("seed", "output_dir", "resume_from_checkpoint", "tasks")
+
+
+@dataclass
+class StudySpec:
+    """The `study:` block, checked; see the file's head for the meaning of each entry."""
+
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    jobs: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: dict(own) for name, own in ARMS.items()})
+    estimators: dict[str, Any] = field(default_factory=dict)
+    estimator_seeds: int = 1
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        """Hold every entry to its type and range."""
+        whole = isinstance(self.seeds, list) and all(type(seed) is int and seed >= 0 for seed in self.seeds)
+        if not whole or not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds must be a list of different whole numbers from 0, got {self.seeds!r}")
+        for name, lowest in (("jobs", 1), ("estimator_seeds", 0)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(f"{name} must be a whole number from {lowest}, got {getattr(self, name)!r}")
+        if not isinstance(self.keep_checkpoints, bool):
+            raise UserError(f"keep_checkpoints must be true or false, got {self.keep_checkpoints!r}")
+        for name in ("settings", "arms", "estimators"):
+            if not isinstance(getattr(self, name), dict):
+                raise UserError(f"{name} of a study must be a mapping, got {getattr(self, name)!r}")
+        if not self.arms:
+            raise UserError(f"arms of a study must name at least one arm, for instance {', '.join(ARMS)}")
+        for arm, own in self.arms.items():
+            if not isinstance(arm, str) or not arm.replace("_", "").replace(".", "").isalnum():
+                raise UserError(f"an arm's name must be letters, digits, dots and underscores, got {arm!r}")
+            for key in own if isinstance(own, dict) else [own]:
+                if key not in ARM_SETTINGS:
+                    raise one_of(f"a setting of arm {arm!r}", key, ARM_SETTINGS)
+        known = [spec.name for spec in dataclasses.fields(Settings) if spec.name not in _OWN]
+        for key in self.settings:
+            if key not in known:
+                raise one_of("a setting of the study", key, known)
+
+    def run_settings(self, settings: Settings, arm: str, seed: int, folder: str) -> Settings:
+        """The settings of one run."""
+        return dataclasses.replace(settings, **self.arms[arm], seed=seed, output_dir=folder)
+
+
+def read_spec(block: Any, given: dict[str, Any]) -> StudySpec:
+    """The `study:` block of a preset, or the defaults without one; ``given``: what the command line says instead."""
+    if not isinstance(block, dict):
+        raise UserError(f"study must be a mapping, got {block!r}")
+    known = [spec.name for spec in dataclasses.fields(StudySpec)]
+    for key in block:
+        if key not in known:
+            raise one_of("a key of study", key, known)
+    chosen = given.pop("arms", None)
+    spec = StudySpec(**{**block, **given})
+    if chosen is None:
+        return spec
+    for arm in chosen:
+        if arm not in spec.arms:
+            raise one_of("--arms", arm, spec.arms)
+    return dataclasses.replace(spec, arms={arm: spec.arms[arm] for arm in chosen})
+
+
+class _Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def take_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What of ``arguments`` belongs to the study, and the rest: the settings of its runs."""
+    parser = _Options(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--arms", nargs="+")
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--seed", nargs="?")
+    found, rest = parser.parse_known_args(arguments)
+    if found.seed is not None:
+        raise UserError("a study has --seeds, a run for each of them, instead of --seed")
+    return {name: value for name, value in vars(found).items() if value is not None}, rest
