@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.loop import Batch, Grpo
 from gradnorm_grpo.objective import advantages, row_weights, token_losses
 from gradnorm_grpo.rollout import Prompter, Rollouts
@@ -250,3 +251,42 @@ def test_masking_truncated_completions() -> None:
     loss, stats = loop.backward(batch, [], measure=True)
     assert loss == 0.0 and stats["copy"].n == 3 and stats["copy"].sq_norm == 0.0
     assert isinstance(batch.rollouts, Rollouts)
+
+
+@pytest.mark.parametrize("share_prompt", ["true", "false"])
+def test_full_steps_measures_every_trained_parameter_beside_the_last_block(share_prompt: str) -> None:
+    """Against the two trackers one at a time on the same rollouts; the tied head and the embeddings are among them."""
+    loop = _loop(_settings(loss_type="grpo", share_prompt=share_prompt, full_steps=2))
+    batch = _batch(loop, _rewards(6, 3))
+    _, both = loop.backward(batch, [], measure=True, full=True)
+    full = loop.full_tracker.step()
+    gradients = [p.grad.clone() for p in loop.model.parameters()]
+    loop.model.zero_grad()
+    alone = _loop(_settings(loss_type="grpo", share_prompt=share_prompt, tracker_layers="all"))
+    alone.model.load_state_dict(loop.model.state_dict())
+    _, every = alone.backward(batch, [], measure=True)
+    _, last = loop.backward(batch, [], measure=True)
+    for name in ("copy", "sort"):
+        assert both[name].sq_norm == pytest.approx(last[name].sq_norm, rel=1e-6)
+        assert full[name].sq_norm == pytest.approx(every[name].sq_norm, rel=1e-6)
+        assert full[name].mean_sq_norm > 2 * both[name].mean_sq_norm, "the last block is a part of the whole"
+    for found, expected in zip(gradients, alone.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_full_steps_logs_every_so_many_steps_and_survives_a_checkpoint() -> None:
+    loop = _loop(_settings(loss_type="grpo", full_steps=2))
+    lines = [loop.step() for _ in range(3)]
+    assert ["tasks/copy/full_grad_norm_sq" in line for line in lines] == [True, False, True]
+    assert all("tasks/copy/grad_norm_sq" in line for line in lines)
+    other = _loop(_settings(loss_type="grpo", full_steps=2))
+    other.load_state_dict(loop.state_dict())
+    assert other.full_tracker.running["copy"].value == loop.full_tracker.running["copy"].value
+    loop.close()
+    assert not any(module._forward_hooks for module in loop.model.modules())
+
+
+@pytest.mark.parametrize("changes", [{"track": False}, {"tracker_layers": "all"}])
+def test_full_steps_is_refused_where_it_says_nothing_new(changes: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="set full_steps to 0"):
+        _settings(full_steps=1, **changes)
