@@ -122,12 +122,12 @@ def test_what_an_unfinished_run_is_given_to_do(tmp_path: Path) -> None:
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of train_grpo.py: `ok FILE` writes the file, `bad` fails, `slow FILE` waits for a SIGINT to write it."""
+    """In place of train_grpo.py: `ok FILE` writes the file, `bad` fails, `slow FILE` waits for a SIGTERM."""
     path = tmp_path / "script.py"
     path.write_text(
         "import pathlib, signal, sys, time\n"
         "def end(*_):\n    pathlib.Path(sys.argv[2]).write_text('stopped')\n    sys.exit(130)\n"
-        "signal.signal(signal.SIGINT, end)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
         "if sys.argv[1] == 'bad':\n    sys.exit('no such luck')\n"
         "if sys.argv[1] == 'slow':\n    print('waiting', flush=True)\n    time.sleep(60)\n"
         "pathlib.Path(sys.argv[2]).write_text('{}')\n"
@@ -205,7 +205,7 @@ def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not (runs / "uniform-seed1" / "summary.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
-    started.send_signal(signal.SIGINT)
+    started.send_signal(signal.SIGTERM)
     said = started.communicate(timeout=120)[0]
     assert started.returncode == 130 and "the same command goes on" in said
     first = (runs / "uniform-seed1" / "metrics.jsonl").read_bytes()

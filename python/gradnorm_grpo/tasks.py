@@ -1,20 +1,31 @@
 """Tasks: where questions come from, which are held out, and how an answer is scored.
 
-A task in YAML::
+A task in YAML, of one of four sources; docs/tasks.md has an example of each::
 
     - name: number_sorting            # its name in tables and metrics
-      source: reasoning_gym           # reasoning_gym (default), jsonl or synthetic
-      dataset: number_sorting         # reasoning_gym: the data set; synthetic: the generator; default: the name
-      config: {max_numbers: 3}        # settings of the data set
+      source: reasoning_gym           # reasoning_gym (default), jsonl, datasets or synthetic
+      verifier: exact                 # exact, numeric, financial, math_verify, expression, json_value; default: the
+                                      # data set's own score or the format's
       rewrite: [["(?s)\\nPlease.*", ""]]   # regular expressions replaced in question and reference answer, in order
-      path: sums.jsonl                # jsonl: lines of {"prompt": ..., "answer": ...}
-      verifier: exact                 # exact, numeric, math_verify, expression; default: reasoning_gym's own score
+      dataset: number_sorting         # reasoning_gym, synthetic: default the name; datasets: a name on the Hub
+      config: {max_numbers: 3}        # reasoning_gym, synthetic: settings of the data set
+      template: "{question}"          # reasoning_gym, datasets: the prompt, from names in braces: the question and the
+                                      # fields of its metadata, the texts of the format, or columns
+      path: sums.jsonl                # jsonl: lines of {"prompt": ..., "answer": ...}; datasets: a local copy
+      subset: algebra                 # datasets: the configuration on the Hub
+      split: train                    # datasets: default train
+      format: math                    # datasets: math, deepscaler, finqa, countdown or r1_code ...
+      columns: {prompt: q, answer: a} # datasets: ... or the columns by name
+      levels: [1, 2]                  # datasets, format math: keep these levels
+      max_rows: 1000                  # datasets: the first rows that fit; default 0, all
+      skip_bad_rows: true             # datasets: leave out rows that do not fit; by default the first one is an error
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import random
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, one_of
-from .jsonl import read_questions
+from .hub_formats import FORMATS, BadRow, fill
+from .hub_refusals import refuse_running
+from .hub_rows import read_dataset
+from .jsonl import HeldOutRows, Question, read_questions
 from .synthetic import GENERATORS, synthetic_example
 from .verifiers import VERIFIERS, Verifier, exact, reasoning_gym_verifier
 
@@ -48,8 +62,25 @@ class TaskSpec:
     dataset: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     rewrite: list[list[str]] = field(default_factory=list)
+    template: str = ""
     path: str = ""
+    subset: str = ""
+    split: str = "train"
+    format: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    levels: list[int] = field(default_factory=list)
+    max_rows: int = 0
+    skip_bad_rows: bool = False
     verifier: str = ""
+
+
+_EVERY = {"name", "source", "rewrite", "verifier"}
+_KEYS = {
+    "reasoning_gym": _EVERY | {"dataset", "config", "template"},
+    "jsonl": _EVERY | {"path"},
+    "synthetic": _EVERY | {"dataset", "config"},
+    "datasets": {item.name for item in dataclasses.fields(TaskSpec)} - {"config"},
+}
 
 
 class Task:
@@ -118,20 +149,30 @@ def build_tasks(specs: list[dict[str, Any]], seed: int, eval_prompts: int) -> li
 
 def _build(raw: dict[str, Any], seed: int, eval_prompts: int) -> Task:
     known = {item.name for item in dataclasses.fields(TaskSpec)}
+    refuse_running(str(raw["name"]), raw, known, {*VERIFIERS, *FORMATS})
     for key in raw:
         if key not in known:
             raise one_of(f"a key of task {raw['name']!r}", key, known)
     spec = TaskSpec(**raw)
     if spec.verifier and spec.verifier not in VERIFIERS:
         raise one_of(f"verifier of task {spec.name!r}", spec.verifier, VERIFIERS)
+    if spec.source not in _KEYS:
+        raise one_of(f"source of task {spec.name!r}", spec.source, _KEYS)
+    for key in raw:
+        if key not in _KEYS[spec.source]:
+            raise one_of(f"a key of task {spec.name!r}, whose source is {spec.source},", key, _KEYS[spec.source])
     if spec.source == "reasoning_gym":
         task = _from_reasoning_gym(spec, seed, eval_prompts)
-    elif spec.source == "jsonl":
-        task = _from_jsonl(spec, seed, eval_prompts)
     elif spec.source == "synthetic":
         task = _from_synthetic(spec, seed, eval_prompts)
+    elif spec.source == "jsonl":
+        if not spec.verifier:
+            raise UserError(
+                f"task {spec.name!r} reads JSON lines and needs a verifier: one of {', '.join(sorted(VERIFIERS))}"
+            )
+        task = _from_rows(spec, read_questions(Path(spec.path), spec.name), spec.verifier, seed, eval_prompts)
     else:
-        raise one_of(f"source of task {spec.name!r}", spec.source, ("reasoning_gym", "jsonl", "synthetic"))
+        task = _from_rows(spec, *read_dataset(spec), seed, eval_prompts)
     for example in task.solved_examples(3):
         if not task.score(example.answer, example):
             raise UserError(
@@ -165,6 +206,10 @@ def _from_reasoning_gym(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
     name = spec.dataset or spec.name
     if name not in DATASETS:
         raise one_of(f"dataset of task {spec.name!r}", name, DATASETS)
+    if name == "composite":
+        raise UserError(
+            f"dataset of task {spec.name!r}, composite, mixes others: list each of them as a task of its own"
+        )
     rewrite, made = _rewriter(spec), {}
 
     def dataset(stream: int) -> Any:
@@ -177,7 +222,8 @@ def _from_reasoning_gym(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
 
     def make(stream: int, index: int) -> Example:
         entry = _generate(dataset(stream), index, spec.name)
-        return Example(rewrite(entry["question"]), rewrite(str(entry["answer"] or "")), entry)
+        question = _templated(spec, entry) if spec.template else entry["question"]
+        return Example(rewrite(question), rewrite(str(entry["answer"] or "")), entry)
 
     verifier = VERIFIERS[spec.verifier] if spec.verifier else reasoning_gym_verifier(name, dataset(seed))
     return Task(spec.name, make, verifier, seed, eval_prompts)
@@ -187,12 +233,21 @@ def _generate(dataset: Any, index: int, task: str) -> Any:
     """Entry ``index``. Some generators give up on some seeds; then a far-off index stands in, always the same."""
     for attempt in range(3):
         try:
-            return dataset[index + attempt * (1 << 24)]
+            with contextlib.redirect_stdout(io.StringIO()):  # bf and codeio print while they make a question
+                return dataset[index + attempt * (1 << 24)]
         except (ValueError, IndexError, ZeroDivisionError) as error:
             reason = error
     raise UserError(
         f"config of task {task!r} makes no question number {index}: {reason}; give it a wider one"
     ) from reason
+
+
+def _templated(spec: TaskSpec, entry: Any) -> str:
+    texts = {"question": entry["question"]} | {key: str(value).strip() for key, value in entry["metadata"].items()}
+    try:
+        return fill(spec.template, texts)
+    except BadRow as error:
+        raise UserError(f"template of task {spec.name!r}: its data set {error}") from error
 
 
 def _from_synthetic(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
@@ -211,27 +266,14 @@ def _from_synthetic(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
     return Task(spec.name, make, VERIFIERS[spec.verifier] if spec.verifier else exact, seed, eval_prompts)
 
 
-def _from_jsonl(spec: TaskSpec, seed: int, eval_prompts: int) -> Task:
-    if not spec.verifier:
-        raise UserError(
-            f"task {spec.name!r} reads JSON lines and needs a verifier: one of {', '.join(sorted(VERIFIERS))}"
-        )
+def _from_rows(spec: TaskSpec, questions: list[Question], verifier: str, seed: int, eval_prompts: int) -> Task:
     rewrite = _rewriter(spec)
-    rows = [
-        Example(rewrite(question), rewrite(answer), data)
-        for question, answer, data in read_questions(Path(spec.path), spec.name)
-    ]
-    random.Random(seed).shuffle(rows)
-    questions = list(dict.fromkeys(row.question for row in rows))
-    held_out = set(questions[: min(eval_prompts, len(questions) // 2)])
-    parts = [row for row in rows if row.question in held_out], [row for row in rows if row.question not in held_out]
+    prompts = [rewrite(prompt) for prompt, _, _ in questions]
+    rows = HeldOutRows(prompts, eval_prompts, seed)
 
     def make(stream: int, index: int) -> Example:
-        """Round after round of the same rows, each in an order of its own."""
-        part = parts[0 if stream == seed + HELD_OUT_SEED and parts[0] else 1]
-        turn, place = divmod(index, len(part))
-        order = list(range(len(part)))
-        random.Random(f"{stream} {turn}").shuffle(order)
-        return part[order[place]]
+        row = rows.row(stream, index, held_out=stream == seed + HELD_OUT_SEED)
+        _, answer, data = questions[row]
+        return Example(prompts[row], rewrite(answer if isinstance(answer, str) else answer()), data)
 
-    return Task(spec.name, make, VERIFIERS[spec.verifier], seed, len(held_out))
+    return Task(spec.name, make, VERIFIERS[verifier], seed, len(rows.held_out))

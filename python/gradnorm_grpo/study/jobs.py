@@ -106,13 +106,21 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
 def run_all(jobs: Sequence[Job], at_a_time: int, console: Console) -> list[Job]:
     """Run what is not done, in order; returns the jobs that failed.
 
-    A Ctrl-C lets the running ones finish their step and save, and then goes on to the caller; a second one ends them.
+    A Ctrl-C, or a SIGTERM, lets the running ones finish their step and save, and goes on to the caller as a
+    KeyboardInterrupt; a second one ends them.
     """
     waiting = [job for job in jobs if not job.done]
     if len(waiting) < len(jobs):
         console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} are done already", highlight=False)
     running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
     failed: list[Job] = []
+    told: list[int] = []  # the signal that stopped us, where it was no Ctrl-C
+
+    def stop(number: int, frame: Any) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     with _bars(console) as bars:
         shown = {job: bars.add_task(job.name, total=job.steps or None, visible=False) for job in waiting}
         overall = bars.add_task("all", total=len(jobs), completed=len(jobs) - len(waiting))
@@ -138,8 +146,11 @@ def run_all(jobs: Sequence[Job], at_a_time: int, console: Console) -> list[Job]:
                         console.print(f"{job.name}: {time.monotonic() - started:.0f} s", highlight=False)
                 time.sleep(0.2)
         except KeyboardInterrupt:
-            _stop([process for process, _ in running.values()], console)
+            # The terminal sends a Ctrl-C to all of its processes: the runs know, and a second signal would end them.
+            _stop([process for process, _ in running.values()], console, tell=bool(told) or not os.isatty(0))
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -154,13 +165,13 @@ def _bars(console: Console) -> Progress:
     )
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]], console: Console) -> None:
-    """Ask for a stop after the step (the terminal may have asked them already: a second signal would end them)."""
+def _stop(processes: Sequence[subprocess.Popen[bytes]], console: Console, tell: bool) -> None:
+    """Wait for runs that end after their step; ``tell``: ask them to."""
     console.print("stopping: the runs finish their step and save; Ctrl-C again ends them at once", highlight=False)
-    if not os.isatty(0):
-        for process in processes:
-            process.send_signal(signal.SIGINT)
     try:
+        for process in processes:
+            if tell:
+                process.send_signal(signal.SIGTERM)
         for process in processes:
             process.wait()
     except KeyboardInterrupt:

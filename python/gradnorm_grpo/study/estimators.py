@@ -1,0 +1,271 @@
+"""Estimators of a task's squared gradient norm side by side, on the same stored rollouts of the same model.
+
+The model stands where GRPO would begin, after its warm start. All prompts of a task are measured in the last attention
+block, and every inner product of two prompts' gradients is kept: from that one matrix a task, each estimator's value on
+any subset of the prompts is arithmetic. The result is one JSON file a seed, with the stored rollouts beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import set_seed
+
+from ..errors import UserError
+from ..folder import describe_run
+from ..loop import Batch, Grpo
+from ..metrics import write_json
+from ..models import load_model
+from ..parse import parse_estimators
+from ..probe import only_tracked
+from ..rollout import Prompter
+from ..settings import Settings
+from ..tasks import build_tasks
+from ..warm_start import warm_start
+from . import estimators_statistics as statistics
+from .estimators_cost import cost
+from .estimators_gradients import Layer, capture, gram
+from .estimators_settings import EstimatorSettings, read_options
+from .estimators_sketches import bytes_per_prompt, describe_order, describe_task, sketch_grams, unprojected, useless
+from .rollouts import stored_rollouts
+
+NOTES = (
+    "U is that of the last attention block. A prompt with its whole group is one sample.",
+    "A subset of the stored prompts is not a fresh draw: its spread, sd, is that around U of all N, and shrinks to "
+    "nothing at n = N. sd_fresh adds the jackknife variance of what all N would give, and holds up to n = N.",
+    "Coverage is that of U of all N, by intervals narrowed for the finite pool, at n of at most N / 4.",
+    "Biases are exact: means over all subsets of n. Spreads and coverages are over random subsets.",
+    "Times are of one machine and its thread count; multiply-adds are by formula.",
+)
+
+
+def estimators(arguments: list[str], console: Console) -> int:
+    """The command: options and YAML to :func:`compare`; returns the exit code."""
+    settings, block, name = parse_estimators(arguments)
+    compare(settings, name, console, options=read_options(block))
+    return 0
+
+
+def compare(
+    settings: Settings,
+    name: str,
+    console: Console,
+    folder: Path | None = None,
+    options: EstimatorSettings | None = None,
+) -> Path:
+    """Compare the estimators for one seed; returns the JSON file.
+
+    Args:
+        settings: those of a run; its layers, its sampling and its weighting of tasks play no part.
+        name: of the preset.
+        console: where progress goes.
+        folder: where the file and the stored rollouts go; default: ``output_dir`` or runs/<name>-estimators.
+        options: see :class:`EstimatorSettings`.
+
+    Raises:
+        UserError: a setting that makes prompts depend on each other, or stored rollouts that do not fit.
+    """
+    options = options or EstimatorSettings()
+    if settings.scale_rewards == "batch":
+        raise UserError(
+            "scale_rewards 'batch' makes all prompts depend on each other, and estimators of independent prompts "
+            "cannot be compared on them: use 'group' or 'none'"
+        )
+    clock = _Clock()
+    folder = folder or Path(settings.output_dir or f"runs/{name}-estimators")
+    settings = _only_what_matters(settings)
+    grpo = _where_grpo_begins(settings, console)
+    try:
+        with clock.part("rollouts"):
+            path = folder / f"rollouts-seed{settings.seed}.safetensors"
+            console.print(f"rollouts: {options.prompts} prompts of each of {len(grpo.tasks)} tasks", highlight=False)
+            batch, reused = stored_rollouts(grpo, options.prompts, path)
+        console.print(f"rollouts: {path}{' (stored before)' if reused else ''}", highlight=False, soft_wrap=True)
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        assert grpo.tracker is not None
+        result = describe_run(command, settings, grpo.model, grpo.tracker.layers) | {
+            "name": name,
+            "seed": settings.seed,
+            "options": dataclasses.asdict(options),
+            "group": settings.num_generations,
+            "prompts": options.prompts,
+            "rollouts": {"file": path.name, "reused": reused},
+            **_measure(grpo, batch, options, clock, console),
+            "notes": list(NOTES),
+        }
+    finally:
+        grpo.close()
+    result["seconds"] = clock.seconds()
+    file = folder / f"seed{settings.seed}.json"
+    write_json(file, result)
+    for line in _in_words(result):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"estimators: {file}, {result['seconds']['total']:.0f} s", highlight=False, soft_wrap=True)
+    return file
+
+
+def _in_words(result: dict[str, Any]) -> list[str]:
+    """The comparison in a line an estimator and a width, medians over the tasks."""
+    n = statistics.pooled_size(result["prompts"])
+    lines = [f"at {n} prompts, in units of the mean squared norm, median over the tasks:"]
+    for estimator in statistics.ESTIMATORS:
+        of_task = []
+        for task in result["tasks"].values():
+            row = next(row for row in task["estimators"] if row["estimator"] == estimator and row["n"] == n)
+            scale = task["reference"]["mean_sq_norm"] or math.nan
+            of_task.append([row[key] / scale for key in ("bias", "sd_fresh", "rmse")])
+        bias, sd, rmse = np.median(of_task, 0)
+        lines.append(f"  {estimator.replace('_', ' '):13} bias {bias:8.5f}  spread {sd:8.5f}  RMSE {rmse:8.5f}")
+    seconds = {(row["what"], row["width"]): row["seconds"] for row in result["cost"]["rows"]}
+    for sketch in result["sketches"]:
+        if sketch["skipped"]:
+            lines.append(f"sketch {sketch['width']}: left out, {sketch['reason']}")
+            continue
+        added = np.median([task["u_sd_over_se"] for task in sketch["tasks"].values()])
+        lines.append(
+            f"sketch {sketch['width']}: moves U by {added:.2f} of its standard error, keeps "
+            f"{sketch['bytes_per_prompt'] / 1024:.0f} KiB a prompt instead of "
+            f"{sketch['exact_bytes_per_prompt'] / 1024:.0f}, "
+            f"{seconds.get(('sketch_gram', sketch['width']), math.nan):.3f} s instead of "
+            f"{seconds.get(('gram', None), math.nan):.3f} s"
+        )
+    return lines
+
+
+def _only_what_matters(settings: Settings) -> Settings:
+    """Without what training adds. Every loss type measures the same gradient; grpo's lets a group share its prompt."""
+    measuring: dict[str, Any] = {"track": True, "tracker_layers": "last_attention", "tracker_fused": False}
+    training: dict[str, Any] = {"sampling_strategy": "uniform", "task_weighting": "none", "loss_type": "grpo"}
+    return dataclasses.replace(settings, **measuring, **training, full_steps=0, gradient_checkpointing=False)
+
+
+def _where_grpo_begins(settings: Settings, console: Console) -> Grpo:
+    """Model and tasks after the warm start, in the random state from which GRPO starts."""
+    set_seed(settings.seed)
+    tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
+    model, tokenizer = load_model(settings)
+    grpo = Grpo(settings, model, tokenizer, tasks, Prompter(tokenizer, tasks, settings))
+    if settings.warm_start_steps:
+        cached = warm_start(model, tokenizer, tasks, grpo.prompter, settings, lambda step, loss: None)
+        console.print(f"warm start: {'weights from the cache' if cached else 'done'}", highlight=False)
+    only_tracked(grpo)
+    set_seed(settings.seed)
+    return grpo
+
+
+class _Clock:
+    """Seconds by part and in all."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Any:
+        started = time.monotonic()
+        yield
+        self._parts[name] = self._parts.get(name, 0.0) + time.monotonic() - started
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._parts, "total": time.monotonic() - self._started}
+
+
+def _measure(grpo: Grpo, batch: Batch, options: EstimatorSettings, clock: _Clock, console: Console) -> dict[str, Any]:
+    """The parts of the file that come from the gradients. One task's tokens are held at a time."""
+    n, seed = statistics.pooled_size(options.prompts), grpo.settings.seed
+    orders = statistics.shuffles(options.prompts, options.subsets, seed)
+    tasks: dict[str, Any] = {}
+    exact: dict[str, np.ndarray] = {}
+    sketched: dict[int, dict[str, np.ndarray]] = {}
+    timed: list[Layer] = []
+    timed_task = ""
+    for name in grpo.tasks:
+        first = batch.tasks.index(name)
+        with clock.part("gradients"):
+            layers = capture(grpo, batch, first, first + options.prompts)
+            exact[name] = gram(layers).numpy()
+        tokens = sum(layer.tokens for layer in layers)
+        with clock.part("statistics"):
+            rewards = batch.rewards[first : first + options.prompts]
+            tasks[name] = {
+                "prompts": options.prompts,
+                "tokens": tokens,
+                "reward": float(rewards.mean()),
+                "equal_groups": int((rewards == rewards[:, :1]).all(1).sum()),
+                "reference": statistics.reference(exact[name]),
+                "estimators": statistics.compare(exact[name], orders),
+                "microbatches": statistics.in_microbatches(exact[name], orders, n),
+            }
+        with clock.part("sketches"):
+            seeds = [1000 * seed + k for k in range(options.sketches)]
+            for width in sorted(options.widths):
+                if useless(layers, width) is None:
+                    sketched.setdefault(width, {})[name] = sketch_grams(layers, width, seeds)
+        if tokens >= sum(layer.tokens for layer in timed):
+            timed, timed_task = layers, name
+        found = tasks[name]["reference"]
+        text = f"{name}: U {found['u']:.2e} +- {found['u_se']:.1e}, mean squared norm {found['mean_sq_norm']:.2e}"
+        console.print(text, highlight=False, soft_wrap=True)
+    with clock.part("sketches"):
+        sketches = [
+            _describe_sketch(width, timed, exact, sketched.get(width, {}), tasks, orders, n)
+            for width in sorted(options.widths)
+        ]
+    with clock.part("cost"):
+        rows = cost(timed, sorted(sketched), options.repeats) if any(layer.tokens for layer in timed) else []
+    return {
+        "layers": [
+            {"name": layer.name, "d_in": layer.d_in - layer.bias, "d_out": layer.d_out, "bias": layer.bias}
+            for layer in timed
+        ],
+        "tasks": tasks,
+        "sketches": sketches,
+        "cost": {
+            "task": timed_task,
+            "prompts": options.prompts,
+            "tokens": tasks[timed_task]["tokens"],
+            "threads": torch.get_num_threads(),
+            "repeats": options.repeats,
+            "rows": rows,
+        },
+    }
+
+
+def _describe_sketch(
+    width: int,
+    layers: list[Layer],
+    exact: dict[str, np.ndarray],
+    sketched: dict[str, np.ndarray],
+    tasks: dict[str, Any],
+    orders: np.ndarray,
+    n: int,
+) -> dict[str, Any]:
+    """One entry of the file's `sketches`."""
+    reason = useless(layers, width)
+    if reason is not None:
+        return {"width": width, "skipped": True, "reason": reason}
+    return {
+        "width": width,
+        "skipped": False,
+        "reason": None,
+        "unprojected": unprojected(layers, width),
+        "bytes_per_prompt": bytes_per_prompt(layers, width),
+        "exact_bytes_per_prompt": bytes_per_prompt(layers),
+        "token_bytes_per_prompt": sum(4 * layer.tokens * (layer.d_in + layer.d_out) for layer in layers)
+        // layers[0].prompts,
+        "tasks": {
+            name: describe_task(exact[name], sketched[name], tasks[name]["reference"]["u_se"], orders, n)
+            for name in tasks
+        },
+        "order": describe_order(exact, sketched),
+    }
