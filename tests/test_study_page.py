@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from gradnorm_grpo.study.figures.data import IDS
 from gradnorm_grpo.study.page import code, escape, page
-from tests.test_study_figures import HOSTILE, QUESTIONS, SIX, made_up
+from tests.study_made_up import HOSTILE, QUESTIONS, SIX, made_up
 
 
 def described(tasks: list[str] = SIX, **changes: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ In YAML, all keys optional::
     study:
       seeds: [1, 2, 3]               # the independent replications; each seed has its own warm start and questions
       jobs: 2                        # runs at a time
-      settings: {full_steps: 1}      # settings of every run, instead of the preset's own
+      settings: {full_steps: 1}      # settings of every run, instead of the preset's own; this is the default
       arms:                          # what is compared: a name and the settings that make the arm
         uniform: {sampling_strategy: uniform}
         inverse: {sampling_strategy: inverse}
@@ -46,7 +46,7 @@ class StudySpec:
 
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     jobs: int = 1
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=lambda: {"full_steps": 1})
     arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: dict(own) for name, own in ARMS.items()})
     estimators: dict[str, Any] = field(default_factory=dict)
     estimator_seeds: int = 1

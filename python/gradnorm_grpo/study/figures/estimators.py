@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from .canvas import EDGE, FAINT, INK, PALETTE, PAPER, WIDTH, Entry, Sheet
+from .canvas import EDGE, FAINT, INK, PALETTE, PAPER, WIDTH, Entry, Sheet, legend_height
 from .data import Record, records, some, triple
 from .rows import AXIS, empty
 from .scales import at, finite, holding_zero, logarithmic, numbers
@@ -33,6 +33,7 @@ def draw(answers: Record, answer: Record) -> Sheet:
     first = 24 + panel if by_n else 60.0
     wide = (WIDTH - 2 * EDGE - 2 * _LEFT - _GAP) / 2
     costs = _costs(sketches)
+    second = panel + legend_height(costs, wide) if sketches else 60.0
     sheet = Sheet(
         str(answer.get("question")), str(answer.get("verdict") or ""), _notes(answer, by_n, sketches), first + second
     )
