@@ -295,3 +295,11 @@ def test_sketches_are_judged_by_the_error_they_add(spread: float, sketches: int,
         assert "0.25 of the gradients' bytes" in found["sentence"] and "0.40 times the error" in found["sentence"]
         assert "exact norms take 0.40 of its time" in found["sentence"]
     assert found["data"]["reference"] == "U over all 256 stored prompts of a task"
+
+
+def test_the_interval_of_a_correlation_stays_within_one() -> None:
+    from gradnorm_grpo.study.answers.common import over_seeds
+
+    values = [0.99, 0.9, 0.97]
+    free, cut = over_seeds("slope", values), over_seeds("Pearson", values, correlation=True)
+    assert free["high"] > 1 and cut["high"] == 1 and cut["low"] == free["low"] and cut["value"] == free["value"]

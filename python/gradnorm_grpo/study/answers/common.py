@@ -49,10 +49,11 @@ def number(name: str, value: float, low: float, high: float, how: str) -> dict[s
     return {"name": name, "value": float(value), "low": float(low), "high": float(high), "level": level, "how": how}
 
 
-def over_seeds(name: str, values: Sequence[float], what: str = "") -> dict[str, Any]:
-    """Mean of one number a seed, with its t interval."""
+def over_seeds(name: str, values: Sequence[float], what: str = "", correlation: bool = False) -> dict[str, Any]:
+    """Mean of one number a seed, with its t interval; that of a ``correlation`` ends at -1 and 1."""
     found = t_interval(values)
-    return number(name, found.value, found.low, found.high, "; ".join(filter(None, (what, interval_over(values)))))
+    low, high = np.clip((found.low, found.high), -1, 1) if correlation else (found.low, found.high)
+    return number(name, found.value, low, high, "; ".join(filter(None, (what, interval_over(values)))))
 
 
 def interval_over(values: Sequence[float]) -> str:

@@ -143,7 +143,7 @@ def _numbers(points: Sequence[tuple[Run, int, Point]], where: str) -> list[dict[
         ),
     }
     return [correlation_number(f"Spearman, {where}", across(last, full, seeds), what)] + [
-        over_seeds(f"{name}, {where}", mean_by_seed(np.array(values), seeds), how)
+        over_seeds(f"{name}, {where}", mean_by_seed(np.array(values), seeds), how, correlation="slope" not in name)
         for name, (values, how) in measures.items()
     ]
 
@@ -165,7 +165,7 @@ def _noise(
     for name, prefix in (("last block", ""), ("all parameters", "full_")):
         halves = mean_by_seed(np.array([_halves(m, run, prefix) for run in runs]), [run[1] for run in runs])
         what = "its own two halves of the steps, over tasks and thirds: how much noise lets any correlation be"
-        numbers.append(over_seeds(f"Spearman of {name} with itself", halves, what))
+        numbers.append(over_seeds(f"Spearman of {name} with itself", halves, what, correlation=True))
     missed = int(((last <= 0) | (full <= 0)).sum())
     how = f"of {last.size} points at different steps; they have a rank but no logarithm"
     return [*numbers, number("points with a U that is not positive", missed, math.nan, math.nan, how)]
