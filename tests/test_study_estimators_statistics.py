@@ -12,10 +12,9 @@ import torch
 pytest.importorskip("trl")
 
 import gradnorm_kernels as gk
-from gradnorm_grpo.study import estimators_sketches as sketches
-from gradnorm_grpo.study import estimators_statistics as statistics
-from gradnorm_grpo.study.estimators_cost import cost
-from gradnorm_grpo.study.estimators_gradients import Layer, gram
+from gradnorm_grpo.study.estimators import sketches, statistics
+from gradnorm_grpo.study.estimators.cost import cost
+from gradnorm_grpo.study.estimators.gradients import Layer, gram
 
 # Subsets
 

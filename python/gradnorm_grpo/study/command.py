@@ -21,6 +21,7 @@ from ..metrics import write_json
 from ..parse import parse_study
 from ..settings import Settings
 from .jobs import Job, drop_checkpoints, run_all, run_job, write_config
+from .measurements import Measurements, read_study
 from .spec import StudySpec
 
 #: Settings that do not change what a run measures: a study may go on with others.
@@ -96,7 +97,7 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"output_dir {folder} holds something that is no study: name another folder")
         return described
-    old, new = before["config"], json.loads(json.dumps(described["config"]))
+    old, new = before.get("config", {}), json.loads(json.dumps(described["config"]))
     changed = [
         f"{key} {old.get(key)!r} -> {new[key]!r}" for key in new if key not in _FREE and old.get(key) != new[key]
     ]
@@ -113,20 +114,10 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
     return described | {"started": before["started"], "continued": [*before.get("continued", []), now]}
 
 
-def read_study(folder: Path) -> dict[str, Any]:
-    """The content of study.json."""
-    try:
-        described: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a study's folder: its study.json is missing or not readable") from error
-    return described
-
-
 def conclude(folder: Path, console: Console) -> dict[str, Any]:
     """Answers, figures and page from a study's runs, or, where they are not there, from its measurements.csv."""
     from .answers import answer
     from .figures import draw
-    from .measurements import Measurements
     from .page import page
 
     described = read_study(folder)

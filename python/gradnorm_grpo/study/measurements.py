@@ -104,7 +104,7 @@ class Measurements:
         Raises UserError where study.json is missing or is not a study's, or a run's log cannot be read.
         """
         folder = Path(folder)
-        study = _read_study(folder / "study.json")
+        study = read_study(folder)
         found: dict[tuple[str, int], tuple[list[Line], float]] = {}
         missing, layers = [], ""
         for arm in study["arms"]:
@@ -198,12 +198,14 @@ def _field(name: str) -> str:
     return name
 
 
-def _read_study(path: Path) -> dict[str, Any]:
+def read_study(folder: Path) -> dict[str, Any]:
+    """The content of study.json. Raises UserError where it is missing or is not a study's."""
+    path = folder / "study.json"
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("arms", "seeds", "tasks", "gain_window") if key not in study]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path.parent} is not a study's folder: its study.json is missing or not readable") from error
+        raise UserError(f"{folder} is not a study's folder: its study.json is missing or not readable") from error
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: start the study again, it goes on where it stopped")
     return dict(study)

@@ -9,7 +9,7 @@ In YAML, all keys optional::
       arms:                          # what is compared: a name and the settings that make the arm
         uniform: {sampling_strategy: uniform}
         inverse: {sampling_strategy: inverse}
-      estimators: {prompts: 256}     # of the comparison of estimators (see estimators.py)
+      estimators: {prompts: 256}     # of the comparison of estimators (see estimators/settings.py)
       estimator_seeds: 1             # for how many of the seeds the estimators are compared
       keep_checkpoints: false        # keep the weights of finished runs
 """

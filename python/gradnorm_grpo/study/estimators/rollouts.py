@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import StorageError, UserError
-from ..loop import Batch, Grpo
-from ..metrics import write_json
-from ..rollout import Rollouts
-from ..settings import Settings
-from ..tasks import Example
+from ...errors import StorageError, UserError
+from ...loop import Batch, Grpo
+from ...metrics import write_json
+from ...rollout import Rollouts
+from ...settings import Settings
+from ...tasks import Example
 
 _FORMAT = 1
 # What the rollouts depend on, beside the model's weights.

@@ -21,23 +21,23 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
-from ..errors import UserError
-from ..folder import describe_run
-from ..loop import Batch, Grpo
-from ..metrics import write_json
-from ..models import load_model
-from ..parse import parse_estimators
-from ..probe import only_tracked
-from ..rollout import Prompter
-from ..settings import Settings
-from ..tasks import build_tasks
-from ..warm_start import warm_start
-from . import estimators_statistics as statistics
-from .estimators_cost import cost
-from .estimators_gradients import Layer, capture, gram
-from .estimators_settings import EstimatorSettings, read_options
-from .estimators_sketches import bytes_per_prompt, describe_order, describe_task, sketch_grams, unprojected, useless
+from ...errors import UserError
+from ...folder import describe_run
+from ...loop import Batch, Grpo
+from ...metrics import write_json
+from ...models import load_model
+from ...parse import parse_estimators
+from ...probe import only_tracked
+from ...rollout import Prompter
+from ...settings import Settings
+from ...tasks import build_tasks
+from ...warm_start import warm_start
+from . import statistics
+from .cost import cost
+from .gradients import Layer, capture, gram
 from .rollouts import stored_rollouts
+from .settings import EstimatorSettings, read_options
+from .sketches import bytes_per_prompt, describe_order, describe_task, sketch_grams, unprojected, useless
 
 NOTES = (
     "U is that of the last attention block. A prompt with its whole group is one sample.",

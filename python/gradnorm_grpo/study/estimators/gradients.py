@@ -19,9 +19,9 @@ from torch import Tensor
 
 import gradnorm_kernels as gk
 
-from ..errors import UserError
-from ..loop import Batch, Grpo
-from ..objective import token_losses
+from ...errors import UserError
+from ...loop import Batch, Grpo
+from ...objective import token_losses
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 
 import gradnorm_kernels as gk
 
-from .estimators_gradients import Layer, gram
-from .estimators_sketches import bytes_per_prompt, project, projections
+from .gradients import Layer, gram
+from .sketches import bytes_per_prompt, project, projections
 
 
 def cost(layers: Sequence[Layer], widths: Sequence[int], repeats: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError, one_of
+from ...errors import UserError, one_of
 
 
 @dataclass
