@@ -1,5 +1,5 @@
 """Estimators of a task's squared gradient norm side by side on stored rollouts, and sketches of the gradients."""
 
-from .compare import compare, estimators
+from .comparison import compare, estimators
 
 __all__ = ["compare", "estimators"]
