@@ -10,8 +10,9 @@ import io
 import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -64,13 +65,13 @@ def task_colour(index: int) -> str:
 
 
 @contextmanager
-def theme() -> Iterator[None]:
-    """Draw under the report's settings, whatever the user's matplotlibrc says."""
+def theme(settings: Mapping[str, Any] = _RC) -> Iterator[None]:
+    """Draw under these settings (the report's), whatever the user's matplotlibrc says."""
     with warnings.catch_warnings(), matplotlib.rc_context():
         # The browser draws the text, with whatever fonts a name needs: that matplotlib's own lacks a glyph is no news.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_RC)
+        matplotlib.rcParams.update(settings)
         yield
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -26,6 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.textpath import text_to_path
 
+from ...report import svg
 from ...report.numbers import clean, columns
 
 WIDTH = 800.0
@@ -79,15 +79,9 @@ _RC = {
 }
 
 
-@contextmanager
-def theme() -> Iterator[None]:
+def theme() -> AbstractContextManager[None]:
     """Draw under the study's settings, whatever the user's matplotlibrc says."""
-    with warnings.catch_warnings(), matplotlib.rc_context():
-        # The reader's program draws the text, with the fonts a name needs: a glyph that matplotlib's lacks is no news.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_RC)
-        yield
+    return svg.theme(_RC)
 
 
 @lru_cache(maxsize=4096)
