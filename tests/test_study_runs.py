@@ -221,6 +221,7 @@ def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:
     assert ids == ["imbalance", "last_block", "gain", "explain", "arms", "estimators"]
     assert {entry["verdict"] for entry in answers["answers"]} <= {"supported", "contradicted", "undecided"}
     page = (out / "README.md").read_text()
+    assert json.loads((out / "study.json").read_text())["seconds"] > 5 and "for all runs and the estimators" in page
     for figure in (out / "figures").glob("*.svg"):
         assert f"figures/{figure.name}" in page or figure.name == "overview.svg"
     lines = [json.loads(line) for line in (runs / "inverse-seed2" / "metrics.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,15 @@ def study(arguments: list[str], console: Console) -> int:
     write_json(folder / "study.json", described)
     console.print(f"study folder: {folder}", highlight=False, soft_wrap=True)
     jobs = _jobs(settings, spec, folder)
+    began = time.monotonic()
     try:
         failed = run_all(jobs, spec.jobs, console)
     except KeyboardInterrupt:
         console.print(f"interrupted: the same command goes on in {folder}", highlight=False, soft_wrap=True)
         return 130
+    finally:
+        described["seconds"] = round(described.get("seconds", 0.0) + time.monotonic() - began, 1)
+        write_json(folder / "study.json", described)
     if not spec.keep_checkpoints:
         for job in jobs:
             if job.done:
@@ -111,7 +116,8 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
             f"{folder} holds a study with other settings ({'; '.join(changed)[:400]}): give another --output_dir, or "
             "the settings it was begun with"
         )
-    return described | {"started": before["started"], "continued": [*before.get("continued", []), now]}
+    kept = {key: before[key] for key in ("started", "seconds") if key in before}
+    return described | kept | {"continued": [*before.get("continued", []), now]}
 
 
 def conclude(folder: Path, console: Console) -> dict[str, Any]:

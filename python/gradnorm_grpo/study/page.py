@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..report.numbers import MISSING, clean, count, significant
+from ..report.numbers import MISSING, clean, count, duration, significant
 from .figures.data import IDS, Record, answer_of, number
 
 _LONG = 12  # rows of a table that are shown unfolded
@@ -91,6 +91,7 @@ def _facts(study: Record, answers: Record) -> str:
         ("Runs", f"{finished} finished" + (f"; not finished: {', '.join(map(code, missing))}" if missing else "")),
         ("Training", _training(config)),
         ("Started", escape(study.get("started") or "")),
+        ("Time", f"{duration(study['seconds'])} for all runs and the estimators" if study.get("seconds") else ""),
         ("Machine", _machine(study)),
         ("Commit", code(study["commit"]) if study.get("commit") else ""),
         ("Command", code(study["command"]) if study.get("command") else ""),

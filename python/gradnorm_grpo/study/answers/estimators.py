@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from ...report.numbers import significant
-from ..statistics import ALPHA
+from ..statistics import ALPHA, LEVEL
 from .common import answer_of, count_of, number
 
 QUESTION = "Which estimator, and what does a sketch of each prompt's gradient cost and lose?"
@@ -151,6 +151,7 @@ def _numbers(
             how = f"in units of U, at {row['n']} prompts; median over the tasks whose U is told apart from zero"
             numbers.append(number(f"bias of the {row['estimator']}", row["relative_bias"], nan, nan, f"{how}; exact"))
             numbers.append(number(f"spread of the {row['estimator']}", row["relative_sd"], nan, nan, how))
+    numbers += [_coverage(found, n) for n in _covered(found)]
     drawn = min((entry["options"]["sketches"] for entry in found), default=0)
     for row in sketches:
         of = f"sketch {row['width']} wide"
@@ -166,6 +167,27 @@ def _numbers(
         numbers.append(number(f"{of}: its error by that of micro-batches", row["error_by_microbatches"], nan, nan, how))
         numbers.append(number(f"{of}: its size by that of the gradients", row["size"], nan, nan, "bytes a prompt"))
     return numbers
+
+
+def _covered(found: Sequence[dict[str, Any]]) -> list[int]:
+    """The n at which coverage is shown: the nearest to a step's, and the largest that has one."""
+    rows = [row for entry in found for own in entry["tasks"].values() for row in own["estimators"]]
+    known = sorted({row["n"] for row in rows if row["coverage"] is not None})
+    return list(dict.fromkeys([_typical([{"n": n} for n in known]), known[-1]])) if known else []
+
+
+def _coverage(found: Sequence[dict[str, Any]], n: int) -> dict[str, Any]:
+    """How often U +- 1.96 jackknife errors holds U of all stored prompts: median, lowest and highest of tasks."""
+    shares = [
+        row["coverage"]
+        for entry in found
+        for own in entry["tasks"].values()
+        for row in own["estimators"]
+        if row["n"] == n and row["coverage"] is not None
+    ]
+    how = f"median, lowest and highest of tasks and seeds; {LEVEL:.0%} is meant, and groups of equal rewards lower it"
+    name = f"coverage of the cross-product's jackknife interval, {n} prompts"
+    return number(name, _median(shares), min(shares), max(shares), how) | {"level": None}
 
 
 def _typical(by_n: Sequence[dict[str, Any]]) -> int:
