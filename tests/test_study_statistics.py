@@ -227,3 +227,9 @@ def test_tasks_that_were_not_measured_are_left_out_of_the_ratio() -> None:
     found = ratio_over_seeds(u, error)
     assert found.picks == [(0, 3)] * 3 and found.value == pytest.approx(9.2, rel=0.01)
     assert math.isnan(ratio_over_seeds(np.full((3, 4), NAN), error).value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_tasks_without_any_gradient_have_no_ratio() -> None:
+    found = ratio_over_seeds(np.zeros((2, 3)), np.zeros((2, 3)))
+    assert math.isnan(found.value) and not found.low > 1

@@ -124,7 +124,8 @@ def ratio_over_seeds(u: Array, error: Array) -> Ratio:
     kept = np.flatnonzero(np.isfinite(u).all(0))
     if len(u) < 2 or len(kept) < 2:
         return NO_RATIO
-    share, relative = scaled(u[:, kept]), error[:, kept] / np.sqrt((u[:, kept] ** 2).mean(1, keepdims=True))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a seed whose every U is zero has no scale, and no ratio
+        share, relative = scaled(u[:, kept]), error[:, kept] / np.sqrt((u[:, kept] ** 2).mean(1, keepdims=True))
     seeds, picks = np.arange(len(u)), []
     for s in seeds:
         others = share[seeds != s].mean(0)
