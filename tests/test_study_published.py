@@ -1,4 +1,4 @@
-"""The studies in docs/study: their answers follow from the measurements beside them, and the README shows one of them."""
+"""The studies in docs/study: their answers follow from the measurements beside them; the README shows one of them."""
 
 from __future__ import annotations
 
