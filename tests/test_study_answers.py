@@ -251,6 +251,7 @@ def _estimates(spread: float, sketches: int = 32) -> dict[str, Any]:
             "sd_fresh": 4.0 / n,
             "bias_rel": bias / 2,
             "sd_fresh_rel": 2.0 / n,
+            "coverage": 1 - 1.6 / n if name == "cross_product" else None,
         }
 
     tasks = {
@@ -295,6 +296,9 @@ def test_sketches_are_judged_by_the_error_they_add(spread: float, sketches: int,
         assert "0.25 of the gradients' bytes" in found["sentence"] and "0.40 times the error" in found["sentence"]
         assert "exact norms take 0.40 of its time" in found["sentence"]
     assert found["data"]["reference"] == "U over all 256 stored prompts of a task"
+    covered = {row["name"]: row["value"] for row in found["numbers"] if row["name"].startswith("coverage")}
+    name = "coverage of the cross-product's jackknife interval,"
+    assert covered == {f"{name} 8 prompts": 0.8, f"{name} 16 prompts": 0.9}
 
 
 def test_the_interval_of_a_correlation_stays_within_one() -> None:

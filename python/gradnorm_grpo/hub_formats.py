@@ -6,7 +6,7 @@ math         hendrycks' competition MATH (arXiv 2103.03874) and its mirrors: Ele
              subject), DigitalLearningGmbH/MATH-lighteval, HuggingFaceH4/MATH-500. problem, solution with \boxed{...} at
              its end, level ("Level 3", or 3), type or subject; answer where there is one.
 deepscaler   agentica-org/DeepScaleR-Preview-Dataset. problem, answer, solution.
-finqa        FinQA (arXiv 2109.00122): the files of github.com/czyssrs/FinQA, where `qa` holds question, answer and
+finqa        FinQA (arXiv 2109.00122): the files of the repository czyssrs/FinQA, where `qa` holds question, answer and
              exe_ans, and flat copies with question, answer and final_result. pre_text and post_text, lists of
              sentences; table, a list of rows of cells.
 countdown    Jiayi-Pan/Countdown-Tasks-3to4. nums, target. Its reference expressions are searched for here.
