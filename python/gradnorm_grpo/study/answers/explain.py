@@ -150,6 +150,8 @@ def _sentence(
                 f"Undecided: with {count_of(between[largest].tasks, 'task')} and {len(FACTORS)} statistics even a "
                 "perfect order is not beyond chance."
             )
+        if not why and p_between[largest] < ALPHA:
+            why = "Undecided: the tasks' order is beyond chance, but the seeds do not agree that there is a relation."
         first += (
             f" {why or 'Undecided: none is beyond chance, and with so few tasks that does not show that none matters.'}"
         )
