@@ -158,6 +158,8 @@ class Grpo:
         per_micro = settings.per_device_train_batch_size // group
         counted = self._counted(batch.rollouts)
         step_tokens = int(counted.sum())
+        trackers = [self.tracker if measure else None, self.full_tracker if full else None]
+        watching = [tracker for tracker in trackers if tracker is not None]
         self.model.train()
         for micro, first in enumerate(range(0, len(batch.tasks), per_micro)):
             last = min(first + per_micro, len(batch.tasks))
@@ -170,8 +172,6 @@ class Grpo:
                 factor = factor.repeat_interleave(group)
                 # What is measured stays the gradient of the unweighted loss.
                 advantage, scale = advantage * factor.to(advantage), scale / factor
-            trackers = [self.tracker if measure else None, self.full_tracker if full else None]
-            watching = [tracker for tracker in trackers if tracker is not None]
             with self._measuring(watching, batch.tasks[first:last], first, scale):
                 logprobs = self.logprobs(self.model, rollouts, watching)
                 if first_iteration:

@@ -106,18 +106,21 @@ def _slim(element: ElementTree.Element) -> None:
     """Leave out what a screen cannot show: hundredths of a pixel, and a style repeated on every dot of a series."""
     for key in element.attrib.keys() & {"d", "x", "y", "points"}:
         element.set(key, re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", element.attrib[key]))
+    if element.tag == "g" and share_style(element):
+        element.set("style", _rewrite("style", element.attrib["style"], ""))
+
+
+def share_style(element: ElementTree.Element) -> bool:
+    """Give the style that every dot of a series repeats to their group, once; whether the group has it now."""
     styles = {child.get("style") for child in element}
-    if (
-        element.tag == "g"
-        and len(element) > 1
-        and len(styles) == 1
-        and all(child.tag.endswith("use") for child in element)
-    ):
-        (style,) = styles
-        for child in element:
-            child.attrib.pop("style", None)
-        if style:
-            element.set("style", _rewrite("style", style, ""))
+    if len(element) < 2 or len(styles) > 1 or not all(child.tag.endswith("use") for child in element):
+        return False
+    (style,) = styles
+    for child in element:
+        child.attrib.pop("style", None)
+    if style:
+        element.set("style", style)
+    return bool(style)
 
 
 def _rewrite(key: str, value: str, prefix: str) -> str:

@@ -132,7 +132,8 @@ def run_all(jobs: Sequence[Job], at_a_time: int, console: Console) -> list[Job]:
                     bars.update(shown[job], visible=True)
                     bars.reset(shown[job], visible=True)
                 for job, (process, started) in list(running.items()):
-                    bars.update(shown[job], completed=job.progress)
+                    if not bars.disable:
+                        bars.update(shown[job], completed=job.progress)
                     if process.poll() is None:
                         continue
                     del running[job]

@@ -20,7 +20,10 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
+
+import gradnorm_kernels as gk
 
 Array = np.ndarray
 ESTIMATORS = ("cross_product", "plug_in", "two_batch")
@@ -46,15 +49,16 @@ def jackknife_variance(values: Array) -> float:
 
 def reference(gram: Array) -> dict[str, Any]:
     """U_N with its jackknife error, and what goes with it. NaN where N is too small (2 for U, 3 for its error)."""
-    n = len(gram)
-    u, mean_sq = cross_product(gram), float(np.diagonal(gram).mean())
-    u_se = math.sqrt(jackknife_variance(left_out(gram)[0])) if n > 2 else math.nan
+    one_group, products = torch.zeros(len(gram), dtype=torch.long), torch.from_numpy(gram)
+    found = gk.cross_product(products.diagonal(), products.sum()[None], one_group, products)
+    assert found.std_error is not None
+    u, u_se = float(found.sq_norm), float(found.std_error)
     return {
         "u": u,
         "u_se": u_se,
-        "mean_sq_norm": mean_sq,
-        "plug_in": float(gram.sum() / n**2),
-        "noise_scale": (mean_sq - u) / u if u else math.nan,
+        "mean_sq_norm": float(products.diagonal().mean()),
+        "plug_in": float(found.plug_in),
+        "noise_scale": float(found.noise_scale),
         "significant": u > 2 * u_se,
     }
 

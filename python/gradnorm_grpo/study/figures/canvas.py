@@ -235,12 +235,12 @@ class Sheet:
         return path
 
 
-def _standalone(svg: str, label: str) -> str:
+def _standalone(drawn: str, label: str) -> str:
     """matplotlib's SVG without its metadata and indentation, coordinates to a hundredth of a pixel."""
     space = "{http://www.w3.org/2000/svg}"
     ElementTree.register_namespace("", space[1:-1])
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ElementTree.fromstring(svg)
+    root = ElementTree.fromstring(drawn)
     for child in list(root):
         if child.tag == f"{space}metadata":
             root.remove(child)
@@ -248,7 +248,7 @@ def _standalone(svg: str, label: str) -> str:
         if element.tag != f"{space}text":
             element.text = element.text if element.text and element.text.strip() else None
         element.tail = None
-        _share_style(element)
+        svg.share_style(element)
         if element.get("transform", "").startswith("rotate(-0 "):
             del element.attrib["transform"]
         for key in element.attrib.keys() & {"d", "x", "y", "points", "transform"}:
@@ -260,14 +260,3 @@ def _standalone(svg: str, label: str) -> str:
     title.text = label
     root.insert(0, title)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
-
-
-def _share_style(element: ElementTree.Element) -> None:
-    """Give the style that every dot of a series repeats to their group, once."""
-    styles = {child.get("style") for child in element}
-    if len(element) > 1 and len(styles) == 1 and all(child.tag.endswith("}use") for child in element):
-        (style,) = styles
-        for child in element:
-            child.attrib.pop("style", None)
-        if style:
-            element.set("style", style)

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ...report.axes import thin
 from ...report.reading import Array
 from .canvas import EDGE, INK, SMALL, SOFT, WIDTH, Entry, Sheet, colour, legend_height
 from .data import Record, index, number, ordered, records, triple
-from .points import MOST, crosses, dots, key, thin
+from .points import MOST, crosses, dots, key
 from .rows import AXIS, empty, spelled
 from .scales import logarithmic, numbers
 
@@ -58,7 +59,7 @@ def draw(answers: Record, answer: Record) -> Sheet:
             axes.set_ylabel("U of the last attention block")
         else:
             axes.set_yticklabels([])
-        chosen = [known[name][k] for k in thin(len(known[name]))]
+        chosen = [known[name][k] for k in thin(len(known[name]), MOST)]
         for task, place in zip(tasks, places, strict=True):
             own = [r for r in chosen if str(r.get("task")) == task]
             x, y = _column(own, "full"), _column(own, "last")

@@ -13,13 +13,6 @@ from .canvas import PAPER, colour, marker
 MOST = 300  # points in one panel: more would only hide each other
 
 
-def thin(count: int, most: int = MOST) -> list[int]:
-    """Indices of at most so many evenly spaced points, the first and the last among them."""
-    if count <= most:
-        return list(range(count))
-    return sorted({round(i) for i in np.linspace(0, count - 1, most)})
-
-
 def crosses(axes: Axes, x: Array, y: Array, across: Array, up: Array, shade: str, width: float, alpha: float) -> None:
     """Error bars from across[0] to across[1] and from up[0] to up[1], as two lines with gaps: two elements in all.
 
