@@ -201,7 +201,7 @@ def test_rollouts_of_other_settings_or_weights_are_refused(tmp_path: Path) -> No
 def mixed_rewards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A random model is never right: let every other of its answers count."""
     monkeypatch.setattr(Task, "score", lambda self, text, example: float(sum(map(ord, text)) % 2))
-    monkeypatch.setattr("gradnorm_grpo.study.estimators.comparison.build_tasks", _untried_tasks)
+    monkeypatch.setattr("gradnorm_grpo.probe.build_tasks", _untried_tasks)
     yield
 
 

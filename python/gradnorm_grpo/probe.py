@@ -29,6 +29,14 @@ from .tasks import build_tasks
 from .warm_start import warm_start
 
 
+def untrained(settings: Settings) -> Grpo:
+    """The settings' tasks and model before any training, in the seed's random state."""
+    set_seed(settings.seed)
+    tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
+    model, tokenizer = load_model(settings)
+    return Grpo(settings, model, tokenizer, tasks, Prompter(tokenizer, tasks, settings))
+
+
 def only_tracked(grpo: Grpo) -> None:
     """Ask for gradients of the measured layers alone: autograd then starts at the lowest of them."""
     grpo.model.requires_grad_(False)
@@ -49,11 +57,8 @@ def probe(settings: Settings, name: str, console: Console) -> Path:
     """Measure ``probe_prompts`` prompts of every task, equally many of each at a time; returns the run's folder."""
     started = time.monotonic()
     settings = dataclasses.replace(settings, full_steps=0)  # only the tracked layers will ask for gradients
-    set_seed(settings.seed)
-    tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
-    names = [task.name for task in tasks]
-    model, tokenizer = load_model(settings)
-    grpo = Grpo(settings, model, tokenizer, tasks, Prompter(tokenizer, tasks, settings))
+    grpo = untrained(settings)
+    model, tasks, names = grpo.model, list(grpo.tasks.values()), list(grpo.tasks)
     if grpo.tracker is None:
         raise UserError("track is false: a probe has nothing to measure")
     folder = new_folder(settings, f"{name}-probe")
@@ -74,7 +79,7 @@ def probe(settings: Settings, name: str, console: Console) -> Path:
                 def on_step(step: int, loss: float) -> None:
                     record({"kind": "warm_start", "step": step, "loss": loss}, display)
 
-                warm_start(model, tokenizer, tasks, grpo.prompter, settings, on_step)
+                warm_start(model, grpo.tokenizer, tasks, grpo.prompter, settings, on_step)
         only_tracked(grpo)
         set_seed(settings.seed)
         parts = rounds(settings.probe_prompts, max(2, settings.prompts_per_step // len(names)))

@@ -25,12 +25,9 @@ from ...errors import UserError
 from ...folder import describe_run
 from ...loop import Batch, Grpo
 from ...metrics import write_json
-from ...models import load_model
 from ...parse import parse_estimators
-from ...probe import only_tracked
-from ...rollout import Prompter
+from ...probe import only_tracked, untrained
 from ...settings import Settings
-from ...tasks import build_tasks
 from ...warm_start import warm_start
 from . import statistics
 from .cost import cost
@@ -151,12 +148,10 @@ def _only_what_matters(settings: Settings) -> Settings:
 
 def _where_grpo_begins(settings: Settings, console: Console) -> Grpo:
     """Model and tasks after the warm start, in the random state from which GRPO starts."""
-    set_seed(settings.seed)
-    tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
-    model, tokenizer = load_model(settings)
-    grpo = Grpo(settings, model, tokenizer, tasks, Prompter(tokenizer, tasks, settings))
+    grpo = untrained(settings)
     if settings.warm_start_steps:
-        cached = warm_start(model, tokenizer, tasks, grpo.prompter, settings, lambda step, loss: None)
+        tasks = list(grpo.tasks.values())
+        cached = warm_start(grpo.model, grpo.tokenizer, tasks, grpo.prompter, settings, lambda step, loss: None)
         console.print(f"warm start: {'weights from the cache' if cached else 'done'}", highlight=False)
     only_tracked(grpo)
     set_seed(settings.seed)
