@@ -152,6 +152,7 @@ void visit(Fields& field, gradnorm::WgradNorm& args) {
   field("running", args.running);
   field("block_n", args.block_n);
   field("group_m", args.group_m);
+  field("staggered", args.staggered);
   field("multiprocessors", args.multiprocessors);
 }
 
@@ -217,6 +218,7 @@ void visit(Fields& field, gradnorm::TokenSums& args) {
 
 void bind_cuda(py::module_& m) {
   using namespace gradnorm;
+  m.def("driver_version", &driver_version);
   m.def("wgrad_norm_sm80", &call<WgradNorm, &wgrad_norm_sm80>);
   m.def("wgrad_norm_sm90", &call<WgradNorm, &wgrad_norm_sm90>);
   m.def("wgrad_norm_sm80_rows", &wgrad_norm_sm80_rows, py::arg("d_in"), py::arg("d_out"), py::arg("block_n"));

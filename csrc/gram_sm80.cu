@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
 void gram_sm80(const Gram& args, void* stream) {
   const int64_t tiles = (args.tokens + kTile - 1) / kTile;
   auto* kernel = args.type == kBFloat16 ? gram_kernel<kBFloat16> : gram_kernel<kFloat16>;
-  launch("gram_sm80", kernel, dim3(static_cast<unsigned>(tiles * args.reach)), kThreads, kSharedBytes, stream, args);
+  launch("gram_sm80", kernel, tiles * args.reach, kThreads, kSharedBytes, stream, args);
 }
 
 }  // namespace gradnorm

@@ -51,6 +51,9 @@ int best_isa();
 bool runs_isa(int isa);
 
 #ifdef GRADNORM_WITH_CUDA
+// The newest CUDA that the machine's driver knows: 13020 stands for 13.2; 0: there is no driver.
+int driver_version();
+
 // The CUDA launchers. Pointers are to device memory of the current device; a stream is a cudaStream_t (null: the default
 // stream). Nothing is allocated, nothing waits for the device, so every launch can be captured in a graph.
 //
@@ -77,6 +80,7 @@ struct WgradNorm {
   float* running;      // [d_out, d_in] scratch, for weight_grad of more than one group; else null
   int block_n;         // columns of d_in in a tile: sm80 128; sm90 128 or 192
   int group_m;         // rows of tiles walked together, for the L2 cache
+  bool staggered;      // sm90: a block's second consumer stays a stage behind the first; changes no result
   int multiprocessors; // blocks of a persistent grid
 };
 void wgrad_norm_sm80(const WgradNorm& args, void* stream);

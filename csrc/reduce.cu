@@ -155,33 +155,34 @@ __global__ void __launch_bounds__(kThreads) part_sums_kernel(const __grid_consta
   }
 }
 
-unsigned blocks_for(int64_t warps) { return static_cast<unsigned>((warps + kWarps - 1) / kWarps); }
+int64_t blocks_for(int64_t warps) { return (warps + kWarps - 1) / kWarps; }
 
 }  // namespace
 
 void column_sums(const ColumnSums& args, void* stream) {
-  launch("column_sums", column_sums_kernel, dim3(blocks_for(args.columns)), kThreads, 0, stream, args);
+  launch("column_sums", column_sums_kernel, blocks_for(args.columns), kThreads, 0, stream, args);
 }
 
 void gram_sums(const GramSums& args, void* stream) {
   if (args.pairwise) {
+    // Then a pair of ranks has fewer pairs of tiles than 2^31, in which gram_pairs_kernel counts them.
+    if (args.fragments > 46340) throw std::runtime_error("gram_sums: more than 46340 fragments; use smaller batches");
     const int64_t pairs = static_cast<int64_t>(args.ranks) * args.ranks;
-    launch("gram_sums", gram_pairs_kernel, dim3(blocks_for(pairs)), kThreads, 0, stream, args);
+    launch("gram_sums", gram_pairs_kernel, blocks_for(pairs), kThreads, 0, stream, args);
   } else {
-    launch("gram_sums", gram_norms_kernel, dim3(blocks_for(args.ranks)), kThreads, 0, stream, args);
+    launch("gram_sums", gram_norms_kernel, blocks_for(args.ranks), kThreads, 0, stream, args);
   }
 }
 
 void token_sums(const TokenSums& args, void* stream) {
-  launch("token_sums", token_sums_kernel, dim3(blocks_for(args.ranks)), kThreads, 0, stream, args);
+  launch("token_sums", token_sums_kernel, blocks_for(args.ranks), kThreads, 0, stream, args);
 }
 
 int64_t part_sums_rows(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
 void part_sums(const PartSums& args, void* stream) {
   auto* kernel = args.type == kBFloat16 ? part_sums_kernel<kBFloat16> : part_sums_kernel<kFloat16>;
-  const dim3 grid(static_cast<unsigned>(part_sums_rows(args.elements)));
-  launch("part_sums", kernel, grid, kThreads, 2 * kWarps * 4, stream, args);
+  launch("part_sums", kernel, part_sums_rows(args.elements), kThreads, 2 * kWarps * 4, stream, args);
 }
 
 }  // namespace gradnorm

@@ -229,9 +229,9 @@ int64_t wgrad_norm_sm80_rows(int d_in, int d_out, int) {
 
 void wgrad_norm_sm80(const WgradNorm& args, void* stream) {
   const int64_t works = wgrad_norm_sm80_rows(args.d_in, args.d_out, kTile) * args.splits;
-  const dim3 grid(static_cast<unsigned>(works < args.multiprocessors ? works : args.multiprocessors));
+  const int64_t blocks = works < args.multiprocessors ? works : args.multiprocessors;
   auto* kernel = args.type == kBFloat16 ? wgrad_norm_kernel<kBFloat16> : wgrad_norm_kernel<kFloat16>;
-  launch("wgrad_norm_sm80", kernel, grid, kThreads, kSharedBytes, stream, args);
+  launch("wgrad_norm_sm80", kernel, blocks, kThreads, kSharedBytes, stream, args);
 }
 
 }  // namespace gradnorm

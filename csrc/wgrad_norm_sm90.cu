@@ -38,8 +38,8 @@ template <typename C>
 void start(const WgradNorm& args, void* stream) {
   const int64_t works = wgrad_norm_sm90_rows(args.d_in, args.d_out, C::kColumns) / sm90::kConsumers * args.splits;
   require(works <= 0x7fffffff, "more tiles than a 32-bit number counts");
-  const dim3 grid(static_cast<unsigned>(works < args.multiprocessors ? works : args.multiprocessors));
-  launch(kName, sm90::wgrad_norm_kernel<C>, grid, sm90::kThreads, sm90::Shared<C>::kBytes, stream,
+  const int64_t blocks = works < args.multiprocessors ? works : args.multiprocessors;
+  launch(kName, sm90::wgrad_norm_kernel<C>, blocks, sm90::kThreads, sm90::Shared<C>::kBytes, stream,
          ragged_map(args.x, args.x_stride, args.tokens, args.d_in, args.type),
          ragged_map(args.dy, args.dy_stride, args.tokens, args.d_out, args.type), args);
 }
@@ -47,9 +47,9 @@ void start(const WgradNorm& args, void* stream) {
 template <int kType>
 void start(const WgradNorm& args, void* stream) {
   if (args.block_n == 192) {
-    start<sm90::Config<kType, 192, 4>>(args, stream);
+    start<sm90::Config<kType, 192, 5>>(args, stream);
   } else {
-    start<sm90::Config<kType, 128, 6>>(args, stream);
+    start<sm90::Config<kType, 128, 7>>(args, stream);
   }
 }
 

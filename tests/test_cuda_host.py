@@ -177,6 +177,21 @@ def test_no_bank_conflicts(machine: HostMachine) -> None:
     assert conflicts == [0, 0]
 
 
+def test_more_blocks_than_a_grid_has(machine: HostMachine) -> None:
+    """An error, not the grid that the number's low 32 bits stand for."""
+    tensors = dict.fromkeys(("x", "dy", "token_row", "token_rank", "partial"))
+    sizes = {"x_stride": 8, "dy_stride": 8, "type": 1, "d_in": 8, "d_out": 8, "fragments": 100_000, "pairwise": True}
+    with pytest.raises(RuntimeError, match=r"^gram_sm80: more than 2\^31 - 1 blocks"):
+        machine.launch("gram_sm80", **tensors, **sizes, tokens=64 << 16, reach=1 << 16)
+    tables = dict.fromkeys(("partial", "rank_begin", "rank_sample", "out"))
+    with pytest.raises(RuntimeError, match="^gram_sums: more than 46340 fragments"):
+        machine.launch("gram_sums", **tables, ranks=2, samples=2, reach=46340, fragments=46342, pairwise=True)
+
+
+def test_the_driver_is_asked_for_its_version(host: Host) -> None:
+    assert host.module.driver_version() == 13000
+
+
 def test_a_failed_launch_says_which(machine: HostMachine) -> None:
     """An error of the device is an exception that names the launch: here, a buffer that is too short."""
     zeros = torch.zeros(4, dtype=torch.float64)

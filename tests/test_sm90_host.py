@@ -117,11 +117,18 @@ DEFECTS = {
     "no wait for a free stage": Defect(KERNEL, r"mbarrier_wait\(shared\.empty\(stage\)[^;]*;", ";", UNORDERED, "long"),
     "stage freed too early": Defect(KERNEL, r"wgmma_wait<1>\(\);", "wgmma_wait<2>();", UNORDERED, "long"),
     "products not waited for": Defect(KERNEL, r"wgmma_wait<0>\(\);", "wgmma_wait<1>();", UNORDERED + "|fence|numbers"),
+    "written while in flight": Defect(
+        KERNEL, r"ended_out = nullptr;(?=\n      for)", "ended_out = nullptr; product[0] = 0.0f;", "is written while"
+    ),
+    "the second is told nothing": Defect(
+        KERNEL, r"if \(lane == 0 && group == 0\) mbarrier_arrive\([^;]*;", ";", "waits for ever", "long"
+    ),
     "no wgmma.fence": Defect(KERNEL, r"wgmma_fence\(\);", ";", "without a wgmma.fence"),
     "group not committed": Defect(KERNEL, r"wgmma_commit\(\);", ";", "fence|numbers|flight"),
     "stride offset": Defect(TILES, r"kStride << 32", "uint64_t{512 >> 4} << 32", "numbers"),
     "leading offset": Defect(TILES, r"kLeading << 16", "uint64_t{1024 >> 4} << 16", "numbers"),
     "64-byte swizzle": Defect(TILES, r"kSwizzle128 << 62", "uint64_t{2} << 62", UNORDERED + "|numbers"),
+    "address not masked": Defect(TILES, r"panel & 0x3FFFF", "panel | 1u << 18", "bits that nothing is said of"),
     "16 tokens further on": Defect(
         KERNEL, r"(?<=dy \+ step \* )kDescriptorStep", "(kDescriptorStep / 2)", "numbers|inside its swizzle"
     ),
@@ -223,6 +230,13 @@ def test_agrees_with_the_other_tile_and_type(host: Host, name: str) -> None:
     case = narrow(CASES[name])
     result, expected = run(host, case, seed=3)
     assert differences(case, result, expected) == []
+
+
+@pytest.mark.parametrize("name", ["edges", "long", "tiles", "splits"])
+def test_staggering_changes_no_bit(host: Host, name: str) -> None:
+    together, expected = run(host, replace(CASES[name], staggered=False), seed=1)
+    assert differences(CASES[name], together, expected) == []
+    assert run(host, CASES[name], seed=2)[0].same(together)
 
 
 def test_agrees_on_random_cases(host: Host) -> None:

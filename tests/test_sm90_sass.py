@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = 4  # two types, two tiles
 # 65536 registers of a multiprocessor for 384 threads, in steps of 8; and what setmaxnreg gives a consumer. It shares
 # out what the launch took: of 160 a thread the second consumer would wait for ever for its share.
-REGISTERS_AT_START, REGISTERS_OF_A_CONSUMER = 168, 232
+REGISTERS_AT_START, REGISTERS_OF_A_PRODUCER, REGISTERS_OF_A_CONSUMER = 168, 40, 232
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -61,6 +61,11 @@ def test_a_report_with_complaints_is_read() -> None:
     assert complaints("\n".join([clean, spills, serial])) == [spills, serial]
 
 
+def most_registers(code: str) -> int:
+    """The highest number of a register in this machine code."""
+    return max(int(number) for number in re.findall(r"\bR(\d+)\b", code))
+
+
 def test_instructions(compiled: tuple[str, Path]) -> None:
     dump = subprocess.run(
         [cuobjdump(), "--dump-sass", str(compiled[1])], capture_output=True, text=True, check=True
@@ -83,4 +88,8 @@ def test_instructions(compiled: tuple[str, Path]) -> None:
         assert "UTMALDG.3D" in function, name
         assert {"USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"} == set(re.findall(r"USETMAXREG\.[A-Z_]+", function)), name
         assert not re.search(r"\b(LDL|STL)\b", function), name
-        assert max(int(number) for number in re.findall(r"\bR(\d+)\b", function)) < REGISTERS_OF_A_CONSUMER, name
+        assert most_registers(function) < REGISTERS_OF_A_CONSUMER, name
+        # The producer's part: from where it gives registers away to its end.
+        produce = re.search(r"USETMAXREG\.DEALLOC.*?\n\s+/\*\w+\*/\s+EXIT", function, re.S)
+        assert produce is not None and "UTMALDG" in produce[0] and "HGMMA" not in produce[0], name
+        assert most_registers(produce[0]) < REGISTERS_OF_A_PRODUCER, name

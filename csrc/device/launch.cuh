@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -14,13 +15,17 @@ inline void check(cudaError_t code, const char* launch) {
   if (code != cudaSuccess) throw std::runtime_error(std::string(launch) + ": " + cudaGetErrorString(code));
 }
 
-// Launches a kernel with `shared` bytes of dynamic shared memory.
+// Launches `blocks` blocks of a kernel with `shared` bytes of dynamic shared memory each.
 template <typename... Expected, typename... Given>
-void launch(const char* name, void (*kernel)(Expected...), dim3 grid, int threads, int shared, void* stream,
+void launch(const char* name, void (*kernel)(Expected...), int64_t blocks, int threads, int shared, void* stream,
             Given&&... given) {
+  // Said here: as the 32 bits of a grid, a larger number would be another one, and most of the work left undone.
+  if (blocks > 0x7fffffff) {
+    throw std::runtime_error(std::string(name) + ": more than 2^31 - 1 blocks; use smaller batches");
+  }
   if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);

@@ -63,6 +63,7 @@ struct Config {
   static constexpr int kRowPanels = kTileRows / kPanelColumns;
   static constexpr int kColumnPanels = kColumns / kPanelColumns;
   static constexpr int kStageBytes = (kRowPanels + kColumnPanels) * kPanelBytes;
+  static_assert(kStageBytes < 1 << 20, "an mbarrier counts no more bytes");
   static constexpr int kFragment = kColumns / 2;  // accumulators a thread
 };
 
@@ -74,8 +75,9 @@ struct Shared {
   static constexpr int kColumnsAt = C::kStages * C::kRowPanels * kPanelBytes;
   static constexpr int kTagsAt = C::kStages * C::kStageBytes;
   static constexpr int kBarriersAt = kTagsAt + C::kStages * 32;
-  static constexpr int kNormsAt = kBarriersAt + C::kStages * 16;
+  static constexpr int kNormsAt = kBarriersAt + C::kStages * 32;
   static constexpr int kBytes = kNormsAt + kConsumers * 32 + 1024;  // 1024: for base to be a multiple of it
+  static_assert(kBytes <= 227 * 1024, "a block has no more");
 
   __device__ __forceinline__ SharedAddress rows(int stage, int panel) const {
     return base + (stage * C::kRowPanels + panel) * kPanelBytes;
@@ -83,9 +85,10 @@ struct Shared {
   __device__ __forceinline__ SharedAddress columns(int stage, int panel) const {
     return base + kColumnsAt + (stage * C::kColumnPanels + panel) * kPanelBytes;
   }
-  // A stage's copies have landed; its products have been made.
-  __device__ __forceinline__ SharedAddress full(int stage) const { return base + kBarriersAt + stage * 16; }
-  __device__ __forceinline__ SharedAddress empty(int stage) const { return base + kBarriersAt + stage * 16 + 8; }
+  // A stage's copies have landed; its products have been made, by both consumers; by the first.
+  __device__ __forceinline__ SharedAddress full(int stage) const { return base + kBarriersAt + stage * 32; }
+  __device__ __forceinline__ SharedAddress empty(int stage) const { return base + kBarriersAt + stage * 32 + 8; }
+  __device__ __forceinline__ SharedAddress led(int stage) const { return base + kBarriersAt + stage * 32 + 16; }
   // A consumer's sums of squares, one a warp; two sets, used in turn.
   __device__ __forceinline__ SharedAddress norms(int consumer, int turn) const {
     return base + kNormsAt + (consumer * 2 + turn) * 16;

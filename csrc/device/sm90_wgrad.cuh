@@ -4,7 +4,8 @@
 // warpgroup, the producer, is one thread that walks the items and keeps copies of 64 tokens in flight, across samples
 // and tiles. The other two, the consumers, own 64 rows each and multiply what arrives. At a sample's end they square
 // their accumulators and add them to the running sum in registers, while the producer's copies of the next sample, and
-// the other consumer's products, go on.
+// the other consumer's products, go on: for that the second consumer keeps a stage behind the first (`staggered`).
+// Left to themselves they would wait for the same copies and end a sample at the same time.
 #pragma once
 
 #include <type_traits>
@@ -113,11 +114,12 @@ struct Consumer {
     }
   }
 
-  // Hands a stage back to the producer, once for each warp.
+  // Hands a stage back to the producer, once for each warp. The first consumer tells the second.
   template <typename C>
   __device__ __forceinline__ void release(const Shared<C>& shared, int stage) const {
     sync_warp();
     if (lane == 0) mbarrier_arrive(shared.empty(stage));
+    if (lane == 0 && group == 0) mbarrier_arrive(shared.led(stage));
   }
 };
 
@@ -176,11 +178,14 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
   const uint64_t dy_base = panel_descriptor(shared.rows(0, me.group));
   const uint64_t x_base = panel_descriptor(shared.columns(0, 0));
   float product[C::kFragment], sum[C::kFragment];
+  const bool follows = args.staggered && me.group > 0;
   int add = 0;  // whether the next product is added: not at a sample's beginning
 
+  Ring<C::kStages> ring;
   // The product of the last `steps` times 16 tokens of a stage; what comes before them is zeros. `steps` is a constant:
   // with a condition between two wgmmas the compiler makes a group of each.
   const auto multiply = [&](int stage, auto steps) {
+    if (follows) mbarrier_wait(shared.led(stage), ring.parity);
     const uint64_t dy = dy_base + stage * (C::kRowPanels * kPanelBytes >> 4);
     const uint64_t x = x_base + stage * (C::kColumnPanels * kPanelBytes >> 4);
     wgmma_fence();
@@ -193,7 +198,6 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
     wgmma_commit();
   };
 
-  Ring<C::kStages> ring;
   float ended_sq = 0.0f;  // of the sample that ended last, and where its sum over the threads goes, or null
   float* ended_out = nullptr;
   Fragment in{};
@@ -263,6 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared.full(stage), 1);
       mbarrier_init(shared.empty(stage), 4 * kConsumers);
+      mbarrier_init(shared.led(stage), 4);
     }
     mbarrier_init_fence();
   }

@@ -69,6 +69,6 @@ def cuda_unable() -> str | None:
     if info["cuda"] is None:
         return (
             "gradnorm_kernels was built without its CUDA kernels (no nvcc, or GRADNORM_BUILD_CUDA=0); put nvcc on PATH "
-            "and install it again with GRADNORM_BUILD_CUDA=1"
+            "and install it again with GRADNORM_BUILD_CUDA=1, or use backend='torch'"
         )
     return None

@@ -41,6 +41,7 @@ class Case:
     stride: int = 0
     multiprocessors: int = 2
     group_m: int = 2
+    staggered: bool = True
     dtype: torch.dtype = torch.bfloat16
     block_n: int = 192
 
@@ -88,6 +89,7 @@ def random_case(seed: int) -> Case:
         group_m=draw.randint(1, 4),
         dtype=draw.choice(tuple(TYPES)),
         block_n=draw.choice((128, 192)),
+        staggered=draw.random() < 0.7,
     )
 
 
@@ -174,6 +176,7 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
         splits=case.splits,
         block_n=case.block_n,
         group_m=case.group_m,
+        staggered=case.staggered,
         multiprocessors=case.multiprocessors,
         stream=0,
     )

@@ -64,7 +64,7 @@ def _run(
     tiles = -(-len(x) // machine.module.GRAM_TILE)
     reach = tiles if reach is None else min(reach, tiles)
     fragments = tiles + len(order.key)
-    partial = torch.zeros(fragments, fragments if pairwise else reach, device=x.device)
+    partial = torch.zeros(fragments, fragments if pairwise else reach, dtype=torch.float32, device=x.device)
     machine.launch(
         "gram_sm80",
         x=x,

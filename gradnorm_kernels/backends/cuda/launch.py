@@ -77,8 +77,8 @@ def missing() -> str | None:
     devices = range(torch.cuda.device_count())
     if not any(architecture(torch.cuda.get_device_capability(device)) for device in devices):
         return _no_kernels(torch.cuda.get_device_name(0))
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in a CPU build of torch
-    return old_driver(native.module().build_info()["cuda"], driver)
+    module = native.module()
+    return old_driver(module.build_info()["cuda"], module.driver_version())
 
 
 def old_driver(built: str, driver: int) -> str | None:

@@ -74,7 +74,7 @@ def whole_samples(segments: Segments, splits: int, count: int) -> Items:
     # Where the sample of each segment begins: the items from the first that begins at or after a cut are a split's.
     begins = torch.nn.functional.pad(ends, (1, 0))[torch.searchsorted(rank, rank)]
     cuts = torch.arange(splits + 1, device=device) * count // splits
-    cuts[-1] = count + 1
+    cuts[-1:].fill_(count + 1)  # cuts[-1] = ... would copy the number from the host and wait for it
     return Items(start, end, segments.group, torch.searchsorted(begins, cuts).int(), None)
 
 

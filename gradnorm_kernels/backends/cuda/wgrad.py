@@ -23,6 +23,8 @@ from .launch import Machine
 BLOCK_M = 128
 # Rows of tiles that are walked together.
 _GROUP_M = 8
+# Whether the second consumer of a block on Hopper stays behind the first, see csrc/device/sm90_wgrad.cuh.
+_STAGGERED = True
 # Bytes of stored sums. Where more would be needed, rows of the weight are done one slab after another.
 _PARTS = 256 << 20
 # Bytes of stored sums up to which samples are split anywhere.
@@ -115,7 +117,7 @@ def _direct(
     """One launch, nothing stored but partial sums of squares."""
     running = None
     if weight_grad is not None and segments.groups > 1:
-        running = torch.empty(weight_grad.shape, device=x.device)
+        running = torch.empty(weight_grad.shape, dtype=torch.float32, device=x.device)
     sample_sq, group_sq = _launch(machine, x, dy, segments, items, target, segments.groups, None, weight_grad, running)
     return Sums(_columns(machine, sample_sq), _columns(machine, group_sq), None)
 
@@ -132,9 +134,9 @@ def _stored(
 ) -> Sums:
     """The groups' sums are stored, by splits, and squared afterwards."""
     groups, elements = segments.groups, dy.shape[1] * x.shape[1]
-    parts = torch.zeros(items.splits + groups - 1, elements, device=x.device)
+    parts = torch.zeros(items.splits + groups - 1, elements, dtype=torch.float32, device=x.device)
     sample_sq, _ = _launch(machine, x, dy, segments, items, target, groups, parts, None, None)
-    sums = torch.zeros(groups, elements, device=x.device) if group_gram else None
+    sums = torch.zeros(groups, elements, dtype=torch.float32, device=x.device) if group_gram else None
     outer = torch.arange(groups, dtype=torch.int32, device=x.device)
     _, group_sq = _add_parts(machine, parts, items, groups, outer, groups, sums, weight_grad, native.TYPES[x.dtype])
     gram = None
@@ -153,7 +155,7 @@ def _by_samples(
     rank = tables.ranks(segments.sample)
     bound = min(segments.samples, len(segments.start))
     target = torch.full_like(items.group, -1)
-    parts = torch.zeros(count + bound - 1, dy.shape[1] * x.shape[1], device=x.device)
+    parts = torch.zeros(count + bound - 1, dy.shape[1] * x.shape[1], dtype=torch.float32, device=x.device)
     _launch(machine, x, dy, segments, items, target, bound, parts, None, None)
     # A rank that there is not belongs to no group that matters: it has nothing to add to the last one.
     outer = torch.full((bound,), segments.groups - 1, dtype=torch.int32, device=x.device)
@@ -184,8 +186,8 @@ def _launch(
     width = block_n(machine, d_in, d_out)
     name = f"wgrad_norm_sm{machine.arch}"
     rows = machine.size(f"{name}_rows", d_in=d_in, d_out=d_out, block_n=width)
-    sample_sq = torch.zeros(rows, segments.samples, device=x.device)
-    group_sq = torch.zeros(rows if parts is None else 0, groups, device=x.device)
+    sample_sq = torch.zeros(rows, segments.samples, dtype=torch.float32, device=x.device)
+    group_sq = torch.zeros(rows if parts is None else 0, groups, dtype=torch.float32, device=x.device)
     machine.launch(
         name,
         x=x,
@@ -212,6 +214,7 @@ def _launch(
         running=running,
         block_n=width,
         group_m=_GROUP_M,
+        staggered=_STAGGERED,
         multiprocessors=machine.multiprocessors,
     )
     return sample_sq, group_sq
@@ -231,8 +234,8 @@ def _add_parts(
     """(squares of the groups' sums, of the outer groups' sums): [groups], [outer_groups] float64."""
     elements = parts.shape[1]
     rows = machine.size("part_sums_rows", elements=elements)
-    group_sq = torch.zeros(rows, groups, device=parts.device)
-    outer_sq = torch.zeros(rows, outer_groups, device=parts.device)
+    group_sq = torch.zeros(rows, groups, dtype=torch.float32, device=parts.device)
+    outer_sq = torch.zeros(rows, outer_groups, dtype=torch.float32, device=parts.device)
     first, last = tables.split_ranges(items, groups)
     machine.launch(
         "part_sums",

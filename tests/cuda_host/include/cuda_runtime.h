@@ -58,6 +58,11 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   return cudaSuccess;
 }
 
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
 inline const char* cudaGetErrorString(cudaError_t code) {
   if (code == cudaSuccess) return "no error";
   return host::error.empty() ? "invalid argument" : host::error.c_str();
@@ -71,6 +76,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->dynamicSmemBytes > allowed) host::error = "more shared memory than the kernel was allowed";
   if (config->blockDim.x * config->blockDim.y * config->blockDim.z % host::kWarp != 0) host::error = "part of a warp";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) host::error = "an empty grid";
+  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) host::error = "too large a grid";
   if (!host::error.empty()) return cudaErrorInvalidValue;
   std::tuple<std::decay_t<Expected>...> arguments(std::forward<Given>(given)...);
   gridDim = grid;

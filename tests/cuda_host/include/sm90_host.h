@@ -9,6 +9,7 @@
 // - mbarriers carry happens-before; each has an asynchronous actor of its own for the copies it counts.
 #pragma once
 
+#include <cmath>
 #include <map>
 #include <memory>
 
@@ -211,6 +212,7 @@ struct Operand {
     const int modes[4] = {16, 128, 64, 32};
     swizzle = modes[descriptor >> 62];
     if (descriptor >> 49 & 7) fail("a matrix descriptor with a base offset, which is not modelled here");
+    if (descriptor & 0x3FF1C000C000C000) fail("a matrix descriptor with bits that nothing is said of");
     if (swizzle > 16 && (start & (swizzle * 8 - 1) & ~127u)) fail("an operand starts inside its swizzle");
   }
 
@@ -329,7 +331,13 @@ void wgmma_wait(int later, Widen widen) {
     thread.groups.erase(thread.groups.begin());
   }
   if (thread.groups.size() > 1 || !thread.groups[0].empty()) return;
-  for (const auto& [sum, values] : thread.sums) std::copy(values.begin(), values.end(), sum);
+  for (const auto& [sum, values] : thread.sums) {
+    // Until here they are the products': what a thread writes may come before or after what the tensor cores write.
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (!std::isnan(sum[i])) fail("an accumulator is written while a wgmma on it is in flight");
+    }
+    std::copy(values.begin(), values.end(), sum);
+  }
   thread.sums.clear();
   thread.fenced = false;
   // A warpgroup's products that all its threads are done with are forgotten.
