@@ -9,9 +9,9 @@ with its reason. The fastest goes into the user's cache folder (:func:`gradnorm_
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,40 @@ KERNELS = ("wgrad", "gram", "gram_norms", "dot")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: How far a config's norms and inner products may be from the torch backend's, relative to the largest.
 TOLERANCE = 1e-4
+#: What is tried: (kernel, bytes an element) -> (block_m, block_n, block_k, warps, stages), few enough for minutes. On
+#: Hopper a warpgroup takes 64 rows of a tile: with more, ptxas waits for each product of wgrad by itself.
+TILES = {
+    ("wgrad", 2): [
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 32, 8, 6),
+        (128, 128, 32, 8, 4),
+        (128, 128, 128, 8, 2),
+        (64, 128, 64, 4, 3),
+        (64, 128, 64, 4, 4),
+        (128, 64, 64, 8, 4),
+        (64, 128, 64, 8, 4),
+    ],
+    ("wgrad", 4): [(64, 32, 32, 4, 3), (64, 32, 16, 4, 3), (64, 32, 16, 4, 4), (32, 64, 32, 4, 3), (64, 64, 16, 8, 3)],
+    ("gram", 2): [
+        (128, 128, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 32, 8, 4),
+        (64, 64, 64, 4, 4),
+        (64, 64, 64, 4, 3),
+    ],
+    ("gram", 4): [(64, 64, 16, 4, 3), (64, 64, 32, 4, 3), (64, 64, 16, 8, 3), (32, 32, 32, 4, 3)],
+    ("gram_norms", 2): [
+        (64, 64, 64, 4, 3),
+        (64, 64, 64, 4, 4),
+        (64, 64, 128, 4, 2),
+        (32, 32, 64, 4, 3),
+        (128, 128, 64, 8, 3),
+    ],
+    ("gram_norms", 4): [(64, 64, 16, 4, 3), (64, 64, 32, 4, 3), (64, 64, 16, 8, 3), (32, 32, 32, 4, 3)],
+    ("dot", 2): [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (128, 64, 32, 8, 4), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4)],
+    ("dot", 4): [(64, 32, 16, 4, 3), (64, 32, 32, 4, 3), (64, 64, 16, 8, 3), (128, 32, 16, 8, 3)],
+}
 
 
 @dataclass(frozen=True)
@@ -42,20 +76,28 @@ def candidates(kernel: str, arch: int, element_bytes: int) -> list[KernelConfig]
     frozen = [
         tuning.kernel_config("", arch, kernel, element_bytes, d, d) for d in (64, 256, 1024, 2048, 4096, 8192, 16384)
     ]
-    square = [(64, 64), (128, 128), (32, 32)]
-    sides = {"wgrad": [(128, 128), (64, 128), (128, 64), (64, 64)], "gram": square, "gram_norms": square}
-    depths = {2: (32, 64, 128), 4: (16, 32, 64)}[element_bytes]
     found = dict.fromkeys(frozen)
-    tiles = itertools.product(sides.get(kernel, [(64, 64), (128, 64), (32, 128)]), depths, (4, 8), (2, 3, 4))
-    for (block_m, block_n), block_k, num_warps, num_stages in tiles:
-        stages = num_stages * block_k * (block_m + block_n) * element_bytes
-        # Beyond what a multiprocessor has of shared memory, or less than a warp's share of a tile.
-        if stages > (232_448 if arch >= 90 else 166_912) or block_m * block_n < num_warps * 512:
-            continue
-        for group_m, descriptors in {(8, c.descriptors) for c in frozen} | {(4, c.descriptors) for c in frozen}:
-            tile = (block_m, block_n, block_k, num_warps, num_stages, group_m, descriptors)
-            found[KernelConfig(kernel, arch, element_bytes, *tile)] = None
+    found |= {replace(frozen[0], group_m=group_m): None for group_m in (4, 16)}
+    for block_m, block_n, block_k, num_warps, num_stages in TILES[kernel, element_bytes]:
+        tile = (block_m, block_n, block_k, num_warps, num_stages, 8, frozen[0].descriptors)
+        config = KernelConfig(kernel, arch, element_bytes, *tile)
+        if _fits(config):
+            found[config] = None
     return list(found)
+
+
+def _fits(config: KernelConfig) -> bool:
+    """Whether every form of a kernel has the shared memory it needs; tuning runs only one of them.
+
+    On Hopper a tile of sums on its way to memory (several groups, split lists) and the operand that clears an
+    accumulator come on top of the stages.
+    """
+    needed = config.num_stages * config.block_k * (config.block_m + config.block_n) * config.element_bytes
+    if config.arch < 90:
+        return needed <= 166_912
+    if config.kernel == "wgrad" and config.element_bytes == 2:
+        needed += config.block_m * config.block_n * 4 + 16 * config.block_n * 2 + 1024
+    return needed <= 232_448
 
 
 def tune(
@@ -64,13 +106,15 @@ def tune(
     truth: list[Tensor],
     timer: Callable[[Callable[[], object]], float],
     tolerance: float = TOLERANCE,
+    better: Callable[[Trial], object] | None = None,
 ) -> list[Trial]:
     """Try every config; the fastest right one comes first, the others after it, those without a time last.
 
     ``run(config)`` makes new outputs and returns them; ``truth`` is what they must be within ``tolerance`` of, relative
-    to each one's largest element; ``timer(call)`` gives the milliseconds of a call.
+    to each one's largest element; ``timer(call)`` gives the milliseconds of a call. ``better`` is told of each trial
+    that is the fastest so far: what it keeps outlives a run that is cut short.
     """
-    trials = []
+    trials: list[Trial] = []
     for config in configs:
         try:
             reason = _wrong(run(config), truth, tolerance)
@@ -79,7 +123,11 @@ def tune(
             reason = reason or _wrong(run(config), truth, tolerance)
         except Exception as error:  # a config that does not fit fails in Triton's, the driver's or ptxas' own ways
             reason, time = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}", None
-        trials.append(Trial(config, time if reason is None else None, reason))
+        trial = Trial(config, time if reason is None else None, reason)
+        known = [other.milliseconds for other in trials if other.milliseconds is not None]
+        if better is not None and trial.milliseconds is not None and trial.milliseconds < min(known, default=math.inf):
+            better(trial)
+        trials.append(trial)
     return sorted(trials, key=lambda trial: (trial.milliseconds is None, trial.milliseconds or 0.0))
 
 
@@ -101,6 +149,8 @@ def cuda_timer(device: torch.device, repetitions: int = 20) -> Callable[[Callabl
         times = []
         for _ in range(repetitions):
             cold.zero_()
+            # About a millisecond, in which the host queues the call's launches: what is timed is the GPU, not the host.
+            torch.cuda._sleep(2_000_000)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             call()
@@ -165,11 +215,15 @@ def main(arguments: list[str]) -> int:
         configs = candidates(kernel, chip.arch, dtype.itemsize)[: chosen.limit]
         shape = (chosen.d_in, chosen.d_out)
         run, truth = runner(kernel, *shape, chosen.tokens, chosen.sample_tokens, dtype, device)
-        trials = tune(configs, run, truth, timer)
+        trials = tune(configs, run, truth, timer, better=partial(_save, chip.gpu, *shape))
         print(f"{kernel} {chosen.d_in} x {chosen.d_out}, {chosen.tokens} tokens, {chosen.dtype}, {chip.gpu}:")
         print("\n".join(f"  {line(trial)}" for trial in trials))
         failed |= keep(chip.gpu, *shape, trials) is None
     return int(failed)
+
+
+def _save(gpu: str, d_in: int, d_out: int, trial: Trial) -> Path:
+    return tuning.save_tuned(gpu, d_in, d_out, trial.config)
 
 
 def keep(gpu: str, d_in: int, d_out: int, trials: list[Trial]) -> Path | None:
@@ -177,7 +231,7 @@ def keep(gpu: str, d_in: int, d_out: int, trials: list[Trial]) -> Path | None:
     if not trials or trials[0].milliseconds is None:
         print("  no config is right: nothing is kept")
         return None
-    path = tuning.save_tuned(gpu, d_in, d_out, trials[0].config)
+    path = _save(gpu, d_in, d_out, trials[0])
     print(f"  kept in {path}")
     return path
 

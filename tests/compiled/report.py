@@ -2,8 +2,11 @@
 
 A line has the kernel, the architecture, the tile, warps, stages, registers, stack and shared memory in bytes, how many
 instructions of the machine code spill (LDL and STL), and how many multiply matrices (HMMA, and HGMMA of Hopper's
-wgmma). Triton's kernels are compiled in the form in which they are launched, for each entry of the frozen configs; the
-CUDA kernels are read from the module ``gradnorm_kernels._C``. Triton's package brings the disassembler.
+wgmma). How well the loops are pipelined is read from the waits: ``grouped`` counts the wgmma that something waits for
+by themselves (all of them where ptxas serialises them, its advice C7515), ``in_flight`` is how many groups of wgmma the
+most patient wait leaves running, ``copies_in_flight`` the same for groups of cp.async. Triton's kernels are compiled in
+the form in which they are launched, for each entry of the frozen configs; the CUDA kernels are read from the module
+``gradnorm_kernels._C``. Triton's package brings the disassembler.
 """
 
 from __future__ import annotations
@@ -169,7 +172,18 @@ def inspect_binary(path: str) -> list[dict[str, Any]]:
         words = [match[1] for match in re.finditer(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", code, re.M)]
         counted = {"spills": sum(w in ("LDL", "STL") for w in words), "mma": words.count("HMMA")}
         found[arch, name] |= counted | {"wgmma": words.count("HGMMA"), "instructions": len(words)}
+        found[arch, name] |= {
+            "grouped": len(re.findall(r"HGMMA\b[^;\n]*\bgsb0", code)),
+            "in_flight": _largest(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", code),
+            "copies_in_flight": _largest(r"\bDEPBAR\.LE SB0, (\w+)", code),
+            "tma": words.count("UTMALDG"),
+        }
     return [{"arch": arch, "function": name, **facts} for (arch, name), facts in sorted(found.items())]
+
+
+def _largest(pattern: str, code: str) -> int:
+    """The largest number that a pattern finds; 0 if it finds none."""
+    return max((int(number, 16) for number in re.findall(pattern, code)), default=0)
 
 
 def _machine_code(path: str) -> dict[tuple[str, str], str]:

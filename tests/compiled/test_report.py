@@ -14,16 +14,20 @@ from typing import Any
 
 import pytest
 
+from gradnorm_kernels import autotune
 from gradnorm_kernels.backends import native
 from tests.compiled import report
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"
-)
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"),
+    pytest.mark.timeout(1200),  # the first test waits for the report: minutes on two cores, more on busy ones
+]
 
 #: Shared memory that a block may have, in bytes, and the name of the instruction that multiplies matrices.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448}
 PRODUCTS = {"sm_80": "mma", "sm_90": "wgmma"}
+#: They have a tile, too, but list blocks and join pieces of tiles.
+NO_PRODUCTS = {"join_kernel", "table_kernel"}
 KERNELS = Path(report.tuning.__file__).parent / "backends" / "triton"
 
 Lines = list[dict[str, Any]]
@@ -53,13 +57,9 @@ def test_nothing_spills(lines: Lines) -> None:
 
 
 def test_products_run_on_tensor_cores_and_float32_does_not(lines: Lines) -> None:
-    """Kernels with a tile: mma on Ampere, wgmma on Hopper; float32 inputs are multiplied in float32, not in tf32.
-
-    Those that list blocks and join pieces of tiles have a tile too, and multiply nothing.
-    """
-    plain = {"join_kernel", "table_kernel"}
-    assert plain <= {line["kernel"] for line in lines}
-    tiled = [line for line in lines if "tile" in line and line["kernel"] not in plain]
+    """Kernels with a tile: mma on Ampere, wgmma on Hopper; float32 inputs are multiplied in float32, not in tf32."""
+    assert NO_PRODUCTS <= {line["kernel"] for line in lines}
+    tiled = [line for line in lines if "tile" in line and line["kernel"] not in NO_PRODUCTS]
     assert {(line["arch"], line["element"]) for line in tiled} >= {
         (arch, element) for arch in PRODUCTS for element in ("bf16", "fp16", "fp32")
     }
@@ -68,6 +68,56 @@ def test_products_run_on_tensor_cores_and_float32_does_not(lines: Lines) -> None
             assert line["mma"] == line["wgmma"] == 0, json.dumps(line)
         else:
             assert line[PRODUCTS[line["arch"]]] > 0, json.dumps(line)
+
+
+def test_loops_are_pipelined(lines: Lines) -> None:
+    """Copies run ahead of the products, and on Hopper no product is waited for by itself: not where samples end either.
+
+    float32 has no asynchronous products, but its copies are.
+    """
+    multiply = [line for line in lines if line["wgmma"] or line["mma"]]
+    assert {line["kernel"] for line in multiply if line["wgmma"]} == {line["kernel"] for line in multiply}
+    for line in (line for line in lines if "tile" in line and line["kernel"] not in NO_PRODUCTS):
+        assert line["tma"] or line["copies_in_flight"], json.dumps(line)
+    for line in multiply:
+        assert not line["wgmma"] or not serialised(line), json.dumps(line)
+    assert {line["kernel"] for line in lines if line["tma"]} == {"wgrad_sm90_kernel"}
+
+
+def test_what_is_tried_on_hopper_compiles_as_well() -> None:
+    """The form of several groups, which needs the most shared memory and which tuning does not run."""
+    module = next(module for module in report.modules() if module.__name__.endswith("wgrad_sm90"))
+    tried = autotune.candidates("wgrad", 90, 2)
+    for config in {replace(config, group_m=8): None for config in tried}:
+        jobs = report._jobs_of(module, 90, "bf16", config)
+        job = next(job for job in jobs if job.constants["STORE_SUMS"] and job.constants["WEIGHT_GRAD"])
+        line = report.compile_job(job)
+        assert not complaints(line) and not serialised(line), json.dumps(line)
+
+
+def serialised(line: dict[str, Any]) -> bool:
+    """Whether products are waited for by themselves, or all at every turn of the loop.
+
+    One group for each loop of products, of which a kernel has two at most, or one and what clears its accumulator.
+    """
+    return line["grouped"] > 2 or line["in_flight"] == 0
+
+
+def test_products_that_are_waited_for_one_by_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = "arch = sm_90a\n Function first:\n  REG:32 STACK:0 SHARED:0 LOCAL:0\n"
+    product = "        /*0000*/   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8].tnspA.tnspB, R24{} ;\n"
+    wait = "        /*0010*/   WARPGROUP.DEPBAR.LE gsb0, 0x{} ;\n"
+    head = "arch = sm_90a\n\t\tFunction : first\n"
+    good = product.format("") * 3 + product.format(", gsb0") + wait.format(1)
+    one_by_one = (product.format(", gsb0") + wait.format(0)) * 4
+    every_turn = product.format("") * 3 + product.format(", gsb0") + wait.format(0)
+    found = []
+    for code in (good, one_by_one, every_turn):
+        dumps = {"--dump-resource-usage": usage, "-sass": head + code}
+        monkeypatch.setattr(report, "_dump", lambda option, path, dumps=dumps: dumps[option])
+        (line,) = report.inspect_binary("")
+        found.append(serialised(line))
+    assert found == [False, True, True]
 
 
 def kernel_names(folder: Path) -> set[str]:
@@ -124,12 +174,16 @@ arch = sm_80
         /*0000*/                   MOV R1, c[0x0][0x28] ;                    /* 0x00000a0000017a02 */
                                                                              /* 0x000fc40000000f00 */
         /*0010*/              @!P0 STL.64 [R1], R2 ;                         /* 0x0 */
+        /*0018*/                   DEPBAR.LE SB0, 0x3 ;                      /* 0x0 */
         /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;     /* 0x0 */
         /*0030*/               @P1 LDL R1, [R2] ;                            /* 0x0 */
 arch = sm_90a
 \tcode for sm_90a
 \t\tFunction : first
         /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4] ; /* 0x0 */
+        /*0008*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4].tnspA, R24, gsb0 ; /* 0x0 */
+        /*000c*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;           /* 0x0 */
+        /*000e*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;           /* 0x0 */
         /*0010*/              @!UP0 UIADD3 UR4, UR4, 0x1, URZ ;              /* 0x0 */
 """
     monkeypatch.setattr(report, "_dump", lambda option, path: usage if "usage" in option else code)
@@ -144,6 +198,11 @@ arch = sm_90a
         "spills": 2,
         "mma": 1,
         "wgmma": 0,
-        "instructions": 4,
+        "instructions": 5,
+        "grouped": 0,
+        "in_flight": 0,
+        "copies_in_flight": 3,
+        "tma": 0,
     }
-    assert new["arch"] == "sm_90a" and (new["wgmma"], new["instructions"], new["spills"]) == (1, 2, 0)
+    assert new["arch"] == "sm_90a" and (new["wgmma"], new["instructions"], new["spills"]) == (2, 5, 0)
+    assert (new["grouped"], new["in_flight"], new["copies_in_flight"]) == (1, 1, 0)

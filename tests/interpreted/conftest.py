@@ -10,8 +10,12 @@ import os
 
 import pytest
 
+from gradnorm_kernels import backends
+
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError(
         "tests/interpreted needs TRITON_INTERPRET=1 set before Python starts: run `make test-interpreted`, "
         "or TRITON_INTERPRET=1 python -m pytest tests/interpreted"
     )
+if (reason := backends.missing("triton")) is not None:
+    raise pytest.UsageError(f"tests/interpreted: {reason}")

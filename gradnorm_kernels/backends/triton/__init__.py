@@ -13,6 +13,8 @@ every run on the same kind of GPU.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 import triton
 from torch import Tensor
@@ -29,7 +31,7 @@ __all__ = ["fused_grad_norm", "grad_dot", "grad_gram", "missing", "unsupported"]
 def missing() -> str | None:
     """Why this backend cannot run here at all; None if it can."""
     if _interpreted():
-        return None
+        return old_interpreter(triton.__version__, version("numpy"))
     if not torch.cuda.is_available():
         return (
             "there is no CUDA device that torch can use; on CPU tensors Triton runs only in its interpreter: set "
@@ -39,6 +41,25 @@ def missing() -> str | None:
         return "it is for NVIDIA GPUs, and this torch is built for others"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"it needs compute capability 8.0 or newer, and this GPU has {major}.{minor}"
+
+
+def old_interpreter(of_triton: str, of_numpy: str) -> str | None:
+    """Why these versions cannot interpret; None if they can.
+
+    Triton 3.6's interpreter makes a Python number of an array of one element in every loop, which NumPy 2.4 refuses.
+    """
+    if _release(of_triton) >= (3, 7) or _release(of_numpy) < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {of_triton} does not run under NumPy {of_numpy}: install NumPy 2.3 or Triton 3.7 "
+        "or newer, or unset TRITON_INTERPRET"
+    )
+
+
+def _release(text: str) -> tuple[int, int]:
+    """'3.6.0+git1' -> (3, 6)."""
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:

@@ -29,7 +29,7 @@ from .wgrad_join import CHUNK_SIZE, WARPS, join_kernel
 from .wgrad_sm80 import wgrad_sm80_kernel
 from .wgrad_sm90 import wgrad_sm90_kernel
 from .wgrad_table import Table, build
-from .wgrad_tiles import piece_kinds, pointer_config
+from .wgrad_tiles import asynchronous, piece_kinds, pointer_config
 
 # The fewest token blocks that a part of a cut list should have.
 _PART_BLOCKS = 4
@@ -110,8 +110,10 @@ def wgrad(
                 part = sums[: stop - first]
                 gram += torch.bmm(part, part.mT).sum(0, dtype=torch.float64)
     assert found is not None
-    # Two tensors: results of an operator must not share memory.
-    sample_sq, group_sq = (part.clone() for part in found.split([segments.samples, groups]))
+    sample_sq, group_sq = found.split([segments.samples, groups])
+    if segments.valid is None:
+        # Results of an operator must not share memory; what is guarded is made anew.
+        sample_sq, group_sq = sample_sq.clone(), group_sq.clone()
     if gram is not None:
         # Nothing was written for groups without rows.
         there = table.state[segments.samples :] != 0
@@ -183,6 +185,7 @@ def _pass(
             stop,
             table.splits,
             SPLIT=split,
+            ASYNC=asynchronous(config, x.element_size()),
             BLOCK_K=config.block_k,
             STAGES=config.num_stages,
             num_warps=config.num_warps,

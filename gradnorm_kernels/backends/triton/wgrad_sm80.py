@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ...tuning import KernelConfig
 from .wgrad_table import FLAG_SHIFT, ROW_SHIFT, ROWS_MASK
-from .wgrad_tiles import begins, begun_before, ends, finishes, forms, part, pointer_config, tile_place
+from .wgrad_tiles import begins, begun_before, cleared, ends, finishes, forms, part, pointer_config, tile_place
 
 #: The kernels of the configs that this module is compiled for.
 CONFIGS = ("wgrad",)
@@ -46,6 +46,7 @@ def wgrad_sm80_kernel(
     WEIGHT_GRAD: tl.constexpr,
     STORE_SUMS: tl.constexpr,
     KINDS: tl.constexpr,
+    ASYNC: tl.constexpr,  # products are wgmma's
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -87,7 +88,7 @@ def wgrad_sm80_kernel(
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # One block ahead: the loads of the next tiles do not wait for the number that says where they are.
         following = tl.load(block_ptr + first)
-        for block in tl.range(first, stop, num_stages=STAGES):
+        for block in tl.range(first, stop, num_stages=STAGES, disable_licm=True):
             packed = following
             following = tl.load(block_ptr + block + 1)
             at = packed >> ROW_SHIFT
@@ -97,7 +98,7 @@ def wgrad_sm80_kernel(
             acc = tl.dot(a, b, acc, input_precision="ieee")
             flags = (packed >> FLAG_SHIFT) & 15
             if flags != 0:
-                total, begun, group_begun = ends(
+                total, _, begun, group_begun = ends(
                     acc,
                     total,
                     flags,
@@ -116,10 +117,11 @@ def wgrad_sm80_kernel(
                     WEIGHT_GRAD,
                     STORE_SUMS,
                     KINDS,
+                    False,
                     BLOCK_M,
                     BLOCK_N,
                 )
-                acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                acc = cleared(x_ptr.dtype.element_ty, ASYNC, BLOCK_M, BLOCK_N)
         finishes(
             acc,
             total,

@@ -15,7 +15,7 @@ from triton.tools.ragged_tma import load_ragged
 
 from ...tuning import KernelConfig
 from .wgrad_table import FLAG_SHIFT, ROW_SHIFT, ROWS_MASK
-from .wgrad_tiles import begins, begun_before, ends, finishes, forms, part, tile_place
+from .wgrad_tiles import begins, begun_before, cleared, ends, finishes, forms, part, settles, squares, tile_place
 
 #: The kernels of the configs that this module is compiled for.
 CONFIGS = ("wgrad",)
@@ -46,6 +46,7 @@ def wgrad_sm90_kernel(
     WEIGHT_GRAD: tl.constexpr,
     STORE_SUMS: tl.constexpr,
     KINDS: tl.constexpr,
+    ASYNC: tl.constexpr,  # products are wgmma's
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,6 +78,8 @@ def wgrad_sm90_kernel(
 
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        square = tl.zeros([BLOCK_M, 8], tl.float32)
+        owner = -1
         # One block ahead: the loads of the next tiles do not wait for the number that says where they are.
         following = tl.load(block_ptr + first)
         for block in tl.range(first, stop, num_stages=STAGES):
@@ -87,9 +90,13 @@ def wgrad_sm90_kernel(
             a = load_ragged(dy_desc, at, rows, [0, row * BLOCK_M])
             b = load_ragged(x_desc, at, rows, [0, column * BLOCK_N])
             acc = tl.dot(a.T, b, acc, input_precision="ieee")
+            # The sample that ended a block ago: these products hide its sum.
+            settles(square, owner, own_partial, fresh)
+            owner = -1
             flags = (packed >> FLAG_SHIFT) & 15
             if flags != 0:
-                total, begun, group_begun = ends(
+                square = squares(acc, BLOCK_M, BLOCK_N)
+                total, owner, begun, group_begun = ends(
                     acc,
                     total,
                     flags,
@@ -108,10 +115,12 @@ def wgrad_sm90_kernel(
                     WEIGHT_GRAD,
                     STORE_SUMS,
                     KINDS,
+                    True,
                     BLOCK_M,
                     BLOCK_N,
                 )
-                acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                acc = cleared(x_desc.dtype, ASYNC, BLOCK_M, BLOCK_N)
+        settles(square, owner, own_partial, fresh)
         finishes(
             acc,
             total,

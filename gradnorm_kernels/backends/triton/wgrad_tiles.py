@@ -4,6 +4,10 @@ A program holds two accumulators: that of the sample at hand and the group's run
 of squares of the first and adds it to the second; a group's end does the same with the second and the tile of dW. Only
 group ends, and ends of samples in a list cut into splits, write tiles to memory.
 
+On Hopper products are asynchronous. If something else than a product writes to their accumulator, ptxas may wait for
+every product of the loop by itself (its advice C7515, seen with Triton 3.6), so there a product of zeros clears it
+(:func:`cleared`). What is left of a sample's squares is added up behind the next products (:func:`settles`).
+
 With SPLIT a program has a part of the list of blocks. What the part's edges cut, it writes as a *piece*, a whole tile
 in float32: HEAD, a sample that began in an earlier part; TAIL, one that goes on in the next; GROUP_HEAD and GROUP_TAIL
 likewise (with ONE_GROUP one piece, GROUP_HEAD, holds the part's whole sum). With several groups the last piece is the
@@ -65,9 +69,37 @@ def _tile_offsets(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def add_square(tile, partial_ptr, fresh):
     """Add the tile's sum of squares to a partial of this program's own; if ``fresh``, nothing is there yet."""
+    add_up(tile * tile, partial_ptr, fresh)
+
+
+@triton.jit
+def add_up(terms, partial_ptr, fresh):
+    """The same for the sum of ``terms``."""
     # The load is issued before the sum, which hides it.
     before = tl.load(partial_ptr, mask=fresh == 0, other=0.0)
-    tl.store(partial_ptr, before + tl.sum(tile * tile).to(tl.float64))
+    tl.store(partial_ptr, before + tl.sum(terms).to(tl.float64))
+
+
+@triton.jit
+def squares(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's squares, added up as far as one thread holds them: [BLOCK_M, 8]. No thread waits for another."""
+    return tl.sum(tl.reshape(tile * tile, [BLOCK_M, BLOCK_N // 8, 8]), 1)
+
+
+@triton.jit
+def settles(square, owner, partial_ptr, fresh):
+    """Add the squares of a sample that has ended to its partial; an ``owner`` below 0: there is none."""
+    if owner >= 0:
+        add_up(square, partial_ptr + owner, fresh)
+
+
+@triton.jit
+def cleared(element: tl.constexpr, ASYNC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """An accumulator of zeros; if ``ASYNC`` by the tensor cores, from operands of ``element``."""
+    if ASYNC:
+        return tl.dot(tl.zeros([BLOCK_M, 16], element), tl.zeros([16, BLOCK_N], element))
+    else:
+        return tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
 
 @triton.jit
@@ -90,15 +122,22 @@ def ends(
     WEIGHT_GRAD: tl.constexpr,
     STORE_SUMS: tl.constexpr,
     KINDS: tl.constexpr,
+    LATER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What ends behind a block that has flags. Returns the new (total, begun, group_begun); acc starts afresh."""
+    """What ends behind a block that has flags. Returns the new (total, owner, begun, group_begun); acc starts afresh.
+
+    ``owner``: with LATER, the sample whose squares the caller must settle; else, and where there is none, -1.
+    """
     size: tl.constexpr = BLOCK_M * BLOCK_N
     offsets = _tile_offsets(BLOCK_M, BLOCK_N)
+    owner = -1
     if flags & MEASURED:
         if SPLIT and begun != 0:
             tl.store(piece_ptr + HEAD * size + offsets, acc)
+        elif LATER:
+            owner = tl.load(owner_ptr + block)
         else:
             add_square(acc, partial_ptr + tl.load(owner_ptr + block), fresh)
     total += acc
@@ -117,7 +156,7 @@ def ends(
                 tl.store(inner, total + tl.load(inner))
         group_begun = group_begun * 0
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    return total, begun * 0, group_begun
+    return total, owner, begun * 0, group_begun
 
 
 @triton.jit
@@ -196,6 +235,11 @@ def pointer_config(config: KernelConfig) -> KernelConfig:
     return replace(config, block_n=max(16, config.block_n // 2), num_stages=3, descriptors=False)
 
 
+def asynchronous(config: KernelConfig, element_bytes: int) -> bool:
+    """Whether products are wgmma's, which run on while a program goes on (ASYNC)."""
+    return config.arch >= 90 and element_bytes == 2
+
+
 def piece_kinds(split: bool, one_group: bool, weight_grad: bool) -> int:
     """How many pieces there is room for (KINDS)."""
     return 1 if not split else 3 if one_group else 5 if weight_grad else 4
@@ -214,6 +258,7 @@ def forms(
     types = inputs | pointers | dict.fromkeys(sizes, "i32")
     tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     tile |= {"GROUP_M": config.group_m, "STAGES": config.num_stages}
+    tile["ASYNC"] = asynchronous(config, config.element_bytes)
     found = []
     for split, one_group, weight_grad, store_sums in product((False, True), repeat=4):
         if one_group and store_sums:
