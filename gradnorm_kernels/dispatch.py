@@ -77,12 +77,12 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
 
     crossover = _crossover(prices, weight / width) if width else 0
     gram_tokens = {"wgrad": 0, "gram": ALL_TOKENS, "auto": crossover}[algorithm]
+    mean = tokens / samples
+    norm_cost = min(prices.boundary * weight, (prices.gram * mean + prices.gram_token) * mean * width)
     if groups >= samples:
         # Every sample is a group of its own: its slab is formed anyway, and with it the norm.
-        gram_tokens = 0
-    mean = tokens / samples
-    norm_cost = min(prices.boundary * weight, (prices.gram * mean + prices.gram_token) * mean * width) * samples
-    wgrad_cost = tokens * weight + norm_cost + (groups * groups * weight if problem.group_gram else 0)
+        gram_tokens, norm_cost = 0, prices.boundary * weight
+    wgrad_cost = tokens * weight + norm_cost * samples + (groups * groups * weight if problem.group_gram else 0)
     pairs = tokens * tokens if problem.group_gram else tokens * tokens / groups
     gram_cost = prices.pairs * pairs * width
     by_pairs = algorithm != "wgrad" and not problem.weight_grad and gram_cost < wgrad_cost

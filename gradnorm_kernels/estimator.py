@@ -88,7 +88,7 @@ def cross_product(
         )
     n = torch.bincount(ids, minlength=groups)
     count = n.to(torch.float64)
-    own = torch.zeros(groups, dtype=torch.float64).index_add_(0, ids, sample_sq)
+    own = torch.zeros(groups, dtype=torch.float64, device="cpu").index_add_(0, ids, sample_sq)
     sq_norm = ratio(group_sq - own, count * (count - 1))
     std_error = None
     if gram is not None:
@@ -98,7 +98,7 @@ def cross_product(
                 f"gram must be [N, N] with N = {ids.numel()} samples, got shape {tuple(gram.shape)}: pass grad_gram's "
                 f"result"
             )
-        ones = torch.ones(ids.numel(), dtype=torch.float64)
+        ones = torch.ones(ids.numel(), dtype=torch.float64, device="cpu")
         part = PairSums(gram, gram.diagonal(), ones, ones, ids, range(ids.numel()))
         std_error = task_moments([part], groups).std_error
     return CrossProduct(

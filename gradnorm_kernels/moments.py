@@ -92,7 +92,7 @@ def _by_task(values: Tensor, task: Tensor, num_tasks: int, dim: int = 0) -> Tens
     """Sum along ``dim`` what belongs to one task. Not by a one-hot product: 0 * NaN would carry NaN between tasks."""
     shape = list(values.shape)
     shape[dim] = num_tasks
-    return torch.zeros(shape, dtype=torch.float64).index_add_(dim, task, values)
+    return torch.zeros(shape, dtype=torch.float64, device="cpu").index_add_(dim, task, values)
 
 
 def add_up(
@@ -108,11 +108,12 @@ def add_up(
                 index[key] = len(block_task)
                 block_task.append(task)
     count = len(block_task)
-    inner, pairs = torch.zeros(2, count, num_tasks, dtype=torch.float64)
-    own_inner, own_pairs = torch.zeros(2, count, dtype=torch.float64)
-    self_sq, weight_sq, whole, whole_weight = torch.zeros(4, num_tasks, dtype=torch.float64)
+    inner, pairs = torch.zeros(2, count, num_tasks, dtype=torch.float64, device="cpu")
+    own_inner, own_pairs = torch.zeros(2, count, dtype=torch.float64, device="cpu")
+    self_sq, weight_sq, whole, whole_weight = torch.zeros(4, num_tasks, dtype=torch.float64, device="cpu")
     for part in parts:
-        at, task = torch.tensor([index[key] for key in part.block_keys], dtype=torch.long), part.block_task
+        at = torch.tensor([index[key] for key in part.block_keys], dtype=torch.long, device="cpu")
+        task = part.block_task
         own = task[:, None]
         part_inner = _by_task(part.gram, task, num_tasks, dim=1)
         part_pairs = part.weight[:, None] * _by_task(part.weight, task, num_tasks)[None, :]
@@ -129,7 +130,7 @@ def add_up(
     return StepSums(
         tasks=tuple(tasks),
         keys=tuple(index),
-        block_task=torch.tensor(block_task, dtype=torch.long),
+        block_task=torch.tensor(block_task, dtype=torch.long, device="cpu"),
         inner=inner,
         pairs=pairs,
         own_inner=own_inner,
@@ -151,16 +152,16 @@ def merge(sums: Sequence[StepSums]) -> StepSums:
     tasks = list(dict.fromkeys(task for part in sums for task in part.tasks))
     keys = list(dict.fromkeys(key for part in sums for key in part.keys))
     column, row = {task: i for i, task in enumerate(tasks)}, {key: i for i, key in enumerate(keys)}
-    block_task = torch.zeros(len(keys), dtype=torch.long)
-    total = torch.zeros(2, len(keys), len(tasks), dtype=torch.float64)
-    own = torch.zeros(2, len(keys), dtype=torch.float64)
-    by_task = torch.zeros(4, len(tasks), dtype=torch.float64)
+    block_task = torch.zeros(len(keys), dtype=torch.long, device="cpu")
+    total = torch.zeros(2, len(keys), len(tasks), dtype=torch.float64, device="cpu")
+    own = torch.zeros(2, len(keys), dtype=torch.float64, device="cpu")
+    by_task = torch.zeros(4, len(tasks), dtype=torch.float64, device="cpu")
     sample_task: dict[Hashable, int] = {}
     for part in sums:
-        columns = torch.tensor([column[task] for task in part.tasks], dtype=torch.long)
-        rows = torch.tensor([row[key] for key in part.keys], dtype=torch.long)
+        columns = torch.tensor([column[task] for task in part.tasks], dtype=torch.long, device="cpu")
+        rows = torch.tensor([row[key] for key in part.keys], dtype=torch.long, device="cpu")
         block_task[rows] = columns[part.block_task]
-        wide = torch.zeros(2, len(part.keys), len(tasks), dtype=torch.float64)
+        wide = torch.zeros(2, len(part.keys), len(tasks), dtype=torch.float64, device="cpu")
         total.index_add_(1, rows, wide.index_add_(2, columns, torch.stack([part.inner, part.pairs])))
         own.index_add_(1, rows, torch.stack([part.own_inner, part.own_pairs]))
         by_task.index_add_(1, columns, torch.stack([part.self_sq, part.weight_sq, part.whole, part.whole_weight]))

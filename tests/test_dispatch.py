@@ -56,6 +56,15 @@ def test_more_groups_mean_fewer_pairs() -> None:
     assert dispatch.choose(gram).gram_cost == costs[0]  # the groups' Gram needs every pair
 
 
+def test_a_group_for_each_sample_pays_its_stops() -> None:
+    """The norms of such samples come from slabs, however cheap a Gram would be: that is what is priced."""
+    prices = tuning.costs(CHIP, "torch", 4, 1024, 1024)
+    alone = problem(samples=64, groups=64)
+    expected = (4096 + prices.boundary * 64) * 1024 * 1024
+    assert dispatch.choose(alone).wgrad_cost == pytest.approx(expected)
+    assert dispatch.choose(dataclasses.replace(alone, groups=63)).wgrad_cost < expected
+
+
 def test_explicit_algorithms() -> None:
     assert dispatch.choose(problem(weight_grad=True), "wgrad").plan.gram_tokens == 0
     assert dispatch.choose(problem(weight_grad=True), "gram").plan.gram_tokens == ALL_TOKENS
@@ -203,3 +212,12 @@ def test_float64_and_foreign_devices_are_refused(name: str) -> None:
     assert backends.unable(name, "meta", torch.float32) is not None
     if backends.missing(name) is None:
         assert "float64" in (backends.unable(name, "cuda" if name != "cpu" else "cpu", torch.float64) or "")
+
+
+def test_an_interpreter_that_numpy_is_too_new_for_says_so() -> None:
+    from gradnorm_kernels.backends import triton
+
+    assert triton.old_interpreter("3.6.0", "2.3.5") is None
+    assert triton.old_interpreter("3.7.1", "2.5.2") is None
+    reason = triton.old_interpreter("3.6.0+git1a2b", "2.4.0rc1")
+    assert reason is not None and "Triton 3.6.0+git1a2b" in reason and "install NumPy 2.3" in reason

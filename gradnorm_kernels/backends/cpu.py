@@ -87,7 +87,7 @@ def slab_pass(
         ends.append(at)
         slots.append(slot if step.measured else -1)
         slot += step.measured
-    index = torch.tensor([ends, [group for _, group in steps], slots])
+    index = torch.tensor([ends, [group for _, group in steps], slots], device="cpu")
 
     # A lone group's sum is the total: it is formed where it is returned if the dtype allows.
     in_place = weight_grad is not None and weight_grad.dtype == torch.float32 and len(runs) == 1
@@ -96,8 +96,8 @@ def slab_pass(
     total = None if weight_grad is None or len(runs) == 1 else _scratch(rows, d_in)
     unfinished = _scratch(rows, d_in)
     workspace = _scratch(-(-module.segmented_wgrad_workspace(isa, len(x), d_in, rows) // 4))
-    sample_sq, group_sq = (torch.zeros(n, dtype=torch.float64) for n in (samples, len(runs)))
-    gram = torch.zeros(held, held, dtype=torch.float64) if group_gram else None
+    sample_sq, group_sq = (torch.zeros(n, dtype=torch.float64, device="cpu") for n in (samples, len(runs)))
+    gram = torch.zeros(held, held, dtype=torch.float64, device="cpu") if group_gram else None
     for lo in range(0, d_out, rows):
         height = min(rows, d_out - lo)
         module.segmented_wgrad(
@@ -134,4 +134,4 @@ def slab_pass(
 
 
 def _scratch(*shape: int) -> Tensor:
-    return torch.empty(shape)
+    return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -37,9 +37,23 @@ class Layout:
         """``tensor`` [T, d] or [B, L, d] as [T, d] in the layout's order, rows contiguous; copied only if need be."""
         tensor = tensor.flatten(0, -2)
         if self.rows is not None:
-            return tensor.index_select(0, self.rows.to(tensor.device))
+            return tensor.index_select(0, to_device(self.rows, tensor.device))
         dense = tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
         return tensor if dense else tensor.contiguous()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the host's memory on ``device``, in the order of the device's stream.
+
+    CUDA takes a copy of pageable memory before it returns, so that not waiting is safe. A graph would keep the address
+    and read there again at every replay: that is refused.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and whose rows they are is known on the host only: put cu_seqlens, "
+            "sample_ids and group_ids on x's device, and pass num_samples and num_groups"
+        )
+    return tensor.to(device, non_blocking=True)
 
 
 def read(
@@ -81,5 +95,5 @@ def read(
                 runs.append((lo, hi))
                 at += hi - lo
             stretches.append(Stretch(start, at, sample, group))
-    rows = None if in_place else torch.cat([torch.arange(lo, hi) for lo, hi in runs])
+    rows = None if in_place else torch.cat([torch.arange(lo, hi, device="cpu") for lo, hi in runs])
     return Layout(stretches, rows, samples, groups)

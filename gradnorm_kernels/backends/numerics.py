@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import to_device
+
 # Rows widened at a time: bounds the float32 copies of half-precision inputs and costs nothing measurable.
 _BLOCK = 4096
 
@@ -71,6 +73,6 @@ def block_sums(matrix: Tensor, rows: list[int], columns: list[int]) -> Tensor:
     """
     matrix = matrix.double()
     for lengths in (rows, columns):
-        sizes = torch.tensor(lengths, device=matrix.device)
+        sizes = to_device(torch.tensor(lengths, device="cpu"), matrix.device)
         matrix = torch.segment_reduce(matrix, "sum", lengths=sizes, unsafe=True, initial=0.0).T.contiguous()
     return matrix

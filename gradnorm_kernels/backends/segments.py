@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .layout import to_device
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ def prepare(
     if device != x.device:
         # One copy for all four; a stream takes it from memory that is not pinned without being waited for.
         parts = [torch.nn.functional.pad(part, (0, -count % 4)).view(torch.int32) for part in (start, end, sample, of)]
-        packed = torch.cat(parts).to(x.device, non_blocking=True)
+        packed = to_device(torch.cat(parts), x.device)
         start, end, sample, of = packed.split([len(part) for part in parts])
         start, end = (part.view(torch.int64)[:count] for part in (start, end))
         sample, of = sample[:count], of[:count]
-    valid = torch.stack(flags).all() if flags and not checked else None
+    valid = None
+    if flags and not checked:
+        valid = torch.stack(flags).all() if len(flags) > 1 else flags[0]
     return Segments(start, end, sample, of, samples, groups, valid)
 
 
@@ -136,7 +139,7 @@ def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     The copy is taken from memory of its own that is not pinned, which CUDA has read before the call returns: the
     caller may write to a pinned tensor as soon as it has the results.
     """
-    return tensor.to(dtype, copy=device.type != "cpu").to(device, non_blocking=True)
+    return to_device(tensor.to(dtype, copy=device.type != "cpu"), device)
 
 
 def _rows(
@@ -151,11 +154,16 @@ def _rows(
         checks.read_offsets(cu_seqlens, tokens)
         offsets = _moved(cu_seqlens, torch.int64, device)
     else:
-        offsets = cu_seqlens.long()
-        flags += [(offsets[0] == 0) & (offsets[-1] == tokens), (offsets[1:] >= offsets[:-1]).all()]
-        offsets = offsets.clamp(0, tokens)
-        # Whatever the values, the starts and ends ascend, so that no segment is of negative length.
-        offsets = offsets.cummax(0).values
+        given = cu_seqlens.long()
+        # Whatever the values, the starts and ends ascend from 0 to T, so that no segment is of negative length; one
+        # comparison with what was given is the whole check.
+        offsets = given.clamp(0, tokens).cummax(0).values
+        offsets[:1].zero_()
+        if count or not tokens:
+            offsets[-1:].fill_(tokens)
+            flags.append((offsets == given).all())
+        else:  # rows, and no segment for them
+            flags.append(torch.zeros((), dtype=torch.bool, device=device))
     # A copy, because a view would begin 8 bytes later.
     return offsets[:-1], offsets[1:].clone()
 

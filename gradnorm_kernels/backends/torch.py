@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import checks
 from . import Plan
-from .layout import Stretch, read
+from .layout import Stretch, read, to_device
 from .numerics import block_sums, exact_matmuls, inner, wide_dtype
 from .pairs import pair_gram, sample_norms
 from .slabs import Step, Sums, slab_pass, steps
@@ -167,4 +167,4 @@ def _zeros(like: Tensor, *shape: int) -> Tensor:
 
 
 def _index(like: Tensor, values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)
+    return to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), like.device)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
+from ..backends.layout import to_device
 from ..backends.numerics import exact_matmuls
-from .owners import to_device
 from .uses import Use
 
 
@@ -29,7 +29,7 @@ class TaskSums:
         """Add one use of a weight: ``sum over the task's rows of scale dy^T x``. ``row_task``: the task of each row."""
         self._groups[name] = groups
         for task in dict.fromkeys(row_task):
-            rows = torch.tensor([i for i, other in enumerate(row_task) if other == task])
+            rows = torch.tensor([i for i, other in enumerate(row_task) if other == task], device="cpu")
             at = to_device(rows, use.dy.device)
             wide = torch.promote_types(use.dy.dtype, torch.float32)
             factor = to_device(use.scale[rows].to(wide), use.dy.device)
@@ -53,7 +53,7 @@ class TaskSums:
         """Add a small parameter's gradients of N samples, [N, d]. ``sample_task``: the task of each sample."""
         self._groups[name] = groups
         for task in dict.fromkeys(sample_task):
-            rows = torch.tensor([i for i, other in enumerate(sample_task) if other == task])
+            rows = torch.tensor([i for i, other in enumerate(sample_task) if other == task], device="cpu")
             total = grads[to_device(rows, grads.device)].sum(0)
             self._slot(name, task, total, tuple(total.shape)).add_(total)
 
@@ -73,7 +73,7 @@ class TaskSums:
         known: dict[str, Any] = {}
         for found in distributed.gather(mine, group):
             known.update(found)
-        result = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+        result = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device="cpu")
         for name in sorted(known):
             shape, dtype, device = known[name]
             slots = self._sums.get(name, {})

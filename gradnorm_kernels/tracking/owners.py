@@ -1,22 +1,16 @@
-"""Sums by owner, and copies to a GPU that nobody waits for: whose a row is, is known on the host."""
+"""Sums by owner: whose a row is, is known on the host."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..backends.layout import to_device
+
 
 def resident(tensor: Tensor) -> bool:
     """Whether the tensor is on a GPU, where a shape that depends on data would stall the host."""
     return tensor.is_cuda
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor from the host's memory on ``device``, in the order of the device's stream.
-
-    CUDA takes a copy of pageable memory before it returns, so that not waiting is safe.
-    """
-    return tensor.to(device, non_blocking=True)
 
 
 def by_owner(values: Tensor, owner: Tensor, owners: int) -> Tensor:
@@ -27,7 +21,7 @@ def by_owner(values: Tensor, owner: Tensor, owners: int) -> Tensor:
     """
     if not resident(values):
         return values.new_zeros(owners, *values.shape[1:]).index_add_(0, owner, values)
-    if owners == len(owner) and torch.equal(owner, torch.arange(owners)):
+    if owners == len(owner) and torch.equal(owner, torch.arange(owners, device="cpu")):
         return values
     order = to_device(torch.argsort(owner, stable=True), values.device)
     lengths = to_device(torch.bincount(owner, minlength=owners), values.device)

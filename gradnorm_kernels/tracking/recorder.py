@@ -130,16 +130,20 @@ class Recorder:
             sums = by_owner(vector, rows.sample_block, rows.num_blocks)
             own = by_owner(vector.square().sum(1), rows.sample_block, rows.num_blocks)
             self._add(sums @ sums.T, own, self._groups[name])
-        gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64)
-        self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64)
+        gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64, device="cpu")
+        self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device="cpu")
         for (_, groups), (part, own) in self._sums.items():
             for group in groups:
                 distributed.sum_over([part, own], group)
             gram += part.cpu()
             self_sq += own.cpu()
-        weight = torch.zeros(rows.num_blocks, dtype=torch.float64).index_add_(0, rows.sample_block, rows.weight)
-        weight_sq = torch.zeros(rows.num_blocks, dtype=torch.float64).index_add_(0, rows.sample_block, rows.weight**2)
-        block_task = torch.tensor([task_index(task) for task in rows.block_tasks])
+        weight = torch.zeros(rows.num_blocks, dtype=torch.float64, device="cpu").index_add_(
+            0, rows.sample_block, rows.weight
+        )
+        weight_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device="cpu").index_add_(
+            0, rows.sample_block, rows.weight**2
+        )
+        block_task = torch.tensor([task_index(task) for task in rows.block_tasks], device="cpu")
         return PairSums(gram, self_sq, weight, weight_sq, block_task, rows.block_keys)
 
 

@@ -136,9 +136,9 @@ def make_rows(
                 f"sample_ids: sample {sample!r} has rows of two tasks, {tasks[at]!r} and {task!r}; a sample belongs "
                 f"to one task"
             )
-    row_sample = torch.tensor([index[sample] for sample in rows])
+    row_sample = torch.tensor([index[sample] for sample in rows], device="cpu")
     present = torch.bincount(row_sample, minlength=len(index))
-    first_row = torch.tensor([rows.index(sample) for sample in index])
+    first_row = torch.tensor([rows.index(sample) for sample in index], device="cpu")
     whole = present[row_sample].to(torch.float64)
     if rows_per_sample is not None:
         whole = _per_row(rows_per_sample, batch, "rows_per_sample")
@@ -159,7 +159,7 @@ def make_rows(
         samples=list(index),
         tasks=tasks,
         row_sample=row_sample,
-        sample_block=torch.tensor(block),
+        sample_block=torch.tensor(block, device="cpu"),
         block_keys=keys,
         block_tasks=block_tasks,
         scale=scale,

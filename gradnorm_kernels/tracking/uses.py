@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..backends.layout import to_device
 from ..ops import fused_grad_norm
 from .layers import Layer
-from .owners import by_owner, resident, to_device
+from .owners import by_owner, resident
 from .rows import Rows
 from .vocabulary import Sums, Tokens, vocabulary_sums
 
@@ -57,7 +58,7 @@ def make_use(layer: Layer, x: Tensor, dy: Tensor, rows: Rows) -> Use:
                 f"rows_per_sample differs between rows of "
                 "one sample: a shared prefix needs one factor a sample"
             )
-        row_sample, scale = torch.arange(count), rows.sample_scale
+        row_sample, scale = torch.arange(count, device="cpu"), rows.sample_scale
     else:
         raise ValueError(
             f"layer {layer.name!r} got an input of shape {tuple(x.shape)}: its leading size must be the {rows.batch} "
@@ -80,7 +81,7 @@ def _tokens(use: Use) -> Tokens:
         if padding is not None:
             x = torch.where(x == padding, -1, x)
     if resident(dy):
-        lengths = torch.full((rows,), dy.shape[1])
+        lengths = torch.full((rows,), dy.shape[1], device="cpu")
         return Tokens(x.flatten(0, 1), dy.flatten(0, 1), lengths, use.row_sample, use.scale, embedding)
     keep = (dy != 0).any(-1)
     if embedding:
@@ -115,7 +116,7 @@ def _block_factors(parts: Sequence[Tokens], rows: Rows) -> Tensor | None:
     """
     scale = torch.cat([part.scale for part in parts])
     block = rows.sample_block[torch.cat([part.row_sample for part in parts])]
-    factors = torch.zeros(rows.num_blocks, dtype=torch.float64)
+    factors = torch.zeros(rows.num_blocks, dtype=torch.float64, device="cpu")
     factors[block] = scale
     return factors if bool((factors[block] == scale).all()) else None
 

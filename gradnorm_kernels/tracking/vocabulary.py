@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.layout import to_device
 from ..backends.segments import Segments
-from .owners import by_owner, resident, to_device
+from .owners import by_owner, resident
 from .rows import Rows
 
 VOCABULARY_CHUNK = 2048  # rows of an embedding matrix handled at once: bounds the one-hot factor at T x 2048
@@ -60,7 +61,7 @@ def _paired(parts: Sequence[Tokens], rows: Rows, linear: LinearSums) -> Sums:
     embeddings, heads = ([part for part in parts if part.embedding == kind] for kind in (True, False))
     by_block, alone = rows.sample_block, rows.num_samples == rows.num_blocks
     gram = _embedding_gram(embeddings, by_block, rows.num_blocks)
-    samples = torch.arange(rows.num_samples)
+    samples = torch.arange(rows.num_samples, device="cpu")
     if heads:
         cross = _cross_gram(heads, embeddings, by_block, rows.num_blocks)
         gram = gram + cross + cross.T

@@ -1,0 +1,136 @@
+"""The tracker on CUDA tensors: what its hooks do on autograd's thread for a device, run by ``test_fake_cuda.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradnorm_kernels as gk
+from gradnorm_kernels.tracking import recorder, vocabulary
+from tests import brute_force
+from tests.fake_cuda.device import FakeCuda
+from tests.fake_cuda.launches import other_defaults
+
+TASKS = ["a", "b", "a", "b", "a", "a", "b"]
+SAMPLES = ["a0", "b0", "a0", "b1", "a1", "a2", "b2"]
+
+
+def put(fake: FakeCuda, model: nn.Module, device: str = "cuda:0") -> nn.Module:
+    """The model on the device, with what is shared still shared."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                own = moved.setdefault(id(parameter), nn.Parameter(fake.put(parameter, device)))
+                module._parameters[name] = own
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake.put(buffer, device)
+    return model
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = brute_force.small_model(name, dtype)
+    model.config._attn_implementation = "eager"
+    return model
+
+
+def measured(
+    model: nn.Module,
+    ids: Any,
+    mask: Any,
+    watched: Callable[[], Any],
+    row_scale: Any = None,
+    given: Any = None,
+    **options: Any,
+) -> gk.StepStats:
+    """One step of two micro-batches; only inside ``watched`` nothing may wait."""
+    tracker = gk.GradNormTracker(model, **options)
+    for part in range(2):
+        loss_ids = ids.roll(part, 1)
+        names = [f"{sample}.{part}" for sample in SAMPLES]
+        with tracker.microbatch(TASKS, names, given, row_scale=row_scale):
+            loss = brute_force.row_losses(model, loss_ids, mask).mean()
+            with watched():
+                loss.backward()
+    stats = tracker.step()
+    tracker.close()
+    return stats
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "last attention": ("llama", {"layers": "last_attention"}),
+    "last attention, fused": ("llama", {"layers": "last_attention", "fused": True}),
+    "all": ("llama", {"layers": "all"}),
+    "all, fused, tied": ("llama_tied", {"layers": "all", "fused": True}),
+    "all, exact": ("llama_tied", {"layers": "all", "accumulate": "exact"}),
+    "all, fused, exact": ("gpt2", {"layers": "all", "fused": True, "accumulate": "exact"}),
+}
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
+    """The threads and devices of hooks, and whether an embedding's tokens were paired."""
+    seen: dict[str, set[Any]] = {"threads": set(), "devices": set(), "paired": set()}
+    make, run = recorder.make_use, vocabulary._paired
+
+    def made(*args: Any) -> Any:
+        seen["threads"].add(threading.get_ident())
+        seen["devices"].add(torch.cuda.current_device())
+        return make(*args)
+
+    monkeypatch.setattr(recorder, "make_use", made)
+    monkeypatch.setattr(vocabulary, "_paired", lambda *args: seen["paired"].add(True) or run(*args))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.bfloat16, "cuda:0"), (torch.float32, "cuda:1")], ids=["bf16", "fp32 on cuda:1"]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_waits(fake: FakeCuda, hooks: dict[str, set[Any]], name: str, dtype: torch.dtype, device: str) -> None:
+    """By samples and folds, with and without a mask, under one factor and under a factor for each row."""
+    fake.silent = True
+    architecture, options = CASES[name]
+    ids, mask = brute_force.batch(len(TASKS), 9, "right")
+    ids, mask = fake.put(ids, device), fake.put(mask, device)
+    model = put(fake, model_of(architecture, dtype), device)
+    for given, scale in ((mask, None), (None, torch.arange(1.0, 8.0))):
+        fake.waits.clear()
+        measured(model, ids, mask, lambda: fake.forbidding(waits=True, any_order=True), scale, given, **options)
+    # Autograd has a thread for each device; none of the hooks ran on this one.
+    assert len(hooks["threads"]) == 1 and threading.get_ident() not in hooks["threads"]
+    assert hooks["devices"] == {int(device[-1])} and torch.cuda.current_device() == 0
+    assert bool(hooks["paired"]) == (options["layers"] == "all")
+    assert {kernel[1:] for kernel in fake.launches} == {(int(device[-1]), int(device[-1]) + 1 << 16)}
+
+
+@pytest.mark.parametrize("name", ["all, fused, tied"])
+def test_the_numbers(fake: FakeCuda, name: str) -> None:
+    """Those of a CPU."""
+    architecture, options = CASES[name]
+    ids, mask = brute_force.batch(len(TASKS), 5, "right")
+    expected = measured(model_of(architecture), ids, mask, contextlib.nullcontext, given=mask, **options)
+    model, ids, mask = put(fake, model_of(architecture)), fake.put(ids), fake.put(mask)
+    found = measured(model, ids, mask, contextlib.nullcontext, given=mask, **options)
+    for task, value in expected.items():
+        assert found[task].mean_sq_norm == pytest.approx(value.mean_sq_norm, rel=1e-4)
+        assert found[task].sq_norm == pytest.approx(value.sq_norm, abs=1e-4 * value.mean_sq_norm)
+
+
+@pytest.mark.parametrize("name", ["last attention, fused", "all", "all, exact"])
+def test_whatever_the_defaults_are(fake: FakeCuda, name: str) -> None:
+    """The caller's default device and default dtype are not those of our tables."""
+    fake.silent = True
+    architecture, options = CASES[name]
+    ids, mask = brute_force.batch(len(TASKS), 9, "right")
+    model, ids, mask = put(fake, model_of(architecture)), fake.put(ids), fake.put(mask)
+    with other_defaults():
+        for row_scale in (None, torch.arange(1.0, 8.0, dtype=torch.float64, device="cpu")):
+            measured(model, ids, mask, lambda: fake.forbidding(waits=True, any_order=True), row_scale, mask, **options)
