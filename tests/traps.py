@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -126,17 +126,15 @@ def _plain(*args: Any, **ids: Any) -> Callable[[torch.dtype], Case]:
     return lambda dtype: packed(*args, dtype, **ids)
 
 
+_ODD_LENGTHS = [1, 0, 777, 13, 1000, 97, 0, 13]
+_ODD_IDS = {"sample_ids": [3, 1, 0, 5, 2, 3, 4, 7], "group_ids": [0, 1, 0, 2, 2, 4, 0, 1]}
 #: Lengths of 1, 0, 777 and 1000; a sample in two places; samples 4 and 6 and group 3 without tokens.
-ODD = Trap(
-    "odd lengths",
-    _plain(
-        [1, 0, 777, 13, 1000, 97, 0, 13],
-        67,
-        83,
-        sample_ids=[3, 1, 0, 5, 2, 3, 4, 7],
-        group_ids=[0, 1, 0, 2, 2, 4, 0, 1],
-    ),
-)
+ODD = Trap("odd lengths", _plain(_ODD_LENGTHS, 67, 83, **_ODD_IDS))
+#: The same with rows that tensor maps and wide loads take as they are; those of the first are copied or read singly. To
+#: the interpreter the two are one.
+ALIGNED = Trap("aligned rows", _plain(_ODD_LENGTHS, 80, 144, **_ODD_IDS))
+#: The same with more tiles than a GPU has multiprocessors, so that tokens are not split. For a GPU alone.
+LARGE = Trap("large", _plain(_ODD_LENGTHS, 1664, 1536, **_ODD_IDS))
 
 LENGTHS = {
     "one token": [1],
@@ -194,24 +192,53 @@ def _narrow(case: Case) -> Case:
     return replace(case, cu_seqlens=case.cu_seqlens.int(), sample_ids=case.sample_ids.int())
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float, scale: Tensor | float | None = None) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, tolerance: float, scale: Tensor | float | None = None, what: str = "result"
+) -> None:
     """Within ``tolerance`` of ``scale``; finite where, and only where, expected.
 
-    ``scale`` is of one element or of the expected shape; without it, the largest finite expected value.
+    ``scale`` is of one element or of the expected shape; without it, the largest finite expected value. The message
+    says what was found and expected at the worst place: on a GPU it may be all there is to go by.
     """
-    assert actual.shape == expected.shape
-    finite = expected.isfinite()
-    assert torch.equal(actual.isfinite().cpu(), finite)
+    shape = tuple(expected.shape)
+    assert actual.shape == expected.shape, f"{what}: has shape {tuple(actual.shape)}, not {shape}"
+    actual, finite = actual.cpu().double(), expected.isfinite()
+    wrong = actual.isfinite() != finite
+    assert not wrong.any(), f"{what}: not finite where it should be, or the other way: {_at(wrong, actual, expected)}"
     if finite.any():
-        bound = torch.as_tensor(expected[finite].abs().max() if scale is None else scale).expand_as(expected)[finite]
-        error = (actual.cpu().double() - expected)[finite].abs()
-        assert (error <= tolerance * bound).all(), f"{(error / bound).max():.2e}"
+        largest = expected[finite].abs().max() if scale is None else scale
+        bound = torch.as_tensor(largest).expand_as(expected).where(finite, 1.0)
+        error = (actual - expected).abs().where(finite, 0.0)
+        bad = ~(error <= tolerance * bound)
+        worst = (error / bound).nan_to_num(nan=torch.inf).where(bad, -1.0)
+        assert not bad.any(), (
+            f"{what}: off by {worst.max():.2e} of its scale, {tolerance:.1e} allowed: "
+            f"{_at(worst == worst.max(), actual, expected)}; {int(bad.sum())} of {bad.numel()} elements are off, "
+            f"shape {shape}"
+        )
 
 
-def _same_bits(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return torch.equal(first.nan_to_num(nan=-7.0), second.nan_to_num(nan=-7.0))
+def _at(places: Tensor, found: Tensor, expected: Tensor) -> str:
+    """The first of the places, with what was found and expected there."""
+    place = tuple(places.nonzero()[0].tolist())
+    return f"found {found[place]:.8g}, expected {expected[place]:.8g} at {place}"
+
+
+def assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | None], names: Sequence[str]) -> None:
+    """Equal to the last bit, NaN where NaN is; the message says which results differ, where and by how much."""
+    wrong = []
+    for name, a, b in zip(names, first, second, strict=True):
+        if a is None or b is None:
+            assert a is b, f"{name}: there only once"
+            continue
+        differ = (a != b) & ~(a.isnan() & b.isnan())
+        if differ.any():
+            place = tuple(differ.nonzero()[0].tolist())
+            wrong.append(
+                f"{name}: {int(differ.sum())} of {differ.numel()} elements, first {a[place]:.9g} and then "
+                f"{b[place]:.9g} at {place}"
+            )
+    assert not wrong, "other bits later: " + "; ".join(wrong)
 
 
 def _clean(tensor: Tensor) -> Tensor:
@@ -247,40 +274,53 @@ def _norms(case: Case) -> float:
     return tolerances.norms(case.x.dtype, case.x.device, max(tokens, case.x.shape[-1], case.dy.shape[-1]))
 
 
-def check(case: Case, backend: str, algorithm: str, runs: int = 2, **wanted: bool) -> ops.FusedGradNorm:
+Truth = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def truth(case: Case, **wanted: bool) -> Truth:
+    """The reference's results for a case, on the CPU."""
+    cpu = case.to("cpu")
+    ids = {"sample_ids": cpu.sample_ids, "group_ids": cpu.group_ids, **case.kwargs, **wanted}
+    return reference.fused_grad_norm(cpu.x, cpu.dy, cpu.cu_seqlens, **ids)
+
+
+def check(
+    case: Case, backend: str, algorithm: str, runs: int = 2, expected: Truth | None = None, **wanted: bool
+) -> ops.FusedGradNorm:
     """Hold every result of ``fused_grad_norm`` to the reference, and more runs to the first one's bits; return it.
 
-    ``wanted``: ``weight_grad`` and ``group_gram``.
+    ``wanted``: ``weight_grad`` and ``group_gram``. ``expected``: the case's ``truth``, where that is known already.
     """
     call = (case.x, case.dy, case.cu_seqlens)
     ids = {"sample_ids": case.sample_ids, "group_ids": case.group_ids, **case.kwargs, **wanted}
     with poisoned_memory():
         first, *more = (ops.fused_grad_norm(*call, **ids, algorithm=algorithm, backend=backend) for _ in range(runs))
-    assert all(_same_bits(a, b) for other in more for a, b in zip(first, other, strict=True)), "other bits later"
+    for other in more:
+        assert_same_bits(first, other, first._fields)
     _own_memory(first)
     cpu = case.to("cpu")
-    ids |= {"sample_ids": cpu.sample_ids, "group_ids": cpu.group_ids}
-    sample_sq, group_sq, weight_grad, group_gram = reference.fused_grad_norm(cpu.x, cpu.dy, cpu.cu_seqlens, **ids)
+    sample_sq, group_sq, weight_grad, group_gram = truth(case, **wanted) if expected is None else expected
 
     norms = 0.5 if case.loses_digits and algorithm != "wgrad" else _norms(case)
     assert first.sample_sq_norms.dtype == first.group_sq_norms.dtype == torch.float64
-    assert_close(first.sample_sq_norms, sample_sq, norms)
+    assert_close(first.sample_sq_norms, sample_sq, norms, what="sample_sq_norms")
     finite = sample_sq.isfinite()
-    assert_close(first.sample_sq_norms.cpu()[finite], sample_sq[finite], norms, sample_sq[finite])  # each by itself
+    each = sample_sq[finite]
+    assert_close(first.sample_sq_norms.cpu()[finite], each, norms, each, "sample_sq_norms, each of its own")
     # A sum may cancel: it is held to the largest of what it is made of.
     groups = torch.zeros(len(sample_sq), dtype=torch.int64) if cpu.group_ids is None else cpu.group_ids.long()
     made_of = torch.zeros_like(group_sq).index_add_(0, groups, sample_sq.nan_to_num(0, 0, 0)).maximum(group_sq)
-    assert_close(first.group_sq_norms, group_sq, norms, made_of)
+    assert_close(first.group_sq_norms, group_sq, norms, made_of, "group_sq_norms")
     assert (first.weight_grad is None) == (weight_grad is None) and (first.group_gram is None) == (group_gram is None)
     if weight_grad is not None and first.weight_grad is not None:
         assert first.weight_grad.dtype == case.x.dtype
         terms = (_clean(cpu.dy).T @ _clean(cpu.x)).amax() if weight_grad.numel() else 0.0
         element = weight_grad.nan_to_num(0, 0, 0).abs().amax() if weight_grad.numel() else 0.0
         rounding = WEIGHT_GRAD[case.x.dtype]
-        assert_close(first.weight_grad, weight_grad, rounding, element + 1e-6 / rounding * terms)
+        assert_close(first.weight_grad, weight_grad, rounding, element + 1e-6 / rounding * terms, "weight_grad")
     if group_gram is not None and first.group_gram is not None:
         assert first.group_gram.dtype == torch.float64
-        assert_close(first.group_gram, group_gram, norms, made_of.sqrt().outer(made_of.sqrt()))
+        assert_close(first.group_gram, group_gram, norms, made_of.sqrt().outer(made_of.sqrt()), "group_gram")
     return first
 
 
@@ -294,13 +334,15 @@ def check_pairs(case: Case, backend: str, algorithm: str, runs: int = 2) -> None
     with poisoned_memory():
         grams = [ops.grad_gram(case.x, case.dy, algorithm=algorithm, **call) for _ in range(runs)]
         dots = [ops.grad_dot(case.x, case.dy, v.to(case.x.device), **call) for _ in range(runs)]
-    assert all(_same_bits(found[0], other) for found in (grams, dots) for other in found), "other bits later"
-    assert_close(grams[0], grams[0].T.cpu(), 1e-8 if case.x.dtype != torch.float64 else 1e-14)  # symmetric
+    for gram, dot in zip(grams[1:], dots[1:], strict=True):
+        assert_same_bits([grams[0], dots[0]], [gram, dot], ["grad_gram", "grad_dot"])
+    symmetric = 1e-8 if case.x.dtype != torch.float64 else 1e-14
+    assert_close(grams[0], grams[0].T.cpu(), symmetric, what="grad_gram against its transpose")
     assert grams[0].dtype == dots[0].dtype == torch.float64
 
-    truth = (cpu.x, cpu.dy), {"cu_seqlens": cpu.cu_seqlens, "sample_ids": cpu.sample_ids, **counts}
+    ids = {"cu_seqlens": cpu.cu_seqlens, "sample_ids": cpu.sample_ids, **counts}
     norms = 0.5 if case.loses_digits and algorithm != "wgrad" else _norms(case)
-    assert_close(grams[0], reference.grad_gram(*truth[0], **truth[1]), norms)
+    assert_close(grams[0], reference.grad_gram(cpu.x, cpu.dy, **ids), norms, what="grad_gram")
     # Products of random signs: a sum is held to the root of the sum of its terms' squares.
     terms = (_clean(cpu.x).norm(dim=1) * _clean(cpu.dy).norm(dim=1)).norm()
-    assert_close(dots[0], reference.grad_dot(*truth[0], v, **truth[1]), NORMS[case.x.dtype], terms)
+    assert_close(dots[0], reference.grad_dot(cpu.x, cpu.dy, v, **ids), NORMS[case.x.dtype], terms, "grad_dot")

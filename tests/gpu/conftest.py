@@ -6,8 +6,11 @@ graphs; what needs these is skipped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradnorm_kernels import backends
 
@@ -38,6 +41,13 @@ def dtype(request: pytest.FixtureRequest, backend: str, device: torch.device) ->
     if reason is not None:
         pytest.skip(f"backend {backend!r}: {reason}")
     return dtype
+
+
+@pytest.fixture
+def repeatable_attention() -> Iterator[None]:
+    """Attention whose backward adds in a fixed order: that of the fused kernels adds by atomics."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradnorm_kernels import ops
 from tests import tolerances, traps
-from tests.traps import ALGORITHMS, ODD, Case
+from tests.traps import ALGORITHMS, ALIGNED, LARGE, ODD, Case, Trap, assert_same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -35,43 +35,49 @@ def call(case: Case, backend: str, algorithm: str = "auto") -> list[Tensor]:
     return [*(tensor for tensor in result if tensor is not None), gram, dots]
 
 
-def equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+NAMES = ("sample_sq_norms", "group_sq_norms", "weight_grad", "group_gram", "grad_gram", "grad_dot")
+
+
+@pytest.fixture(params=(ODD, ALIGNED, LARGE), ids=("odd", "aligned", "large"))
+def layout(request: pytest.FixtureRequest, device: torch.device) -> Trap:
+    """Which loads run, and whether tokens are split, depends on it."""
+    trap: Trap = request.param
+    if trap is not ODD and device.type == "cpu":
+        pytest.skip("too large for the interpreter, or the same to it as what it runs")
+    return trap
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_same_bits_every_time(algorithm: str, backend: str, dtype: torch.dtype, device: torch.device) -> None:
-    case = ODD.build(dtype).to(device)
+def test_same_bits_every_time(
+    algorithm: str, layout: Trap, backend: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = layout.build(dtype).to(device)
     first = call(case, backend, algorithm)
     for _ in range(30 if device.type == "cuda" else 1):
-        assert equal(first, call(case, backend, algorithm))
+        assert_same_bits(first, call(case, backend, algorithm), NAMES)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_nothing_is_read_back(algorithm: str, backend: str, device: torch.device, gpu_only: None) -> None:
+def test_nothing_is_read_back(algorithm: str, layout: Trap, backend: str, device: torch.device, gpu_only: None) -> None:
     """Offsets and ids on the device, sizes given: no operation may wait for the device."""
-    case = ODD.build(torch.float16).to(device)
+    case = layout.build(torch.float16).to(device)
     expected = call(case, backend, algorithm)  # compiles first
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = call(case, backend, algorithm)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    assert equal(expected, found)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
         with pytest.raises(RuntimeError, match="synchroni"):
             found[0].sum().item()  # the mode does find them
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    assert_same_bits(expected, found, NAMES)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_in_a_graph(algorithm: str, backend: str, device: torch.device, gpu_only: None) -> None:
+def test_in_a_graph(algorithm: str, layout: Trap, backend: str, device: torch.device, gpu_only: None) -> None:
     """Captured once, replayed over other inputs of the same sizes."""
-    case, other = ODD.build(torch.float16).to(device), ODD.build(torch.float16).to(device)
+    case, other = layout.build(torch.float16).to(device), layout.build(torch.float16).to(device)
     other.x.mul_(0.5)
     other.dy.add_(0.25)
     other.cu_seqlens.copy_(torch.tensor([0, 9, 9, 500, 501, 1400, 1800, 1801, 1901], device=device))
@@ -91,12 +97,12 @@ def test_in_a_graph(algorithm: str, backend: str, device: torch.device, gpu_only
     for _ in range(2):
         graph.replay()
         torch.cuda.synchronize()
-        assert equal(expected, found)
+        assert_same_bits(expected, found, NAMES)
 
 
-def test_on_another_stream(backend: str, device: torch.device, gpu_only: None) -> None:
+def test_on_another_stream(layout: Trap, backend: str, device: torch.device, gpu_only: None) -> None:
     """The launch goes to the current stream: inputs that a slow kernel on it writes are awaited."""
-    case = ODD.build(torch.float16).to(device)
+    case = layout.build(torch.float16).to(device)
     expected = call(case, backend)
     late_x, late_dy = torch.full_like(case.x, float("nan")), torch.full_like(case.dy, float("nan"))
     stream = torch.cuda.Stream()
@@ -108,7 +114,7 @@ def test_on_another_stream(backend: str, device: torch.device, gpu_only: None) -
         late = Case(late_x, late_dy, case.cu_seqlens, case.sample_ids, case.group_ids)
         found = call(late, backend)
     stream.synchronize()
-    assert equal(expected, found)
+    assert_same_bits(expected, found, NAMES)
 
 
 def test_under_compile(backend: str, device: torch.device, gpu_only: None) -> None:
@@ -118,7 +124,7 @@ def test_under_compile(backend: str, device: torch.device, gpu_only: None) -> No
     found = torch.compile(lambda x, dy: call(Case(x, dy, case.cu_seqlens, case.sample_ids, case.group_ids), backend))(
         case.x, case.dy
     )
-    assert equal(expected, found)
+    assert_same_bits(expected, found, NAMES)
 
 
 def _norms_in_pieces(x: Tensor, dy: Tensor, lengths: list[int]) -> Tensor:
@@ -151,7 +157,10 @@ def test_more_than_two_billion_elements(
     chains = [max(length, *widths) for length in lengths]
     allowed = expected.new_tensor([tolerances.norms(x.dtype, device, chain) for chain in chains])
     error = (found.sample_sq_norms - expected).abs()
-    assert (error <= allowed * expected).all(), f"{error / expected} of {allowed}"
+    assert (error <= allowed * expected).all(), (
+        f"sample_sq_norms: off by {(error / expected).tolist()}, allowed {allowed.tolist()}: found "
+        f"{found.sample_sq_norms.tolist()}, expected {expected.tolist()}"
+    )
     dots = ops.grad_dot(x, dy, torch.ones(widths[1], widths[0], device=device), offsets, backend=backend)
     sums = torch.stack(
         [
@@ -160,7 +169,7 @@ def test_more_than_two_billion_elements(
         ]
     )
     terms = float(x.shape[1] * dy.shape[1] * tokens) ** 0.5
-    assert (dots - sums).abs().max() < 1e-4 * terms
+    assert (dots - sums).abs().max() < 1e-4 * terms, f"grad_dot: found {dots.tolist()}, expected {sums.tolist()}"
 
 
 def test_a_weight_of_more_than_two_billion_elements(backend: str, device: torch.device, gpu_only: None) -> None:
@@ -176,7 +185,8 @@ def test_a_weight_of_more_than_two_billion_elements(backend: str, device: torch.
     torch.testing.assert_close(found.sample_sq_norms, expected, rtol=tolerances.NORMS[x.dtype], atol=0)
     assert found.weight_grad is not None
     corner = dys[:, -64:].T @ xs[:, -64:]
-    assert (found.weight_grad[-64:, -64:].double() - corner).abs().max() < 4e-3 * corner.abs().max()
+    error = (found.weight_grad[-64:, -64:].double() - corner).abs().max() / corner.abs().max()
+    assert error < tolerances.WEIGHT_GRAD[x.dtype], f"weight_grad: its last corner is off by {float(error):.2e}"
 
 
 def _peak(run: Callable[[], object]) -> int:
@@ -193,8 +203,13 @@ def test_memory_besides_dw(backend: str, device: torch.device, gpu_only: None) -
     """A layer of a 7B model, 64k tokens, 64 samples: what a call takes besides its results."""
     x, dy = (torch.randn(65536, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
     offsets = torch.arange(0, 65537, 1024, device=device)
-    peak = _peak(lambda: ops.fused_grad_norm(x, dy, offsets, weight_grad=True, algorithm="wgrad", backend=backend))
-    assert peak - 4096 * 4096 * 2 < 16 << 20
+
+    def run() -> object:
+        return ops.fused_grad_norm(x, dy, offsets, weight_grad=True, algorithm="wgrad", backend=backend)
+
+    run()  # what a library keeps for itself from its first call on is not this call's
+    besides = _peak(run) - 4096 * 4096 * 2
+    assert besides < 16 << 20, f"{besides / 2**20:.1f} MiB besides dW, 16 allowed"
 
 
 def test_streams_of_calls_do_not_share_memory(backend: str, device: torch.device) -> None:
@@ -205,4 +220,4 @@ def test_streams_of_calls_do_not_share_memory(backend: str, device: torch.device
     for c in cases:
         ops.fused_grad_norm(c.x, c.dy, c.cu_seqlens, weight_grad=True, backend=backend)
     for result, copies in zip(first, kept, strict=True):
-        assert equal([t for t in result if t is not None], copies)
+        assert_same_bits([t for t in result if t is not None], copies, NAMES[: len(copies)])

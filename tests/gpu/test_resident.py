@@ -7,6 +7,7 @@ import torch
 
 import gradnorm_kernels as gk
 from gradnorm_kernels.tracking import vocabulary
+from tests.traps import assert_same_bits
 
 pytestmark = pytest.mark.gpu
 brute_force = pytest.importorskip("tests.brute_force", reason="needs transformers", exc_type=ImportError)
@@ -15,6 +16,7 @@ TASKS = ["a", "b", "a", "b", "a", "a", "b", "a"]
 SAMPLES = ["a0", "b0", "a0", "b1", "a1", "a2", "b2", "a1"]
 
 
+@pytest.mark.usefixtures("repeatable_attention")
 @pytest.mark.parametrize("blocks", [512, 4])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
@@ -28,8 +30,10 @@ def test_all_layers(name: str, fused: bool, blocks: int, device: torch.device, m
     model = brute_force.small_model(name, dtype).to(device)
     ids, mask = (tensor.to(device) for tensor in brute_force.batch(len(TASKS), 24, "right"))
     tracker = gk.GradNormTracker(model, "all", fused=fused)
-    seen = []
+    names = [name for name, _ in model.named_parameters()]
+    gradients, seen = [], []
     for _ in range(3):
+        model.zero_grad()
         with tracker.microbatch(TASKS, SAMPLES, mask):
             loss = brute_force.row_losses(model, ids, mask).mean()
             # The first time kernels are compiled and loaded, which may wait.
@@ -41,6 +45,10 @@ def test_all_layers(name: str, fused: bool, blocks: int, device: torch.device, m
                 if on_gpu:
                     torch.cuda.set_sync_debug_mode("default")
         seen.append({task: (value.sq_norm, value.mean_sq_norm) for task, value in tracker.step().items()})
-    assert seen[1] == seen[0] and seen[2] == seen[0]
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    # First what the norms are of: where that is not the same, they cannot be.
+    for other in gradients[1:]:
+        assert_same_bits(gradients[0], other, names)
+    assert seen[1] == seen[0] and seen[2] == seen[0], f"other norms later: {seen}"
     if on_gpu:
         assert paired
