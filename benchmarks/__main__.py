@@ -1,4 +1,4 @@
-"""The benchmarks' command: ``python -m benchmarks ops | step | plot | cpu_ratio``, each with ``--help``.
+"""The benchmarks' command: ``python -m benchmarks ops | step | table | freeze | plot | cpu_ratio``, and ``--help``.
 
 Status 0: what was asked for was done, and every number of ours was right; 1: it was not; 2: the arguments make no
 sense.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import cpu_ratio, ops, plots, step
+from benchmarks import cpu_ratio, freeze, ops, plots, step, table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
         return cpu_ratio.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in {"ops": ops, "step": step, "plot": plots}.items():
+    for name, module in {"ops": ops, "step": step, "table": table, "freeze": freeze, "plot": plots}.items():
         paragraphs = (module.__doc__ or "").split("\n\n")
         command = commands.add_parser(
             name,

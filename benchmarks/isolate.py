@@ -72,7 +72,7 @@ class Worker:
         """End the child, whatever it does."""
         if self._process is not None:
             self._process.kill()
-            self._process.join()
+            self._process.join(20)  # stuck in the driver it may never go
         if self._connection is not None:
             self._connection.close()
         self._process = self._connection = None

@@ -6,6 +6,8 @@ Runs in a child process (see ``isolate``); the batch, its truth and the yardstic
 from __future__ import annotations
 
 import gc
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +48,7 @@ class _Prepared:
 def op_jobs(device: str, seconds: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The function that measures: {"case": {...}, "provider": name} -> a row; {"ceilings": dtype} -> what they are."""
     where = torch.device(device)
+    warm_up(where)
     watch = stopwatch(where)
     kept: dict[Case, _Prepared] = {}
 
@@ -60,6 +63,18 @@ def op_jobs(device: str, seconds: float) -> Callable[[dict[str, Any]], dict[str,
         return measure(job["provider"], kept[case], watch, seconds)
 
     return work
+
+
+def warm_up(device: torch.device, seconds: float = 0.7) -> None:
+    """Keep a GPU at work until its clocks have risen: an idle one may be at a sixth of them."""
+    if device.type != "cuda":
+        return
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize(device)
 
 
 def _prepare(case: Case, device: torch.device) -> _Prepared:
@@ -96,6 +111,7 @@ def measure(name: str, prepared: _Prepared, watch: Stopwatch, seconds: float) ->
     batch, provider = prepared.batch, PROVIDERS[name]
     row: dict[str, Any] = {"provider": name, "does": provider.does, "ours": provider.ours, "samples": batch.samples}
     row["tokens"] = len(batch.x)
+    row["token_pairs"] = sum(length * length for length in batch.lengths)
     reason = provider.unable(batch)
     if reason is not None:
         return row | {"status": "unable", "reason": reason}
@@ -107,7 +123,10 @@ def measure(name: str, prepared: _Prepared, watch: Stopwatch, seconds: float) ->
         row["errors"] = gate(provider, batch, prepared.expected, run)
         once = _seconds_once(run, prepared.yardstick, watch)
         memory = _peak(run, batch, "dW" in provider.does)
+        watch.late(run)  # what was late while all was warmed up does not count
         mine, base = pairs(run, prepared.yardstick, repeats_for(once, seconds), watch)
+        late = watch.late(run)
+        row["host_seconds"] = _host_seconds(run, batch.x.device)
         # Again, after all those calls: a first call may be right and a later one not.
         gate(provider, batch, prepared.expected, run)
     except WrongResultError as error:
@@ -128,8 +147,23 @@ def measure(name: str, prepared: _Prepared, watch: Stopwatch, seconds: float) ->
         "gbps": moved / median / 1e9,
         "flop_per_byte": work / moved,
         "repeats": len(mine),
+        # The share of these calls that the GPU began before the host had launched all of it: then it waited for the
+        # host, and the time is the host's in part.
+        "late": late,
     }
     return row | memory
+
+
+def _host_seconds(run: Run, device: torch.device) -> float:
+    """What a call takes of the host's time, the GPU idle before: on a GPU the launches alone, if it does not wait."""
+    found = []
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
 
 
 def _seconds_once(run: Run, yardstick: Run, watch: Stopwatch) -> float:

@@ -2,6 +2,7 @@
 
     python -m benchmarks ops --quick                   # a few layers and lengths: minutes on a GPU
     python -m benchmarks ops --full                    # three models, 64 to 8192 tokens: reckoned 20 minutes on a GPU
+    python -m benchmarks ops --costs                   # what the cost model's constants are made from
     python -m benchmarks ops --dry-run                 # every step on tiny sizes, on a CPU
     python -m benchmarks ops --shapes llama-3.1-8b.q --lengths 512 --ragged 777 --providers triton cuda bmm
 
@@ -28,26 +29,45 @@ from benchmarks.isolate import LostError, Worker
 from benchmarks.machine import machine
 from benchmarks.op_jobs import DTYPES, Case, op_jobs
 from benchmarks.providers import PEERS, PROVIDERS, YARDSTICK
-from benchmarks.shapes import Layer, choose
+from benchmarks.shapes import LAYERS, Layer, choose
 
 
 @dataclass(frozen=True)
 class Preset:
+    """``more``: a layer, tokens a sample and tokens a batch, before all others and where no shapes are asked for."""
+
     shapes: tuple[str, ...]
     lengths: tuple[int, ...]
     ragged: tuple[int, ...]
     gram: tuple[int, ...]
     tokens: int
     seconds: float
+    more: tuple[tuple[Layer, int, int], ...] = ()
 
 
+# 144 tiles of 128 x 128: a few more than an H100 has multiprocessors.
+_SMALL = Layer("qwen2.5-1.5b.q", 1536, 1536)
+#: On a GPU what has a target of its own comes first: 4096 x 4096, both widths 576 to 1536, memory at 65536 tokens.
 PRESETS = {
     "quick": Preset(
-        ("smollm2-135m.q", "qwen2.5-3b.gate_up", "llama-3.1-8b.q", "llama-3.1-8b.kv"),
-        (256, 1024, 2048),
+        ("llama-3.1-8b.q", "smollm2-135m.q", "smollm2-135m.gate_up", "qwen2.5-3b.gate_up", "llama-3.1-8b.kv"),
+        (1024, 256, 2048),
         (1000,),
         (1000,),
         16384,
+        0.15,
+        (
+            (LAYERS["llama-3.1-8b.q"], 1024, 65536),
+            (LAYERS["llama-3.1-8b.gate_up"], 1024, 65536),
+            *((_SMALL, length, 16384) for length in (1024, 256, 2048)),
+        ),
+    ),
+    "costs": Preset(
+        ("smollm2-135m.q", "smollm2-135m.gate_up", "qwen2.5-3b.q", "llama-3.1-8b.q"),
+        (1024, 64, 256, 128, 512, 2048),
+        (400, 1000, 100),
+        (400,),
+        8192,
         0.15,
     ),
     "full": Preset(("all",), (64, 128, 256, 512, 1024, 2048, 4096, 8192), (250, 1000, 4000), (500, 2000), 16384, 0.2),
@@ -56,14 +76,19 @@ PRESETS = {
 #: What is measured where nothing else is asked for; the same table names on a machine without a backend say so.
 DEFAULT = (YARDSTICK, "auto", "torch", "triton_wgrad", "triton_gram", "triton_norms")
 DEFAULT += ("cuda_wgrad", "cuda_gram", "cuda_norms", *PEERS)
+#: Of those, what the targets are about: on every batch before the others have their turn.
+FIRST = (YARDSTICK, "auto", "triton_wgrad", "cuda_wgrad")
 ON_CPU = (YARDSTICK, "auto", "torch_wgrad", "torch_gram", "torch_norms", "cpu", "cpu_wgrad", "cpu_gram", "cpu_norms")
 ON_CPU += ("triton", "cuda", *PEERS)
+#: What each of the cost model's prices is taken from, on each backend of a device.
+COSTS = ("wgrad", "gram", "gram_norms")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="preset", action="store_const", const="quick", help="the default")
     size.add_argument("--full", dest="preset", action="store_const", const="full", help="all shapes and lengths")
+    size.add_argument("--costs", dest="preset", action="store_const", const="costs", help="for the cost model")
     size.add_argument("--dry-run", dest="preset", action="store_const", const="dry_run", help="tiny sizes on a CPU")
     parser.set_defaults(preset="quick")
     parser.add_argument(
@@ -129,10 +154,26 @@ def cases_of(options: argparse.Namespace, device: str) -> Iterator[tuple[Layer, 
     tokens = options.tokens or preset.tokens
     # A case whose samples are most of what training sees comes before the extremes: --minutes may cut the end off.
     kinds = [(n, False, False) for n in uniform] + [(n, True, False) for n in ragged] + [(n, True, True) for n in gram]
-    kinds.sort(key=lambda kind: abs(kind[0] - 1000))
+    if options.preset == "full":
+        kinds.sort(key=lambda kind: abs(kind[0] - 1000))
+    if device == "cuda" and not (options.shapes or options.lengths is not None or options.tokens):
+        for dtype, (layer, length, whole) in itertools.product(dtypes, preset.more):
+            yield layer, Case(layer.name, layer.d_in, layer.d_out, length, False, whole, dtype, options.groups)
     for dtype, (length, is_ragged, has_gram), layer in itertools.product(dtypes, kinds, layers):
         shape = (layer.name, layer.d_in, layer.d_out, length, is_ragged)
         yield layer, Case(*shape, tokens, dtype, options.groups, has_gram)
+
+
+def providers_of(options: argparse.Namespace, device: str) -> list[tuple[str, ...]]:
+    """The providers' names, in the rounds in which they are measured: a round is over before the next begins."""
+    if options.providers:
+        return [tuple(options.providers)]
+    if options.preset == "costs":
+        names = ("triton", "cuda") if device == "cuda" else ("torch", "cpu")
+        return [(YARDSTICK, *(f"{name}_{way}" for name in names for way in COSTS))]
+    if device != "cuda":
+        return [ON_CPU]
+    return [FIRST, tuple(name for name in DEFAULT if name not in FIRST)]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -148,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
     if smallest < 1:
         raise ValueError(f"--lengths, --ragged, --gram, --tokens and --groups must be at least 1, got {smallest}")
     cases = list(cases_of(options, device))
-    names = options.providers or list(DEFAULT if device == "cuda" else ON_CPU)
+    rounds = providers_of(options, device)
     where = machine(device, options.commit)
     out = out_of(options.out, "ops", where, dry_run)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "run"}
@@ -156,12 +197,19 @@ def run(options: argparse.Namespace) -> int:
     print(f"{where.get('gpu', {}).get('name') or where['cpu']}, torch {where['torch']}, triton {where['triton']}")
     if where["triton_interpreter"]:
         print("TRITON_INTERPRET=1: Triton runs in its interpreter, and its times mean nothing")
-    print(f"{len(cases)} batches, {len(names)} providers; results in {out}")
+    print(f"{len(cases)} batches, {sum(map(len, rounds))} providers; results in {out}")
     print(_HEAD)
 
     seconds = options.seconds or PRESETS[options.preset].seconds
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    jobs = [(layer, case, name) for layer, case in cases for name in names]
+    jobs = [
+        (layer, case, name)
+        for names in rounds
+        for layer, case in cases
+        for name in names
+        # Without dW and algorithm="gram" only the tracker's kind of call has a price of its own.
+        if options.preset != "costs" or case.gram or not name.endswith("gram_norms")
+    ]
     done, written = 0, 0.0
     with Worker(op_jobs, (device, seconds), options.patience) as worker:
         dtypes = list(dict.fromkeys(case.dtype for _, case in cases))

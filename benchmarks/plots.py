@@ -4,22 +4,27 @@
     python -m benchmarks plot step.json --providers linears linears_fused
 
 A file of ``ops`` gives, for each model, dtype and kind of batch, the time over that of dW alone against the tokens a
-sample, with quartiles, one panel a layer, and beside it the rate against the device's measured ceilings. A file of
-``step`` gives time and peak memory of each variant over the plain step's, a file of ``cpu_ratio`` the ratios by width.
+sample, with quartiles, one panel a layer: once with everybody, once with ours alone from near. Then the rate against
+the device's measured ceilings. A file of ``step`` gives time and peak memory of each variant over the plain step's, a
+file of ``cpu_ratio`` the ratios by width. What was wrong or failed leaves a gap in its line, and is named below.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from benchmarks.providers import YARDSTICK
+from benchmarks.targets import BY_LENGTH, SMALL, SMALL_LENGTH, WAYS, is_small
 
-#: Of dW alone, by tokens a sample: what segmented wgrad with dW aims at on a GPU.
-AIM = {256: 1.10, 1024: 1.05, 2048: 1.00}
+#: Where the pictures of ours alone are cut: what lies above is in the others.
+_NEAR = 1.5
 Row = dict[str, Any]
 
 
@@ -47,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
     draw: dict[str, Callable[..., list[Path]]] = {"ops": _draw_ops, "step": _draw_step, "cpu_ratio": _draw_cpu_ratio}
     for path in options.files:
         record = records.read(path)
-        rows = [row for row in record["rows"] if row.get("status", "ok") == "ok" and _asked_for(row, options.providers)]
+        record["rows"] = [row for row in record["rows"] if _asked_for(row, options.providers)]
+        rows = [row for row in record["rows"] if row.get("status", "ok") == "ok"]
         written = draw[record["benchmark"]](record, rows, options.out / path.stem, options.format) if rows else []
         for picture in written:
             print(picture)
@@ -103,17 +109,20 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _lines(axis: Any, rows: list[Row], styles: dict[str, dict[str, Any]], ratio: Callable[[Row], list[float]]) -> None:
-    """One line a provider over tokens a sample, bars from quartile to quartile."""
-    for name in _unique(row["provider"] for row in rows):
+    """One line a provider over tokens a sample, bars from quartile to quartile; a row without a speed is a gap."""
+    for name in _unique(row["provider"] for row in rows if _drawn(row)):
         own = sorted((row for row in rows if row["provider"] == name), key=lambda row: row["length"])
-        low, middle, high = zip(*(ratio(row) for row in own), strict=True)
+        low, middle, high = zip(*(ratio(row) if _drawn(row) else [math.nan] * 3 for row in own), strict=True)
         bars = [[m - v for m, v in zip(middle, low, strict=True)], [v - m for m, v in zip(middle, high, strict=True)]]
         axis.errorbar([row["length"] for row in own], middle, yerr=bars, linewidth=1.2, capsize=2, **styles[name])
+    if not any(map(_drawn, rows)):
+        axis.text(0.5, 0.5, "nothing here was right and measured", ha="center", transform=axis.transAxes, fontsize=8)
     axis.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     ticks = _unique(sorted(row["length"] for row in rows))
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_xlim(ticks[0] / 1.4, ticks[-1] * 1.4)
     axis.minorticks_off()
     low, high = axis.get_ylim()
     fine, coarse = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4), (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
@@ -123,43 +132,87 @@ def _lines(axis: Any, rows: list[Row], styles: dict[str, dict[str, Any]], ratio:
     axis.grid(alpha=0.3)
 
 
+def _drawn(row: Row) -> bool:
+    return bool(row.get("status", "ok") == "ok")
+
+
 def _draw_ops(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) -> list[Path]:
     styles = _styles(_unique(row["provider"] for row in rows))
     written = []
 
+    usual = Counter(row["tokens"] for row in record["rows"]).most_common(1)[0][0]
+
     def batches(row: Row) -> str:
-        return "gram" if row.get("gram") else "ragged" if row["ragged"] else "uniform"
+        # Batches of another size have pictures of their own; samples of one length may not quite fill the usual one.
+        size = f"-of-{row['tokens']}" if abs(row["tokens"] - usual) >= row["length"] else ""
+        return ("gram" if row.get("gram") else "ragged" if row["ragged"] else "uniform") + size
 
     for model, dtype, sort in _unique((row["model"], row["dtype"], batches(row)) for row in rows):
-        chosen = [row for row in rows if (row["model"], row["dtype"], batches(row)) == (model, dtype, sort)]
-        layers = _unique(row["layer"] for row in chosen)
-        figure, axes = _panels(len(layers))
-        for axis, layer in zip(axes, layers, strict=True):
-            own = [row for row in chosen if row["layer"] == layer]
-            _lines(axis, own, styles, lambda row: [row["ratio"][key] for key in ("q1", "median", "q3")])
-            if "gpu" in record["machine"]:
-                axis.step(
-                    list(AIM),
-                    list(AIM.values()),
-                    where="post",
-                    color="grey",
-                    linewidth=0.9,
-                    linestyle=":",
-                    label="aim of wgrad with dW",
+        chosen = [row for row in record["rows"] if (row["model"], row["dtype"], batches(row)) == (model, dtype, sort)]
+        near = [row for row in chosen if row.get("ours") or row["provider"] == YARDSTICK]
+        for suffix, own in (("", chosen), ("-ours", near)):
+            if any(map(_drawn, own)) and (own is chosen or 1 < len(near) < len(chosen)):
+                title = f"{model}, {dtype}, {sort} samples\n{_title(record)}"
+                figure = _ratio_panels(
+                    own, styles, title, "gpu" in record["machine"] and sort.startswith("uniform"), own is near
                 )
-            also = f" (= {', '.join(name.rsplit('.', 1)[-1] for name in own[0]['also'])})" if own[0]["also"] else ""
-            axis.set_title(f"{layer}{also}: {own[0]['d_in']} to {own[0]['d_out']}", fontsize=9)
-            axis.set_ylabel("time over dW alone")
-        handles, labels = _legend(axes)
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, fontsize=8)
-        figure.suptitle(f"{model}, {dtype}, {sort} samples\n{_title(record)}", fontsize=9)
-        figure.tight_layout()
-        written.append(_save(figure, stem, f"{model}-{dtype}-{sort}", kind))
+                written.append(_save(figure, stem, f"{model}-{dtype}-{sort}{suffix}", kind))
     for dtype in _unique(row["dtype"] for row in rows):
         if record.get("ceilings", {}).get(dtype):
             own = [row for row in rows if row["dtype"] == dtype]
-            written.append(_roofline(record, own, record["ceilings"][dtype], styles, stem, kind))
+            # Of a dozen providers at as many shapes nothing could be told apart.
+            few = [row for row in own if row["provider"] in (YARDSTICK, *WAYS)]
+            written.append(_roofline(record, few or own, record["ceilings"][dtype], styles, stem, kind))
     return written
+
+
+def _ratio_panels(rows: list[Row], styles: dict[str, dict[str, Any]], title: str, aims: bool, near: bool) -> Any:
+    """A panel a layer, with what is aimed at; ``near``: on a linear axis around 1, for what costs little beyond dW."""
+    layers = _unique(row["layer"] for row in rows)
+    figure, axes = _panels(len(layers))
+    for axis, layer in zip(axes, layers, strict=True):
+        own = [row for row in rows if row["layer"] == layer]
+        _lines(axis, own, styles, lambda row: [row["ratio"][key] for key in ("q1", "median", "q3")])
+        axis.set_ylabel("time over dW alone")
+        if near:
+            _look_near(axis, own)
+        if aims:
+            _aims(axis, own)
+        also = f" (= {', '.join(name.rsplit('.', 1)[-1] for name in own[0]['also'])})" if own[0]["also"] else ""
+        axis.set_title(f"{layer}{also}: {own[0]['d_in']} to {own[0]['d_out']}", fontsize=9)
+    without = Counter((row["provider"], row["status"]) for row in rows if row.get("status") in ("wrong", "failed"))
+    said = ", ".join(f"{name} {status} in {count}" for (name, status), count in without.items())
+    note = textwrap.fill(f"without a speed: {said} of the batches", 140) if said else None
+    handles, labels = _legend(axes)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+    figure.legend(handles, labels, ncols=5, fontsize=8, title=note, title_fontsize=8, **place)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def _look_near(axis: Any, rows: list[Row]) -> None:
+    """The axis linear and cut where what is drawn would be too small to see."""
+    found = [row["ratio"][key] for row in rows if _drawn(row) for key in ("q1", "q3")]
+    low, high = min([*found, 0.95]), min(max([*found, 1.15]), _NEAR)
+    axis.set_yscale("linear")
+    axis.set_ylim(low - 0.02, high + 0.02)
+    axis.locator_params(axis="y", nbins=8)
+    axis.yaxis.set_major_formatter("{x:.2f}")
+    if max(found, default=0.0) > _NEAR:
+        axis.set_ylabel(f"time over dW alone, cut at {_NEAR:g}")
+
+
+def _aims(axis: Any, rows: list[Row]) -> None:
+    """What wgrad with dW aims at in this layer, if anything, at the lengths that the targets are about."""
+    d_in, d_out, longest = rows[0]["d_in"], rows[0]["d_out"], max(row["length"] for row in rows)
+    limits = BY_LENGTH if d_in == d_out == 4096 else {SMALL_LENGTH: SMALL} if is_small(d_in, d_out) else {}
+    aims = {length: limit for length, limit in limits.items() if length <= longest}
+    if not aims:
+        return
+    aims[longest] = aims[max(aims)]
+    style = {"color": "black", "linewidth": 1.0, "linestyle": ":"}
+    axis.step(list(aims), list(aims.values()), where="post", label="aim of wgrad with dW", **style)
 
 
 def _legend(axes: list[Any]) -> tuple[list[Any], list[str]]:
@@ -195,23 +248,30 @@ def _roofline(
 
 def _draw_step(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) -> list[Path]:
     measured = [row for row in rows if row["variant"] != "nothing"] or rows
+    ours = [row for row in measured if row.get("ours")]
     has_memory = all(row["peak_bytes"] is not None for row in measured)
-    figure, axes = _panels(2 if has_memory else 1, 6, 0.5 * len(measured) + 1.5)
-    names = [row["variant"] for row in measured]
-    middle = [row["ratio"]["median"] for row in measured]
-    low = [m - row["ratio"]["q1"] for m, row in zip(middle, measured, strict=True)]
-    high = [row["ratio"]["q3"] - m for m, row in zip(middle, measured, strict=True)]
-    bars = axes[0].barh(names, middle, xerr=[low, high], capsize=2, color="tab:blue")
-    axes[0].bar_label(bars, [f"{m:.3f}" for m in middle], padding=12, fontsize=8)
+    figure, axes = _panels((2 if has_memory else 1) + bool(ours), 5.2, 0.5 * len(measured) + 1.5)
+    _bars(axes[0], measured, lambda ratio: ratio, "{:.3f}")
     axes[0].axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes[0].set_xlabel("time over the plain step's")
-    axes[0].margins(x=0.2)
     if has_memory:
         more = [(row["peak_bytes"] - row["baseline_peak_bytes"]) / 2**30 for row in measured]
-        bars = axes[1].barh(names, more, color="tab:orange")
+        bars = axes[1].barh([row["variant"] for row in measured], more, color="tab:orange")
         axes[1].bar_label(bars, [f"{m:.2f}" for m in more], padding=4, fontsize=8)
         axes[1].set_xlabel("peak memory beyond the plain step's, GiB")
         axes[1].margins(x=0.2)
+    if ours:
+        # A bar that begins at 0 does not show what a few percent are made of.
+        _bars(axes[-1], ours, lambda ratio: 100 * (ratio - 1), "{:+.2f}%")
+        axes[-1].axvline(0.0, color="black", linewidth=0.8, linestyle="--")
+        for place, row in enumerate(ours):
+            if "target" in row:
+                limit = 100 * (row["target"] - 1)
+                axes[-1].plot([limit, limit], [place - 0.4, place + 0.4], color="tab:red", linewidth=1.5)
+        noise = [row["ratio"] for row in rows if row["variant"] == "nothing"]
+        if noise:
+            axes[-1].axvspan(100 * (noise[0]["q1"] - 1), 100 * (noise[0]["q3"] - 1), color="grey", alpha=0.3)
+        axes[-1].set_xlabel("more time than the plain step, %; red: target, grey: noise", fontsize=9)
     for axis in axes:
         axis.invert_yaxis()
     settings = record["settings"]
@@ -219,6 +279,15 @@ def _draw_step(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) -
     figure.suptitle(f"{what} x {settings['length']} tokens, {settings['optimizer']}\n{_title(record)}", fontsize=9)
     figure.tight_layout()
     return [_save(figure, stem, "", kind)]
+
+
+def _bars(axis: Any, rows: list[Row], of: Callable[[float], float], text: str) -> None:
+    """A bar a row of the ratio's median, with its quartiles."""
+    low, middle, high = ([of(row["ratio"][key]) for row in rows] for key in ("q1", "median", "q3"))
+    errors = [[m - v for m, v in zip(middle, low, strict=True)], [v - m for m, v in zip(middle, high, strict=True)]]
+    bars = axis.barh([row["variant"] for row in rows], middle, xerr=errors, capsize=2, color="tab:blue")
+    axis.bar_label(bars, [text.format(m) for m in middle], padding=12, fontsize=8)
+    axis.margins(x=0.35)
 
 
 def _draw_cpu_ratio(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 A provider takes a batch and returns a function of no arguments; that function does the work and returns what it found.
 ``weight_grad`` alone does no norms: it is the yardstick. Ours are named by backend, algorithm and "norms" (without dW),
-what is "auto" left out: ``auto``, ``wgrad``, ``triton``, ``triton_gram``, ``cuda_norms``.
+what is "auto" left out: ``auto``, ``wgrad``, ``triton``, ``triton_gram``, ``cuda_norms``, ``cuda_gram_norms``.
 
 The peers are written as somebody who needs the right numbers would write them: norms of half-precision gradients are
 taken in float32, two-Gram products are kept in float32 where the library can, and ragged batches are padded
@@ -214,7 +214,7 @@ def _all_ours() -> list[Provider]:
     found = []
     for backend in ("auto", *backends.NAMES):
         found += [_ours(backend, algorithm, True) for algorithm in ("auto", "wgrad", "gram")]
-        found.append(_ours(backend, "auto", False))
+        found += [_ours(backend, algorithm, False) for algorithm in ("auto", "wgrad", "gram")]
     return found
 
 

@@ -15,7 +15,7 @@ Record = dict[str, Any]
 _ROWS: dict[str, tuple[set[str], set[str]]] = {
     "ops": (
         {"layer", "d_in", "d_out", "length", "ragged", "tokens", "dtype", "provider", "status"},
-        {"errors", "seconds", "yardstick_seconds", "ratio", "tflops", "gbps"},
+        {"errors", "seconds", "yardstick_seconds", "ratio", "tflops", "gbps", "samples", "token_pairs"},
     ),
     "step": ({"variant", "status"}, {"seconds", "baseline_seconds", "ratio", "peak_bytes"}),
     "cpu_ratio": ({"d", "length", "ragged", "tokens", "provider"}, {"ratio", "lower_quartile", "upper_quartile"}),

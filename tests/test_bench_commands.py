@@ -46,6 +46,8 @@ def test_ops_measures_what_can_run_and_says_why_the_rest_cannot(ops_file):
             assert row["status"] == "unable" and len(row["reason"]) > 10
         if row["provider"] == "torch":
             assert row["ran"]["backend"] == "torch"
+        if row["status"] == "ok":
+            assert row["late"] == 0 and row["host_seconds"] > 0 and row["token_pairs"] >= row["tokens"]
     kinds = {(row["length"], row["ragged"], row["gram"]) for row in record["rows"]}
     assert kinds == {(1, False, False), (33, False, False), (13, True, False), (13, True, True)}
     grams = [row for row in record["rows"] if row["gram"] and row["provider"] == "torch"]
@@ -89,6 +91,9 @@ def test_plots_are_drawn_from_what_was_measured(ops_file, step_file, tmp_path, c
         "ops-tiny-fp32-uniform.png",
         "ops-tiny-fp32-ragged.png",
         "ops-tiny-fp32-gram.png",
+        "ops-tiny-fp32-uniform-ours.png",
+        "ops-tiny-fp32-ragged-ours.png",
+        "ops-tiny-fp32-gram-ours.png",
         "ops-roofline-fp32.png",
         "step.png",
     }
@@ -221,6 +226,19 @@ def test_presets():
     assert {case.dtype for _, case in full} == {"bf16"}
     assert {case.length for _, case in full if not case.ragged} == {64, 128, 256, 512, 1024, 2048, 4096, 8192}
     assert {layer.model for layer, _ in full} == {"smollm2-135m", "qwen2.5-3b", "llama-3.1-8b"}
+    # The batches of the targets come first, and every one of their providers before any other.
+    batches = [(case.d_in, case.d_out, case.length, case.tokens) for _, case in quick]
+    assert (4096, 4096, 1024, 65536) in batches[:5]
+    for length in (256, 1024, 2048):
+        for d_in, d_out in ((4096, 4096), (576, 576), (576, 1536), (1536, 1536)):
+            assert (d_in, d_out, length, 16384) in batches
+    first, then = ops.providers_of(parser.parse_args([]), "cuda")
+    assert set(first) == {YARDSTICK, "auto", "triton_wgrad", "cuda_wgrad"} and set(first) | set(then) == set(
+        ops.DEFAULT
+    )
+    assert ops.providers_of(parser.parse_args(["--providers", "bmm"]), "cuda") == [("bmm",)]
+    (costs,) = ops.providers_of(parser.parse_args(["--costs"]), "cuda")
+    assert costs[0] == YARDSTICK and {"triton_gram_norms", "cuda_wgrad"} <= set(costs) <= set(PROVIDERS)
     one = list(ops.cases_of(parser.parse_args(["--lengths", "5", "--ragged", "--gram"]), "cpu"))
     assert {(case.length, case.dtype) for _, case in one} == {(5, "fp32")}
 
