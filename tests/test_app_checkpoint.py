@@ -31,7 +31,7 @@ from gradnorm_grpo.tiny import tiny_model, tiny_tokenizer
 
 def _save(folder: Path, step: int, keep: int = 9) -> Path:
     tokenizer = tiny_tokenizer()
-    state = {"step": step, "random": random_state(), "tensor": torch.arange(5)}
+    state = {"step": step, "random": random_state(torch.device("cpu")), "tensor": torch.arange(5)}
     return save_checkpoint(folder, step, tiny_model(tokenizer, 32, 1, step), tokenizer, state, keep)
 
 
@@ -46,9 +46,9 @@ def test_round_trip_and_pruning(tmp_path: Path) -> None:
 
 
 def test_every_generator_goes_on_where_it_was() -> None:
-    state = random_state()
+    state = random_state(torch.device("cpu"))
     first = random.random(), float(numpy.random.rand()), float(numpy.random.randn()), torch.rand(3).tolist()
-    restore_random_state(state)
+    restore_random_state(state, torch.device("cpu"))
     assert (random.random(), float(numpy.random.rand()), float(numpy.random.randn()), torch.rand(3).tolist()) == first
 
 

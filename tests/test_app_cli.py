@@ -33,7 +33,8 @@ def _command(*arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # packages may have been put on it
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,7 +46,8 @@ def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def _lines(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["time"]
+        for seconds in ("time", "rollout_seconds", "update_seconds"):
+            line.pop(seconds, None)
     return lines
 
 

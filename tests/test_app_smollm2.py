@@ -26,18 +26,18 @@ def test_smollm2_loads_from_gguf_and_answers() -> None:
     assert "Paris" in completion_texts(tokenizer, rollouts)[0]
 
 
-def test_the_preset_s_tasks_are_of_four_domains_and_short() -> None:
+@pytest.mark.parametrize(("preset", "domains", "longest"), [("smollm2", 4, 64), ("smollm2_gpu", 8, 80)])
+def test_the_preset_s_tasks_are_of_several_domains_and_short(preset: str, domains: int, longest: int) -> None:
     from transformers import AutoTokenizer
 
-    settings, _ = parse_settings(["--preset", "smollm2"])
+    settings, _ = parse_settings(["--preset", preset, "--eval_prompts", "32"])
     tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
     file = smollm2_file()
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     prompter = Prompter(tokenizer, tasks, settings)
-    domains = {task.held_out[0].data["metadata"]["source_dataset"] for task in tasks}
-    assert len(domains) >= 4
+    assert len({task.held_out[0].data["metadata"]["source_dataset"] for task in tasks}) >= domains
     for task in tasks:
         for example in task.held_out:
-            assert len(prompter.ids(task.name, example)) <= 64
+            assert len(prompter.ids(task.name, example)) <= longest
             assert len(prompter.target_ids(example)) <= settings.max_completion_length
             assert task.score(example.answer, example) == 1.0

@@ -199,7 +199,8 @@ def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:
         *(sys.executable, str(ROOT / "python" / "train_grpo.py"), "study", "--config", str(tmp_path / "small.yaml")),
         *options,
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # packages may have been put on it
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     runs = tmp_path / "out" / "runs"
     deadline = time.monotonic() + 120

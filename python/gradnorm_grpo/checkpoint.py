@@ -1,4 +1,7 @@
-"""Checkpoints: everything a run needs to go on bit for bit, written beside its name and then renamed into place.
+"""Checkpoints: everything a run needs to go on, written beside its name and then renamed into place.
+
+On a CPU a resumed run repeats the uninterrupted one bit for bit. On a GPU it goes on from the same weights and random
+states, but some of torch's kernels add in an order that changes, so that the last digits differ from run to run.
 
 A checkpoint is a folder ``checkpoint-<step>`` that transformers can load as a model, with ``state.pt`` (optimizer,
 schedule, random states, sampler, tracker, data positions) and ``manifest.json`` (size and SHA-256 of every file) in it.
@@ -25,26 +28,26 @@ from .metrics import write_json
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every global generator, as plain numbers and tensors."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the global generators that a run on ``device`` draws from, as plain numbers and tensors."""
     kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)  # type: ignore[misc]
     return {
         "python": random.getstate(),
         "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(gauss)],  # type: ignore[union-attr]
         "torch": torch.random.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Put every global generator where :func:`random_state` found it."""
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put the generators where :func:`random_state` found them; a GPU's only if the run was on a GPU then, too."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
     torch.random.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -80,12 +81,31 @@ def versions() -> dict[str, str]:
 def machine(device: torch.device | None = None) -> dict[str, Any]:
     """What a run runs on; ``device``: the model's, by default what a run would take by itself."""
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
-    return {
+    found = {
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
     }
+    if cuda:
+        major, minor = torch.cuda.get_device_capability(device)
+        found |= {
+            "compute_capability": f"{major}.{minor}",
+            "device_memory_bytes": torch.cuda.get_device_properties(device).total_memory,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    return found
+
+
+def _driver() -> str | None:
+    """The version of the GPU's driver as nvidia-smi has it; None where that cannot be asked."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer[0] if answer else None
 
 
 def describe_run(command: str, settings: Settings, model: Any, tracked: list[str]) -> dict[str, Any]:
@@ -94,7 +114,7 @@ def describe_run(command: str, settings: Settings, model: Any, tracked: list[str
         "command": command,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "commit": commit(),
+        "commit": commit() or settings.commit or None,
         "machine": machine(model.device),
         "config": dataclasses.asdict(settings),
         "tasks": [task["name"] for task in settings.tasks],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from gradnorm_kernels.integrations.balancing import TaskBalancer
 
 from .errors import UserError
 from .metrics import Line
+from .models import mixed_precision
 from .objective import advantages, row_weights, token_losses
 from .rollout import Prompter, Rollouts, completion_logprobs, completion_texts, generate
 from .settings import Settings
@@ -98,8 +100,12 @@ class Grpo:
 
     def step(self) -> Line:
         """One batch of rollouts and its ``num_iterations`` updates; returns what happened."""
-        settings = self.settings
+        settings, started = self.settings, time.perf_counter()
+        device = next(iter(self.parameters)).device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         batch = self.rollout(self.draw(settings.prompts_per_step))
+        rolled_out = time.perf_counter()  # the completions have been read: no GPU is still at work on them
         line: Line = {"kind": "train", "step": self.step_number + 1}
         old: list[Tensor] = []
         for iteration in range(settings.num_iterations):
@@ -119,6 +125,9 @@ class Grpo:
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
+        line |= {"rollout_seconds": rolled_out - started, "update_seconds": time.perf_counter() - rolled_out}
+        if device.type == "cuda":
+            line["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         self.step_number += 1
         return line
 
@@ -202,9 +211,10 @@ class Grpo:
         """[n G, C] log-probabilities under ``model`` at the sampling temperature; ``watching``: the open trackers."""
         head = model.get_output_embeddings()
         watched = any(model.get_submodule(name) is head for tracker in watching for name in tracker.layers)
-        return completion_logprobs(
-            model, rollouts, self.settings.temperature, self.settings.shares_prompt, pad_logits=watched
-        )
+        with mixed_precision(self.settings, rollouts.prompt_ids.device):
+            return completion_logprobs(
+                model, rollouts, self.settings.temperature, self.settings.shares_prompt, pad_logits=watched
+            )
 
     def _reference_logprobs(self, rollouts: Rollouts) -> Tensor | None:
         if self.reference is None:

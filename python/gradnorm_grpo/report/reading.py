@@ -99,6 +99,10 @@ def read_run(run_dir: Path | str) -> Run:
     train = _train_lines(lines, notes)
     summary = _read_summary(path / "summary.json", notes)
     probe = any(line["kind"] == "probe" for _, line in train)
+    config = info.get("config")
+    limit, wanted = (config.get(key) if isinstance(config, dict) else None for key in ("max_minutes", "max_steps"))
+    if summary is not None and limit and train and isinstance(wanted, int) and train[-1][1]["step"] < wanted:
+        notes.append(f"max_minutes {limit} ended the run after {train[-1][1]['step']} of {wanted} steps.")
     if probe:
         notes.append("A probe: the model was measured, not trained, so rewards early and late differ by chance alone.")
 

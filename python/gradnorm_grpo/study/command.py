@@ -19,6 +19,7 @@ from gradnorm_kernels.__main__ import commit
 from ..errors import UserError
 from ..folder import machine, versions
 from ..metrics import write_json
+from ..models import device_of
 from ..parse import parse_study
 from ..settings import Settings
 from .jobs import Job, drop_checkpoints, run_all, run_job, write_config
@@ -26,7 +27,10 @@ from .measurements import Measurements, read_study
 from .spec import StudySpec
 
 #: Settings that do not change what a run measures: a study may go on with others.
-_FREE = ("output_dir", "cache_dir", "num_threads", "report_to", "save_steps", "save_total_limit", "seed", "device")
+_FREE = (
+    *("output_dir", "cache_dir", "num_threads", "report_to", "save_steps", "save_total_limit", "seed", "device"),
+    "commit",
+)
 
 
 def study(arguments: list[str], console: Console) -> int:
@@ -87,8 +91,8 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": now,
         "versions": versions(),
-        "commit": commit(),
-        "machine": machine(),
+        "commit": commit() or settings.commit or None,
+        "machine": machine(device_of(settings)),
         "config": {
             key: value for key, value in dataclasses.asdict(settings).items() if key not in ("seed", "output_dir")
         },
@@ -104,7 +108,9 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         return described
     old, new = before.get("config", {}), json.loads(json.dumps(described["config"]))
     changed = [
-        f"{key} {old.get(key)!r} -> {new[key]!r}" for key in new if key not in _FREE and old.get(key) != new[key]
+        f"{key} {old[key]!r} -> {new[key]!r}"
+        for key in new
+        if key not in _FREE and old.get(key, new[key]) != new[key]  # a setting that is newer than the study
     ]
     changed += [
         f"arm {arm} {before['arms'][arm]!r} -> {own!r}"

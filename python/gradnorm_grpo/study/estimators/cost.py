@@ -48,7 +48,7 @@ def cost(layers: Sequence[Layer], widths: Sequence[int], repeats: int) -> list[d
     for width in widths:
         products = sum(_sketch_products(layer, width) for layer in layers)
         runs.append(("sketch_gram", width, sketch(width), products, bytes_per_prompt(layers, width)))
-    seconds = _in_turn([run for _, _, run, _, _ in runs], repeats)
+    seconds = _in_turn([run for _, _, run, _, _ in runs], repeats, layers[0].x.device)
     base = float(np.median(seconds[0]))
     rows = []
     for (what, of_width, _, products, size), times in zip(runs, seconds, strict=True):
@@ -68,15 +68,15 @@ def cost(layers: Sequence[Layer], widths: Sequence[int], repeats: int) -> list[d
     return rows
 
 
-def _in_turn(runs: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
+def _in_turn(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[list[float]]:
     """Seconds of every run; the runs take turns, so that a slow moment of the machine hits all of them."""
     times: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
         for run, own in zip(runs, times, strict=True):
             started = time.perf_counter()
             run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if repeat:
                 own.append(time.perf_counter() - started)
     return times

@@ -30,7 +30,7 @@ from ...tasks import Example
 _FORMAT = 1
 # What the rollouts depend on, beside the model's weights.
 _SETTINGS = (
-    *("model", "dtype", "seed", "tasks", "prompt_template", "system_prompt", "few_shot", "eval_prompts"),
+    *("model", "dtype", "bf16", "seed", "tasks", "prompt_template", "system_prompt", "few_shot", "eval_prompts"),
     *("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "scale_rewards"),
 )
 
