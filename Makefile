@@ -78,7 +78,7 @@ test-versions: setup
 	  folder=$(OTHERS)-$$1; echo "test-versions: Triton $$1, NumPy $$2"; \
 	  test -d $$folder/triton || $(PIP) --no-deps --target $$folder triton==$$1 numpy==$$2 || exit 1; \
 	  TRITON_INTERPRET=1 PYTHONPATH=$$folder $(PYTEST) tests/interpreted $(ARGS) || exit 1; \
-	  PYTHONPATH=$$folder $(PYTEST) tests/compiled $(ARGS) || exit 1; \
+	  PYTHONPATH=$$folder $(PYTEST) --dist loadfile tests/compiled $(ARGS) || exit 1; \
 	done
 
 kernels-report: setup
