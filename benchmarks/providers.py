@@ -2,7 +2,8 @@
 
 A provider takes a batch and returns a function of no arguments; that function does the work and returns what it found.
 ``weight_grad`` alone does no norms: it is the yardstick. Ours are named by backend, algorithm and "norms" (without dW),
-what is "auto" left out: ``auto``, ``wgrad``, ``triton``, ``triton_gram``, ``cuda_norms``, ``cuda_gram_norms``.
+what is "auto" left out: ``auto``, ``wgrad``, ``triton``, ``triton_gram``, ``cuda_norms``, ``cuda_gram_norms``. Names in
+``TILES`` are ``cuda_wgrad`` with its tiles given, to find the ones to take.
 
 The peers are written as somebody who needs the right numbers would write them: norms of half-precision gradients are
 taken in float32, two-Gram products are kept in float32 where the library can, and ragged batches are padded
@@ -12,7 +13,7 @@ beforehand, outside the time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from torch import Tensor
 import gradnorm_kernels as gk
 from benchmarks.batches import Batch
 from gradnorm_kernels import backends, dispatch
+from gradnorm_kernels.backends.cuda import wgrad
+from gradnorm_kernels.backends.cuda.wgrad import Tiles
 
 
 class Result(NamedTuple):
@@ -218,6 +221,37 @@ def _all_ours() -> list[Provider]:
     return found
 
 
+#: On Hopper, the tiles of ``cuda_wgrad`` to choose from.
+_TILES = {
+    "cuda_columns_128": Tiles(128),
+    "cuda_columns_192": Tiles(192),
+    "cuda_columns_128_abreast": Tiles(128, staggered=False),
+    "cuda_columns_192_abreast": Tiles(192, staggered=False),
+    "cuda_columns_192_band_12": Tiles(192, group_m=12),
+}
+
+
+def _with_tiles(name: str, tiles: Tiles) -> Provider:
+    base = _ours("cuda", "wgrad", True)
+
+    def prepare(batch: Batch) -> Run:
+        call = base.prepare(batch)
+
+        def run() -> Result:
+            with wgrad.forced(tiles):
+                return call()
+
+        return run
+
+    def unable(batch: Batch) -> str | None:
+        reason = base.unable(batch)
+        if reason is None and torch.cuda.get_device_capability(batch.x.device)[0] < 9:
+            reason = "other tiles are for Hopper's kernel"
+        return reason
+
+    return replace(base, name=name, what=f"{base.what}, {tiles}", prepare=prepare, unable=unable)
+
+
 _PEERS = (
     Provider("two_gram", "the two-Gram formula", "norms", _two_gram, _two_gram_unable),
     Provider(
@@ -251,7 +285,9 @@ PROVIDERS = {
     for provider in (
         Provider(YARDSTICK, "dy.T @ x by torch's BLAS", "dW", _weight_grad, rounds=True),
         *_all_ours(),
+        *(_with_tiles(name, tiles) for name, tiles in _TILES.items()),
         *_PEERS,
     )
 }
 PEERS = tuple(provider.name for provider in _PEERS)
+TILES = tuple(_TILES)

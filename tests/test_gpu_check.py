@@ -137,7 +137,16 @@ def rounds(chosen: list[Step]) -> list[set[str]]:
     return found
 
 
-TIMED = {"ops", "step", "costs", "full", *(f"tune-{a}x{b}" for a, b in steps.TUNED), "profile-cuda", "profile-triton"}
+TIMED = {
+    "ops",
+    "step",
+    "costs",
+    "full",
+    *(f"tune-{a}x{b}" for a, b in steps.TUNED),
+    "tune-cuda",
+    "profile-cuda",
+    "profile-triton",
+}
 
 
 @pytest.mark.parametrize("stages", [steps.DEFAULT, *((name,) for name in steps.STAGES), tuple(steps.STAGES)])

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.batches import make_batch, truth
+from benchmarks.harness import gate
+from benchmarks.providers import PROVIDERS, TILES
 from gradnorm_kernels.backends.cuda import wgrad
 from tests import traps
 from tests.cuda_host.backend import HostMachine, host_machine, install
@@ -65,3 +68,25 @@ def test_both_tiles_are_chosen(host: Host) -> None:
     machine = host_machine(host, arch=90)
     assert wgrad.block_n(machine, 576, 576) == 192
     assert wgrad.block_n(machine, 4096, 4096) == 128
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_that_are_asked_for_are_launched_and_right(
+    host: Host, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    seen: list[tuple[object, ...]] = []
+    original = HostMachine.launch
+
+    def launch(self: HostMachine, name: str, **fields: object) -> None:
+        if name == "wgrad_norm_sm90":
+            seen.append((fields["block_n"], fields["staggered"], fields["group_m"]))
+        original(self, name, **fields)
+
+    monkeypatch.setattr(HostMachine, "launch", launch)
+    install(monkeypatch, host_machine(host, arch=90))
+    batch = make_batch(200, 136, 33, 99, True, dtype=BF16)
+    gate(PROVIDERS[name], batch, truth(batch))
+    wanted = {"columns_128": (128, True, 8), "columns_192": (192, True, 8), "columns_192_band_12": (192, True, 12)}
+    wanted |= {f"columns_{width}_abreast": (width, False, 8) for width in (128, 192)}
+    assert set(seen) == {wanted[name.removeprefix("cuda_")]}
+    assert wgrad.block_n(host_machine(host, arch=90), 4096, 4096) == 128, "the tiles stay as they were afterwards"

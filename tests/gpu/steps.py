@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.providers import TILES
 from tests.gpu.isolated import SILENCE
 from tests.gpu.running import Step
 
@@ -15,7 +16,7 @@ STAGES = {
     "speed": "every provider at the shapes of the performance targets, in up to four minutes",
     "step": "a whole training step at the sizes of a 3B model",
     "sanitize": "compute-sanitizer on both backends: memcheck, racecheck, synccheck",
-    "tune": "the tiles of the Triton kernels at four shapes",
+    "tune": "the tiles of the Triton and CUDA kernels at four shapes",
     "costs": "what the cost model's constants are made from, with the tuned tiles",
     "full": "every layer and length, as far as the time goes, with the tuned tiles",
     "profile": "ncu on the weight-gradient kernels at 4096 x 4096",
@@ -25,6 +26,9 @@ DEFAULT = tuple(STAGES)[:4]
 ONE_KERNEL = "import torch; assert torch.ones(1000, device='cuda').sum().item() == 1000"
 #: What is tuned: widths in and out. Square 4096, a wide layer, and small ones on either side of a full GPU.
 TUNED = ((4096, 4096), (2048, 11008), (576, 576), (1536, 1536))
+# The CUDA kernel's tiles are few: all are timed at each shape, and the choice is written into the code by hand.
+_CUDA_TILES = ("--providers", "weight_grad", *TILES, "--lengths", "2048", "256", "--ragged", "--gram", "--shapes")
+_CUDA_TILES += ("llama-3.1-8b.q", "qwen2.5-3b.gate_up", "qwen2.5-1.5b.q", "smollm2-135m.gate_up")
 # NVIDIA's tools lock the clocks unless they are told not to.
 _NCU = ("ncu", "--clock-control", "none")
 # Errors of API calls are left out: CUDA's own libraries probe for what there is.
@@ -127,6 +131,13 @@ def _timed(python: str, folder: Path, commit: str, checked: tuple[str, ...]) -> 
                 reserve=20 if number else 100,
             )
             for number, (d_in, d_out) in enumerate(TUNED)
+        ),
+        Step(
+            "tune-cuda",
+            measure("tiles-cuda", "ops", *_CUDA_TILES, *ops, "--minutes", "1.5"),
+            120,
+            stage="tune",
+            reserve=60,
         ),
         Step(
             "costs",

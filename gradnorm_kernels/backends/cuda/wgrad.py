@@ -8,6 +8,9 @@ samples are too few for that, it ends anywhere, and the sums of samples are what
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,16 +24,39 @@ from . import tables
 from .launch import Machine
 
 BLOCK_M = 128
-# Rows of tiles that are walked together.
-_GROUP_M = 8
-# Whether the second consumer of a block on Hopper stays behind the first, see csrc/device/sm90_wgrad.cuh.
-_STAGGERED = True
 # Bytes of stored sums. Where more would be needed, rows of the weight are done one slab after another.
 _PARTS = 256 << 20
 # Bytes of stored sums up to which samples are split anywhere.
 _SAMPLE_PARTS = 64 << 20
 # Fewer tokens than this are not worth a split.
 _SPLIT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the weight is cut into tiles and walked; results differ in the order of sums at most.
+
+    ``columns``: of d_in in a tile; None: by the shape. ``group_m``: rows of tiles that are walked together.
+    ``staggered``: on Hopper a block's second consumer stays behind the first, see csrc/device/sm90_wgrad.cuh.
+    """
+
+    columns: int | None = None
+    group_m: int = 8
+    staggered: bool = True
+
+
+_tiles = Tiles()
+
+
+@contextmanager
+def forced(tiles: Tiles) -> Iterator[None]:
+    """Inside, the pass is launched with these tiles whatever the shape: to time them against each other."""
+    global _tiles
+    before, _tiles = _tiles, tiles
+    try:
+        yield
+    finally:
+        _tiles = before
 
 
 class Sums(NamedTuple):
@@ -88,6 +114,8 @@ def block_n(machine: Machine, d_in: int, d_out: int) -> int:
     """Columns of a tile: on Hopper 192 where that wastes no more of the last tile than 128 would."""
     if machine.arch == 80:
         return 128
+    if _tiles.columns is not None:
+        return _tiles.columns
     return 192 if -(-d_in // 192) * 192 <= -(-d_in // 128) * 128 else 128
 
 
@@ -213,8 +241,8 @@ def _launch(
         weight_grad=weight_grad,
         running=running,
         block_n=width,
-        group_m=_GROUP_M,
-        staggered=_STAGGERED,
+        group_m=_tiles.group_m,
+        staggered=_tiles.staggered,
         multiprocessors=machine.multiprocessors,
     )
     return sample_sq, group_sq
