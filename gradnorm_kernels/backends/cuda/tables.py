@@ -68,7 +68,8 @@ def whole_samples(segments: Segments, splits: int, count: int) -> Items:
     start, end = segments.start.int(), segments.end.int()
     device = start.device
     if splits == 1:
-        return Items(start, end, segments.group, torch.arange(2, dtype=torch.int32, device=device) * len(start), None)
+        whole = torch.arange(0, len(start) + 1, len(start), dtype=torch.int32, device=device)  # [0, S]; S is at least 1
+        return Items(start, end, segments.group, whole, None)
     ends = (segments.end - segments.start).cumsum(0)
     rank = ranks(segments.sample)
     # Where the sample of each segment begins: the items from the first that begins at or after a cut are a split's.

@@ -214,8 +214,10 @@ def _launch(
     width = block_n(machine, d_in, d_out)
     name = f"wgrad_norm_sm{machine.arch}"
     rows = machine.size(f"{name}_rows", d_in=d_in, d_out=d_out, block_n=width)
-    sample_sq = torch.zeros(rows, segments.samples, dtype=torch.float32, device=x.device)
-    group_sq = torch.zeros(rows if parts is None else 0, groups, dtype=torch.float32, device=x.device)
+    # One launch fills both.
+    sizes = [rows * segments.samples, rows * groups if parts is None else 0]
+    sample_sq, group_sq = torch.zeros(sum(sizes), dtype=torch.float32, device=x.device).split(sizes)
+    sample_sq, group_sq = sample_sq.view(rows, segments.samples), group_sq.view(-1, groups)
     machine.launch(
         name,
         x=x,
@@ -284,7 +286,8 @@ def _add_parts(
 
 
 def _columns(machine: Machine, partial: Tensor) -> Tensor:
-    out = _zeros(partial, partial.shape[1])
+    # Every column is written.
+    out = torch.empty(partial.shape[1], dtype=torch.float64, device=partial.device)
     if partial.shape[1]:
         machine.launch("column_sums", partial=partial, rows=partial.shape[0], columns=partial.shape[1], out=out)
     return out
