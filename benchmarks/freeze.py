@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cost_fit, records
+from benchmarks.providers import TILES
 from benchmarks.targets import Measured, Record, measured
 from gradnorm_kernels import backends, tuning
 from gradnorm_kernels.tuning import Chip, KernelConfig
@@ -245,7 +246,8 @@ def _batches(rows: list[Measured]) -> dict[tuple[int, int, int], dict[tuple[Any,
     """The two backends' rows by shape, then by batch and whether dW is wanted."""
     found: dict[tuple[int, int, int], dict[tuple[Any, ...], list[Measured]]] = {}
     for item in rows:
-        if item.record["benchmark"] != "ops" or item.name.split("_")[0] not in _RIVALS:
+        # Tiles on trial are not what a caller gets.
+        if item.record["benchmark"] != "ops" or item.name.split("_")[0] not in _RIVALS or item.name in TILES:
             continue
         row = item.row
         shape = (row["d_in"], row["d_out"], cost_fit.element_bytes(row))

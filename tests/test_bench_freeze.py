@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import freeze
 from benchmarks.__main__ import main
+from benchmarks.providers import TILES
 from gradnorm_kernels import backends, dispatch, tuning
 from gradnorm_kernels.dispatch import Problem, choose
 from gradnorm_kernels.tuning import Chip, Costs, KernelConfig
@@ -267,6 +268,13 @@ def test_faster_is_said_only_beyond_the_spread(tmp_path, capsys):
     assert named(made_up.BASE + 0.0005) == []
     assert "within the spread" in capsys.readouterr().out
     assert named(0.9, noise=0.5) == []
+
+
+def test_tiles_on_trial_do_not_make_a_backend_faster(tmp_path):
+    tried = [row | {"provider": TILES[0]} for row in rows("cuda", base=0.5, scatter=0.0)]
+    made = rows(scatter=0.0) + rows("cuda", base=1.2, scatter=0.0) + tried
+    content = frozen(tmp_path, made, "--backends", "triton")
+    assert [entry["backend"] for entry in content["faster"]["entries"]] == ["triton"] * 3
 
 
 def test_faster_passes_over_a_shape_with_wrong_rows(tmp_path, capsys, shipped, monkeypatch):
