@@ -114,7 +114,7 @@ def tune(
     to each one's largest element; ``timer(call)`` gives the milliseconds of a call. ``better`` is told of each trial
     that is the fastest so far: what it keeps outlives a run that is cut short.
     """
-    trials: list[Trial] = []
+    trials, best = [], math.inf
     for config in configs:
         try:
             reason = _wrong(run(config), truth, tolerance)
@@ -124,10 +124,11 @@ def tune(
         except Exception as error:  # a config that does not fit fails in Triton's, the driver's or ptxas' own ways
             reason, time = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}", None
         trial = Trial(config, time if reason is None else None, reason)
-        known = [other.milliseconds for other in trials if other.milliseconds is not None]
-        if better is not None and trial.milliseconds is not None and trial.milliseconds < min(known, default=math.inf):
-            better(trial)
         trials.append(trial)
+        if trial.milliseconds is not None and trial.milliseconds < best:
+            best = trial.milliseconds
+            if better is not None:
+                better(trial)
     return sorted(trials, key=lambda trial: (trial.milliseconds is None, trial.milliseconds or 0.0))
 
 

@@ -78,16 +78,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """What a run runs on; ``device``: the model's, by default what a run would take by itself."""
-    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a run runs on; ``device``: the model's."""
     found = {
         "platform": platform.platform(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "device": device_name(device),
     }
-    if cuda:
+    if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         found |= {
             "compute_capability": f"{major}.{minor}",

@@ -22,7 +22,7 @@ from transformers import set_seed
 from .checkpoint import find_checkpoint, load_state, random_state, restore_random_state, save_checkpoint
 from .errors import UserError
 from .evaluate import evaluate
-from .folder import describe_run, machine, new_folder, newest_folder, read_run, write_run
+from .folder import describe_run, device_name, new_folder, newest_folder, read_run, write_run
 from .loop import Grpo
 from .metrics import Line, RunLog, report_trackers, write_json
 from .models import load_model
@@ -104,7 +104,7 @@ class Training:
         self.grpo = Grpo(settings, self.model, self.tokenizer, self.tasks, prompter, reference)
         self.folder = checkpoint.parent if checkpoint else new_folder(settings, name)
         console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
-        console.print(f"device: {machine(self.model.device)['device']}", highlight=False, soft_wrap=True)
+        console.print(f"device: {device_name(self.model.device)}", highlight=False, soft_wrap=True)
         config = dataclasses.asdict(settings)
         trackers = report_trackers(settings.report_to, self.folder, config)
         self.log = RunLog(self.folder, trackers, self.state["metrics_bytes"] if self.state else None)
