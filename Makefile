@@ -88,7 +88,7 @@ kernels-report: setup
 gpu-check:
 	@python=$(BIN)/python; case "$(origin PYTHON)" in command*) python=$(PYTHON);; esac; \
 	test -x "$$(command -v $$python)" || python=$(PYTHON); \
-	$$python -m tests.gpu.check $(if $(OUT),--out $(OUT)) $(if $(PROFILE),--profile) $(ARGS)
+	$$python -m tools.gpu_check.check $(if $(OUT),--out $(OUT)) $(if $(PROFILE),--profile) $(ARGS)
 
 format: setup
 	@$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """The cost model's constants from measured ratios: what a sample's end, a Gram and the pairs of tokens cost.
 
-With a plain product's multiply-adds as the unit (:class:`gradnorm_kernels.tuning.Costs`), the ratios to dW alone are
-
+With the multiply-adds of a plain product as the unit (:class:`gradnorm_kernels.tuning.costs.Costs`), the ratios to dW
+alone are
     r of wgrad       = a + boundary N / T
     r of gram        = a + (gram S / T + gram_token) (d_in + d_out) / (d_in d_out)
     r of gram_norms  = pairs T (d_in + d_out) / (d_in d_out)        every sample a group, with all inner products
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.targets import Measured, Row
-from gradnorm_kernels.tuning import Costs
+from gradnorm_kernels.tuning.costs import Costs
 
 #: The constants with standard errors.
 NAMES = ("boundary", "gram", "gram_token")

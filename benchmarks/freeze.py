@@ -26,8 +26,9 @@ from typing import Any
 from benchmarks import cost_fit, records
 from benchmarks.providers import TILES
 from benchmarks.targets import Measured, Record, measured
-from gradnorm_kernels import backends, tuning
-from gradnorm_kernels.tuning import Chip, KernelConfig
+from gradnorm_kernels import backends
+from gradnorm_kernels.tuning import costs as tuning
+from gradnorm_kernels.tuning.costs import Chip, KernelConfig
 
 CONFIGS = Path(tuning.__file__).parent / "configs"
 Config = dict[str, Any]
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="results of `ops` on one device")
     parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="default: all that were measured")
     parser.add_argument("--tuned", type=Path, metavar="FOLDER", help="with what `gradnorm_kernels tune` kept")
-    parser.add_argument("--out", type=Path, help="default, for a GPU: gradnorm_kernels/configs/<gpu>.json")
+    parser.add_argument("--out", type=Path, help="default, for a GPU: gradnorm_kernels/tuning/configs/<gpu>.json")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -114,7 +115,7 @@ def _machine(found: dict[Path, Record]) -> dict[str, Any]:
 
 
 def chip_of(machine: dict[str, Any]) -> Chip:
-    """The chip of a result file's machine, as :func:`gradnorm_kernels.tuning.chip` has it."""
+    """The chip of a result file's machine, as :func:`gradnorm_kernels.tuning.costs.chip` has it."""
     if "gpu" not in machine:
         return Chip("cpu")
     major = int(str(machine["gpu"]["sm"]).split(".")[0])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .estimator import CrossProduct, RunningEstimate, TaskGradient, cross_product
+from .control.sampler import TaskSampler
+from .estimation.estimator import CrossProduct, RunningEstimate, TaskGradient, cross_product
 from .ops import FusedGradNorm, fused_grad_norm, grad_dot, grad_gram
-from .sampler import TaskSampler
-from .tracker import GradNormTracker, StepStats
+from .tracking.tracker import GradNormTracker, StepStats
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """``python -m gradnorm_kernels``: what is installed here, which backends can run, and why the others cannot.
 
 ``python -m gradnorm_kernels tune --d_in .. --d_out .. --tokens ..``: the fastest tiles of the Triton kernels for a
-shape on this machine's GPU (:mod:`gradnorm_kernels.autotune`).
+shape on this machine's GPU (:mod:`gradnorm_kernels.tuning.autotune`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, autotune, backends, tuning
+from . import __version__, backends
 from .backends import native
+from .tuning import autotune
+from .tuning import costs as tuning
 
 
 def _version_of(package: str) -> str:

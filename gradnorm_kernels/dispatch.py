@@ -1,7 +1,7 @@
 """Which algorithm on which backend for a call: a cost model over the call's shape, and ``explain()`` to say why.
 
 The model sees sizes, dtype and device only, never tensor data: it costs no synchronisation, and the same shapes always
-run the same way. It knows three prices (:mod:`gradnorm_kernels.tuning`): a stop at a sample's end in the
+run the same way. It knows three prices (:mod:`gradnorm_kernels.tuning.costs`): a stop at a sample's end in the
 weight-gradient pass, a short sample's Gram, and the tiles over all pairs of tokens.
 """
 
@@ -14,9 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import backends, checks, tuning
+from . import backends, checks
 from .backends import Plan
-from .tuning import Chip
+from .tuning import costs as tuning
+from .tuning.costs import Chip
 
 # More tokens than any sample can have: every norm from a Gram.
 ALL_TOKENS = 1 << 62

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import distributed
-from ..backends.layout import to_device
-from ..backends.numerics import exact_matmuls
+from ..backends.torch.numerics import exact_matmuls
+from ..layout import to_device
+from . import distributed
 from .uses import Use
 
 

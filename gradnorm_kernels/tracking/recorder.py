@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distributed
-from ..moments import PairSums
+from ..estimation.moments import PairSums
+from . import distributed
 from .exact import TaskSums
 from .layers import Layer, Parameters
 from .owners import by_owner

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..backends.layout import to_device
+from ..layout import to_device
 from ..ops import fused_grad_norm
 from .layers import Layer
 from .owners import by_owner, resident

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.layout import to_device
-from ..backends.segments import Segments
+from ..layout import to_device
+from ..segments import Segments
 from .owners import by_owner, resident
 from .rows import Rows
 

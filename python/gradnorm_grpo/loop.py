@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from gradnorm_kernels import GradNormTracker, StepStats, TaskSampler
-from gradnorm_kernels.integrations.balancing import TaskBalancer
+from gradnorm_kernels.control.balancer import TaskBalancer
 
 from .errors import UserError
 from .metrics import Line

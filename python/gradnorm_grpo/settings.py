@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from gradnorm_kernels.integrations.balancing import STRATEGIES
+from gradnorm_kernels.control.balancer import STRATEGIES
 
 from .errors import UserError, one_of
 
@@ -137,7 +137,7 @@ class Settings:
         default="none",
         metadata=_help(
             "Factors of the tasks' advantages from their measured gradients: none, equal_pull, pcgrad, mgda, ... (see "
-            "gradnorm_kernels.integrations.balancing)."
+            "gradnorm_kernels.control.balancer)."
         ),
     )
     task_weighting_decay: float = field(default=0.9, metadata=_help("Of the running averages behind task_weighting."))

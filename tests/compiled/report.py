@@ -30,8 +30,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gradnorm_kernels import tuning
-from gradnorm_kernels.tuning import KernelConfig
+from gradnorm_kernels.tuning import costs as tuning
+from gradnorm_kernels.tuning.costs import KernelConfig
 
 ELEMENTS = {2: ("bf16", "fp16"), 4: ("fp32",)}
 ARCHITECTURES = (80, 90)

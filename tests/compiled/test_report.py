@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from gradnorm_kernels import autotune
 from gradnorm_kernels.backends import native
+from gradnorm_kernels.tuning import autotune
 from tests.compiled import report
 
 pytestmark = [

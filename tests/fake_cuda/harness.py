@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import gradnorm_kernels as gk
-from gradnorm_kernels.backends import segments, triton
+from gradnorm_kernels import segments
+from gradnorm_kernels.backends import triton
 from gradnorm_kernels.backends.triton import wgrad_table
 from gradnorm_kernels.tracking import owners
 from tests import traps

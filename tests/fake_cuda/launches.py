@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gradnorm_kernels import backends, tuning
+from gradnorm_kernels import backends
 from gradnorm_kernels.backends import native, triton
 from gradnorm_kernels.backends.cuda import launch
+from gradnorm_kernels.tuning import costs as tuning
 from tests.cuda_host.build import Host
 from tests.fake_cuda.device import CudaTensor, FakeCuda
 

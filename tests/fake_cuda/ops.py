@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradnorm_kernels import dispatch, ops, reference, tuning
+from gradnorm_kernels import dispatch, ops, reference
+from gradnorm_kernels.tuning import costs as tuning
 from tests import traps
 from tests.cuda_host.build import Host
 from tests.fake_cuda.device import CudaTensor, FakeCuda

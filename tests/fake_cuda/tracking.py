@@ -13,9 +13,9 @@ from torch import nn
 
 import gradnorm_kernels as gk
 from gradnorm_kernels.tracking import recorder, vocabulary
-from tests import brute_force
 from tests.fake_cuda.device import FakeCuda
 from tests.fake_cuda.launches import other_defaults
+from tests.tracking import brute_force
 
 TASKS = ["a", "b", "a", "b", "a", "a", "b"]
 SAMPLES = ["a0", "b0", "a0", "b1", "a1", "a2", "b2"]

@@ -10,7 +10,7 @@ from gradnorm_kernels.tracking import vocabulary
 from tests.traps import assert_same_bits
 
 pytestmark = pytest.mark.gpu
-brute_force = pytest.importorskip("tests.brute_force", reason="needs transformers", exc_type=ImportError)
+brute_force = pytest.importorskip("tests.tracking.brute_force", reason="needs transformers", exc_type=ImportError)
 
 TASKS = ["a", "b", "a", "b", "a", "a", "b", "a"]
 SAMPLES = ["a0", "b0", "a0", "b1", "a1", "a2", "b2", "a1"]
@@ -21,7 +21,7 @@ SAMPLES = ["a0", "b0", "a0", "b1", "a1", "a2", "b2", "a1"]
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
 def test_all_layers(name: str, fused: bool, blocks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradnorm_kernels.tracker.MAX_BLOCKS", blocks)
+    monkeypatch.setattr("gradnorm_kernels.tracking.tracker.MAX_BLOCKS", blocks)
     paired = []
     run = vocabulary._paired
     monkeypatch.setattr(vocabulary, "_paired", lambda *args: paired.append(1) or run(*args))

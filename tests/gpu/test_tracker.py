@@ -9,7 +9,7 @@ import gradnorm_kernels as gk
 from tests.traps import assert_same_bits
 
 pytestmark = pytest.mark.gpu
-brute_force = pytest.importorskip("tests.brute_force", reason="needs transformers", exc_type=ImportError)
+brute_force = pytest.importorskip("tests.tracking.brute_force", reason="needs transformers", exc_type=ImportError)
 
 TASKS = ["a", "b", "a", "b", "a", "a", "b", "a", "b", "a"]
 SAMPLES = ["a0", "b0", "a0", "b1", "a1", "a2", "b2", "a1", "b0", "a3"]

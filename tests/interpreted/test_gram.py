@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradnorm_kernels import checks, reference
-from gradnorm_kernels.backends import segments
-from gradnorm_kernels.backends.segments import Segments
+from gradnorm_kernels import checks, reference, segments
 from gradnorm_kernels.backends.triton import gram, gram_order
-from gradnorm_kernels.tuning import KernelConfig
+from gradnorm_kernels.segments import Segments
+from gradnorm_kernels.tuning.costs import KernelConfig
 from tests.tolerances import NORMS
 from tests.traps import Case, assert_close, packed, poisoned_memory
 

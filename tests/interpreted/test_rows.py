@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradnorm_kernels.backends.segments import Segments
 from gradnorm_kernels.backends.triton import rows, rows_embedding, rows_tied
+from gradnorm_kernels.segments import Segments
 from tests.tolerances import NORMS
 from tests.traps import assert_close, poisoned_memory
 

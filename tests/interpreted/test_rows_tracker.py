@@ -7,7 +7,7 @@ import torch
 
 import gradnorm_kernels as gk
 from gradnorm_kernels.tracking import owners, uses, vocabulary
-from tests.brute_force import batch, row_losses, sample_gradients, small_model, u_statistic
+from tests.tracking.brute_force import batch, row_losses, sample_gradients, small_model, u_statistic
 
 TASKS = ["a", "b", "a", "a", "b", "a", "a"]
 SAMPLES = ["a0", "b0", "a0", "a1", "b1", "a2", "a3"]
@@ -37,7 +37,7 @@ def test_all_parameters(
     paired = []
     run = vocabulary._paired
     monkeypatch.setattr(vocabulary, "_paired", lambda *args: paired.append(1) or run(*args))
-    monkeypatch.setattr("gradnorm_kernels.tracker.MAX_BLOCKS", blocks)
+    monkeypatch.setattr("gradnorm_kernels.tracking.tracker.MAX_BLOCKS", blocks)
     model = small_model(name, torch.float32)
     ids, mask = batch(len(TASKS), 7, "left")
     scale = torch.tensor(factors)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from gradnorm_kernels import ops
-from gradnorm_kernels.backends import segments
+from gradnorm_kernels import ops, segments
 from gradnorm_kernels.backends.triton import rows_embedding, rows_tied
 
 Seen = dict[Hashable, set[tuple[tuple[str, str], ...]]]

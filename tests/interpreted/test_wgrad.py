@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gradnorm_kernels import checks, reference
-from gradnorm_kernels.backends import segments as layout
+from gradnorm_kernels import segments as layout
 from gradnorm_kernels.backends.triton import wgrad
-from gradnorm_kernels.tuning import KernelConfig
+from gradnorm_kernels.tuning.costs import KernelConfig
 
 POINTERS = KernelConfig("wgrad", 80, 4, 16, 32, 16, 4, 3, 2)
 DESCRIPTORS = replace(POINTERS, arch=90, descriptors=True)

@@ -8,8 +8,8 @@ from itertools import groupby, pairwise
 import pytest
 import torch
 
-from gradnorm_kernels.backends.segments import Segments
 from gradnorm_kernels.backends.triton import reduce, wgrad_table
+from gradnorm_kernels.segments import Segments
 
 Row = tuple[int, int, int, int]
 MEASURED, FLUSH, GROUP_ENDS = 1, 2, 4

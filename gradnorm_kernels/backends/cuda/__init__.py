@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from ...segments import Segments, prepare
 from .. import NO_FLOAT64, Plan
-from ..segments import Segments, prepare
 from . import gram, wgrad
 from .launch import machine, missing, operand
 

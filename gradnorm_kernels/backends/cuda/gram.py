@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...segments import Segments
 from .. import native
-from ..numerics import exact_matmuls, inner, wide_dtype
-from ..segments import Segments
+from ..torch.numerics import exact_matmuls, inner, wide_dtype
 from . import tables
 from .launch import Machine
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...segments import rows
 from .. import native
-from ..segments import rows
 
 #: Major compute capability -> the architecture whose kernels run on it.
 ARCHITECTURES = {8: 80, 9: 90}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..segments import Segments
+from ...segments import Segments
 
 
 class Tokens(NamedTuple):

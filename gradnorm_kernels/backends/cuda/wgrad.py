@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...segments import Segments
 from .. import native
-from ..numerics import exact_matmuls
-from ..segments import Segments
-from ..slabs import gram_of_sums
+from ..torch.numerics import exact_matmuls
+from ..torch.wgrad import gram_of_sums
 from . import tables
 from .launch import Machine
 

@@ -20,9 +20,9 @@ import triton
 from torch import Tensor
 
 from ... import checks
+from ... import segments as layout
+from ...segments import Segments, prepare
 from .. import NO_FLOAT64, Plan
-from .. import segments as layout
-from ..segments import Segments, prepare
 from . import dot, gram, wgrad
 
 __all__ = ["fused_grad_norm", "grad_dot", "grad_gram", "missing", "unsupported"]

@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ...tuning import KernelConfig
-from ..segments import Segments
+from ...segments import Segments
+from ...tuning.costs import KernelConfig
 from .dot_kernels import dot_kernel
 from .gram import checked, config_for, even_rows
 from .gram_order import order

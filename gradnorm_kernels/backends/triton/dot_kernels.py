@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...tuning import KernelConfig
+from ...tuning.costs import KernelConfig
 
 #: The kernels of the configs that this module is compiled for.
 CONFIGS = ("dot",)

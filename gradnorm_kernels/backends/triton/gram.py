@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import tuning
-from ...tuning import KernelConfig
-from ..segments import Segments, rows
+from ...segments import Segments, rows
+from ...tuning import costs as tuning
+from ...tuning.costs import KernelConfig
 from .gram_kernels import LANES, gram_norms_kernel, gram_pairs_kernel
 from .gram_order import Order, order
 from .rows import on_device, place_sums, row_sums

@@ -31,7 +31,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...tuning import KernelConfig
+from ...tuning.costs import KernelConfig
 
 #: The kernels of the configs that this module is compiled for.
 CONFIGS = ("gram", "gram_norms")

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import Segments, vectors
+from ...segments import Segments, vectors
 from .rows import on_device
 
 #: No config chooses among forms of these kernels.

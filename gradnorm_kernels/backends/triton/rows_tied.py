@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..segments import Segments
+from ...segments import Segments
 from .gram import even_rows
 from .gram_kernels import LANES, inner
 from .gram_order import order

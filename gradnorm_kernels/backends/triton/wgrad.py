@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import tuning
-from ...tuning import KernelConfig
-from ..numerics import exact_matmuls
-from ..segments import Segments
+from ...segments import Segments
+from ...tuning import costs as tuning
+from ...tuning.costs import KernelConfig
+from ..torch.numerics import exact_matmuls
 from .reduce import norms
 from .rows import on_device
 from .wgrad_join import CHUNK_SIZE, WARPS, join_kernel

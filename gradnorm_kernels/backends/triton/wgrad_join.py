@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...tuning import KernelConfig
+from ...tuning.costs import KernelConfig
 from .wgrad_table import FLAG_SHIFT, GROUP_ENDS
 from .wgrad_tiles import GROUP_HEAD, GROUP_TAIL, HEAD, TAIL, part, piece_kinds, tile_place
 

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...tuning import KernelConfig
+from ...tuning.costs import KernelConfig
 from .wgrad_table import FLAG_SHIFT, ROW_SHIFT, ROWS_MASK
 from .wgrad_tiles import begins, begun_before, cleared, ends, finishes, forms, part, pointer_config, tile_place
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.ragged_tma import load_ragged
 
-from ...tuning import KernelConfig
+from ...tuning.costs import KernelConfig
 from .wgrad_table import FLAG_SHIFT, ROW_SHIFT, ROWS_MASK
 from .wgrad_tiles import begins, begun_before, cleared, ends, finishes, forms, part, settles, squares, tile_place
 

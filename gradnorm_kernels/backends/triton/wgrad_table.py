@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...tuning import KernelConfig
-from ..segments import Segments, vectors
+from ...segments import Segments, vectors
+from ...tuning.costs import KernelConfig
 from .rows import on_device
 
 # What ends behind a block. MEASURED: a sample whose norm is taken. FLUSH: rows that are only added up. GROUP_ENDS: a

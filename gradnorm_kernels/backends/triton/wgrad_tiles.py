@@ -24,7 +24,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...tuning import KernelConfig
+from ...tuning.costs import KernelConfig
 from .wgrad_table import FLAG_SHIFT, GROUP_ENDS, MEASURED
 
 HEAD = tl.constexpr(0)

@@ -1,0 +1,60 @@
+"""The names and values of logged metrics: one schema for every log that holds task gradients.
+
+``tasks/<task>/<field>`` is one number of one task, ``tasks/<pair>/<a>/<b>`` one number of two tasks. The training
+application and the TRL integration write these keys, and whatever reads a log takes them from here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from .estimator import RunningEstimate, TaskGradient
+
+#: Fields of :class:`TaskGradient` as a log names them. ``n`` counts samples and is an integer.
+GRADIENT_FIELDS = {
+    "sq_norm": "grad_norm_sq",
+    "std_error": "grad_norm_sq_se",
+    "noise_scale": "noise_scale",
+    "plug_in": "plug_in",
+    "n": "n",
+    "mean_sq_norm": "mean_sq_norm",
+    "pair_weight": "pair_weight",
+}
+PAIR_FIELDS = ("cosine", "inner_product")
+
+
+def task_key(task: Hashable, field: str) -> str:
+    """The key of one number of one task: ``tasks/<task>/<field>``."""
+    return f"tasks/{task}/{field}"
+
+
+def pair_key(field: str, a: Hashable, b: Hashable) -> str:
+    """The key of one number of two tasks, field "cosine" or "inner_product": ``tasks/<field>/<a>/<b>``."""
+    return f"tasks/{field}/{a}/{b}"
+
+
+def gradient_metrics(task: Hashable, gradient: TaskGradient, prefix: str = "") -> dict[str, float]:
+    """A task's estimate by metric key; ``prefix`` goes before the field, as in ``tasks/<task>/full_grad_norm_sq``."""
+    return {task_key(task, prefix + key): getattr(gradient, field) for field, key in GRADIENT_FIELDS.items()}
+
+
+def read_gradient(line: Mapping[str, Any], task: Hashable, prefix: str = "") -> TaskGradient | None:
+    """The inverse of :func:`gradient_metrics`: None where the line has no estimate of the task; null becomes NaN."""
+    values = {field: line.get(task_key(task, prefix + key)) for field, key in GRADIENT_FIELDS.items()}
+    if values["sq_norm"] is None:
+        return None
+    n = values.pop("n")
+    numbers = {field: math.nan if value is None else float(value) for field, value in values.items()}
+    return TaskGradient(**numbers, n=int(n or 0), std_error_method="none")
+
+
+def pool(lines: list[Mapping[str, Any]], task: Hashable, prefix: str = "") -> RunningEstimate:
+    """A task's estimates over log lines: numerators and denominators are summed apart, U is their ratio."""
+    estimate = RunningEstimate()
+    for line in lines:
+        gradient = read_gradient(line, task, prefix)
+        if gradient is not None:
+            estimate.update(gradient)
+    return estimate

@@ -1,0 +1,7 @@
+"""TRL's GRPOTrainer and SFTTrainer: :func:`attach` measures one, draws its tasks and corrects their imbalance."""
+
+from __future__ import annotations
+
+from .attach import attach
+
+__all__ = ["attach"]

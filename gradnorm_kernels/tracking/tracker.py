@@ -1,0 +1,336 @@
+"""GradNormTracker: every task's squared gradient norm, measured while somebody else's training code runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..estimation.estimator import RunningEstimate, TaskGradient
+from ..estimation.moments import PairSums, StepSums, add_up, merge, moments
+from . import distributed
+from .exact import TaskSums
+from .hooks import fuse, observe
+from .layers import LayerChoice, Parameters, select_layers
+from .recorder import Recorder
+from .rows import Ids, Rows, make_rows
+
+MAX_BLOCKS = 512  # above as many samples in one micro-batch the jackknife leaves out folds instead of samples
+ACCUMULATE = ("pairs", "exact")
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    """A list of names as a message shows it."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+class StepStats(dict[Hashable, TaskGradient]):
+    """``{task: TaskGradient}`` for one step, with the tasks' inner products beside it.
+
+    Attributes:
+        tasks: the K tasks, in the order of the matrices' rows.
+        inner_products: [K, K] float64, ``<E G_a, E G_b>`` unbiased; the diagonal is U. NaN where no pair was seen
+            together.
+        inner_products_se: [K, K] float64, jackknife standard errors.
+        cosines: [K, K] float64, ``M_ab / sqrt(U_a U_b)``; NaN where a U is not positive.
+        cosines_se: [K, K] float64, jackknife standard errors (0 on the diagonal).
+    """
+
+    tasks: list[Hashable]
+    inner_products: Tensor
+    inner_products_se: Tensor
+    cosines: Tensor
+    cosines_se: Tensor
+
+
+class GradNormTracker:
+    """Measure ``U_k = sum_{p != q} <G_p, G_q> / sum_{p != q} w_p w_q`` over the samples p, q of each task k.
+
+    G_p is the gradient of sample p's own loss, the mean over its rows, in the weights and biases of the chosen layers;
+    w_p is the share of the sample's rows present in the micro-batch (1 when it is whole); pairs are taken inside a
+    micro-batch, and pooled over micro-batches and data-parallel ranks.
+
+    Args:
+        model: any module; it is left as it was by :meth:`close`.
+        layers: "last_attention" (the projections of the last decoder layer's attention), "all" (every parameter that
+            trains, norms and embeddings too), a regular expression searched in module names, or a list of module names
+            (a name stands for everything inside it).
+        fused: False only watches (training stays the same to the last bit). True swaps the chosen linears' backward
+            for one
+            that takes dW and the norms from one pass (the same up to rounding); all other parameters are watched.
+        accumulate: "pairs" (inside micro-batches), or "exact": the tasks' gradient sums are kept over the step's
+            micro-batches and added over ranks, so that every pair of samples counts,
+            ``U_k = (||S_k||^2 - sum_p ||G_p||^2) / (n (n - 1))``. Costs a float32 copy of the measured parameters for
+            every task, and samples must be whole in their micro-batch.
+        process_group: the data-parallel ranks, whose samples make up a step: "auto" (all ranks of an initialised
+            torch.distributed), None (this process alone) or a ProcessGroup. With several ranks :meth:`step` is a
+            collective call: each rank makes it once a step and gets the same estimates.
+        frozen: also measure chosen linears whose weight does not train: the gradient that it would get, as of the
+            matrix under a LoRA adapter.
+
+    Attributes:
+        layers: names of the measured modules.
+        skipped: names of trainable parameters of the choice that cannot be measured, with their share of all trainable
+            parameters.
+        running: {task: RunningEstimate} pooled over all steps so far.
+
+    Raises:
+        ValueError: nothing to measure, (fused) a linear with a forward of its own, or an unknown ``accumulate``.
+        TypeError: ``model`` is not a module, ``layers`` or ``process_group`` is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerChoice = "last_attention",
+        fused: bool = False,
+        *,
+        accumulate: str = "pairs",
+        process_group: Any = "auto",
+        frozen: bool = False,
+    ) -> None:
+        if accumulate not in ACCUMULATE:
+            raise ValueError(f"accumulate must be one of {', '.join(map(repr, ACCUMULATE))}, got {accumulate!r}")
+        distributed.resolve(process_group)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._process_group = process_group
+        self._selection = select_layers(model, layers, frozen)
+        self._parameters = Parameters(model, self._selection)
+        self._exact = TaskSums() if accumulate == "exact" else None
+        self._spoiled = False  # a micro-batch failed after adding to the exact sums
+        self.layers = [layer.name for layer in self._selection.layers]
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.skipped = {name: size / trainable for name, size in self._selection.skipped.items()}
+        if self.skipped:
+            warnings.warn(
+                f"not measured, {sum(self.skipped.values()):.2%} of the trainable parameters: {_some(self.skipped)} "
+                "(linears, embeddings, and norms and other leaf modules with parameters of one dimension are)",
+                stacklevel=2,
+            )
+        self.running: dict[Hashable, RunningEstimate] = {}
+        self._recorder: Recorder | None = None
+        self._parts: list[PairSums] = []
+        self._task_index: dict[Hashable, int] = {}
+        self._sample_task: dict[Hashable, Hashable] = {}
+        self._sample_rows: dict[Hashable, int] = {}
+        self._spread: set[Hashable] = set()  # samples whose rows may lie in other micro-batches, and on other ranks
+        self._serial = 0
+        self._warned: set[str] = set()
+        self._undo = []
+        try:
+            for layer in self._selection.layers:
+                install = fuse if fused and layer.kind in ("linear", "conv1d") else observe
+                self._undo.append(install(layer, lambda: self._recorder))
+        except ValueError:
+            self.close()
+            raise
+
+    @contextmanager
+    def microbatch(
+        self,
+        task_ids: Ids,
+        sample_ids: Ids | None = None,
+        attention_mask: Tensor | None = None,
+        row_scale: float | Sequence[float] | Tensor | None = None,
+        rows_per_sample: int | Sequence[int] | Tensor | None = None,
+    ) -> Iterator[None]:
+        """Measure the one forward and backward that run inside. An exception inside leaves the micro-batch out.
+
+        Args:
+            task_ids: [B] ints or strings, the task of each row (sequence) of the batch.
+            sample_ids: [B] ints or strings, the independent unit each row belongs to (in GRPO the prompt); default:
+                every row
+                is a sample of its own.
+            attention_mask: [B, L], 0 where a token is padding and has no gradient; lets a GPU skip it.
+            row_scale: number or [B], the factor that turns a row's share of the differentiated loss into the row's own
+                loss.
+                Default B, which fits ``loss = row_losses.mean()``; times the accumulation steps if the loss is divided
+                by them; divided by the loss scale under a GradScaler.
+            rows_per_sample: number or [B], how many rows the whole sample has when its rows are spread over
+                micro-batches or ranks; then one id means one sample on all ranks.
+                Default: the rows seen here are all. Without it a sample may not come back within a step, and ids tell
+                the samples of one rank apart.
+
+        Raises:
+            ValueError, TypeError: ids that do not fit, before anything runs.
+            RuntimeError: no gradient reached a measured layer inside the block, or the block is nested.
+        """
+        if self._recorder is not None:
+            raise RuntimeError(
+                "tracker.microbatch(...) is already open: close the first block before the next one begins"
+            )
+        if not self._undo:
+            raise RuntimeError("this tracker was closed: make a new GradNormTracker")
+        rows = make_rows(
+            task_ids, sample_ids, attention_mask, row_scale, rows_per_sample, serial=self._serial, max_blocks=MAX_BLOCKS
+        )
+        self._check_samples(rows, spread=rows_per_sample is not None)
+        if self._exact is not None and bool((rows.weight != 1).any()):
+            raise ValueError(
+                'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
+                f"{rows.samples[int((rows.weight != 1).nonzero()[0])]!r} are elsewhere: keep a sample's rows together, "
+                'or use accumulate="pairs"'
+            )
+        recorder = self._recorder = Recorder(rows, self._parameters, self._exact)
+        try:
+            yield
+            if not recorder.reached:
+                raise RuntimeError(
+                    f"no gradient reached a measured layer ({_some(self.layers)}) inside "
+                    "tracker.microbatch(...): call loss.backward() inside the block, on a loss that depends on them"
+                )
+            with torch.no_grad():
+                part = recorder.finish(lambda task: self._task_index.setdefault(task, len(self._task_index)))
+        except BaseException:
+            self._spoiled = self._spoiled or (self._exact is not None and bool(recorder.reached))
+            raise
+        finally:
+            self._recorder = None
+        self._warn_never_called(recorder)
+        self._parts.append(part)
+        self._serial += 1
+        if rows_per_sample is not None:
+            self._spread.update(rows.samples)
+        for sample, task, present in zip(rows.samples, rows.tasks, rows.rows_present, strict=True):
+            self._sample_task[sample] = task
+            self._sample_rows[sample] = self._sample_rows.get(sample, 0) + present
+
+    def _check_samples(self, rows: Rows, spread: bool) -> None:
+        """A sample that comes back within a step must say how many rows it has, and must keep its task."""
+        whole = [round(present / share) for present, share in zip(rows.rows_present, rows.weight.tolist(), strict=True)]
+        for sample, task, present, limit in zip(rows.samples, rows.tasks, rows.rows_present, whole, strict=True):
+            if sample not in self._sample_task:
+                continue
+            if self._sample_task[sample] != task:
+                raise ValueError(
+                    f"sample_ids: sample {sample!r} belonged to task {self._sample_task[sample]!r} earlier in this "
+                    f"step, now to {task!r}"
+                )
+            if not spread:
+                raise ValueError(
+                    f"sample_ids: sample {sample!r} was already in an earlier micro-batch of this step; if its rows "
+                    f"are spread over several, "
+                    "pass rows_per_sample= (its number of rows in all), else give every sample an id of its own"
+                )
+            if self._sample_rows[sample] + present > limit:
+                raise ValueError(
+                    f"rows_per_sample: sample {sample!r} has {self._sample_rows[sample] + present} rows in this step, "
+                    f"more than the {limit} given"
+                )
+
+    def _warn_never_called(self, recorder: Recorder) -> None:
+        missing = [name for name in recorder.never_called(self._selection.layers) if name not in self._warned]
+        if missing:
+            self._warned.update(missing)
+            warnings.warn(
+                "these measured layers were never called in this micro-batch, so they count as zero: "
+                f"{_some(missing)}; a weight that is used without calling its layer cannot be seen",
+                stacklevel=4,
+            )
+
+    def step(self) -> StepStats:
+        """Estimates from all micro-batches since the last call, one optimizer step; resets, and updates ``running``.
+
+        Returns:
+            :class:`StepStats`; empty when there was no micro-batch. A task with one sample has NaN and n = 1.
+
+        Raises:
+            RuntimeError: another rank stopped or did not make this call; or (``accumulate="exact"``) a micro-batch of
+                this step failed halfway, so that its sums cannot be told from the others': the next step is measured
+                again.
+        """
+        group = distributed.resolve(self._process_group)
+        try:
+            if any(distributed.gather(self._spoiled, group) if self._exact is not None else []):
+                raise RuntimeError(
+                    'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
+                )
+            gathered = distributed.gather(
+                self._step_sums(distributed.rank(group) if group is not None else None), group
+            )
+            sums = merge([part for part, _ in gathered]) if group is not None else gathered[0][0]
+            exact = self._exact.gram(sums.tasks, group) if self._exact is not None else None
+        finally:
+            self._reset()
+        return self._publish(sums, exact, any(folded for _, folded in gathered))
+
+    def _step_sums(self, rank: int | None) -> tuple[StepSums, bool]:
+        """This rank's share of the step, and whether its blocks are folds. Ids that only this rank knows get its
+        number.
+        """
+        folded = any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys)
+        samples = {sample: self._task_index[task] for sample, task in self._sample_task.items()}
+        sums = add_up(self._parts, list(self._task_index), samples)
+        if rank is None:
+            return sums, folded
+
+        def known(key: Hashable) -> Hashable:
+            return key if key in self._spread else ("rank", rank, key)
+
+        keys, named = tuple(map(known, sums.keys)), {known(sample): task for sample, task in samples.items()}
+        return replace(sums, keys=keys, sample_task=named), folded
+
+    def _publish(self, sums: StepSums, exact: Tensor | None, folded: bool) -> StepStats:
+        """The estimates of a step, which also enter ``running``."""
+        stats = StepStats()
+        tasks = stats.tasks = list(sums.tasks)
+        found = moments(sums, exact)
+        stats.inner_products, stats.inner_products_se = found.inner_products, found.inner_products_se
+        stats.cosines, stats.cosines_se = found.cosines, found.cosines_se
+        counts = [0] * len(tasks)
+        for k in sums.sample_task.values():
+            counts[k] += 1
+        known = "jackknife over folds" if folded else "jackknife over samples"
+        if exact is not None:
+            known += " inside micro-batches, an upper bound"
+        for k, task in enumerate(tasks):
+            error = float(found.std_error[k])
+            stats[task] = TaskGradient(
+                sq_norm=float(found.sq_norm[k]),
+                std_error=error,
+                noise_scale=float(found.noise_scale[k]),
+                plug_in=float(found.plug_in[k]),
+                n=counts[k],
+                mean_sq_norm=float(found.mean_sq_norm[k]),
+                pair_weight=float(found.pair_weight[k]),
+                std_error_method="none" if error != error else known,
+            )
+            self.running.setdefault(task, RunningEstimate()).update(stats[task])
+        return stats
+
+    def _reset(self) -> None:
+        self._parts, self._serial, self._spoiled = [], 0, False
+        self._task_index, self._sample_task, self._sample_rows, self._spread = {}, {}, {}, set()
+        if self._exact is not None:
+            self._exact = TaskSums()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running estimates, for a checkpoint between steps.
+
+        Raises:
+            RuntimeError: micro-batches are waiting for :meth:`step`; they would be lost.
+        """
+        if self._parts or self._recorder is not None:
+            raise RuntimeError(f"{len(self._parts)} micro-batches wait for tracker.step(): call it before state_dict()")
+        return {"running": [(task, estimate.state_dict()) for task, estimate in self.running.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        running: dict[Hashable, RunningEstimate] = {}
+        for task, entry in state["running"]:
+            running[task] = RunningEstimate()
+            running[task].load_state_dict(entry)
+        self.running = running
+
+    def close(self) -> None:
+        """Remove every hook and swapped forward: the model is as it was before. May be called twice."""
+        for undo in self._undo:
+            undo()
+        self._undo = []

@@ -1,0 +1,1 @@
+"""Measured constants, tile configurations and the command that finds them on a GPU."""

@@ -1,0 +1,286 @@
+"""The cuda backend's kernels, run on the host from their own sources (tests/cuda_host), against the float64 reference.
+
+What is executed is everything but the GPU: Python's tables, the bindings, the launchers and the device code of
+``wgrad_norm_sm80.cu``, ``gram_sm80.cu`` and ``reduce.cu``. Reading out of bounds, a missing wait or barrier and a race
+end a launch with an error. Every call of ``traps.check`` runs twice, under another order of blocks, warps and arrivals,
+and must give the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradnorm_kernels import ops, reference
+from gradnorm_kernels.backends import Plan, cuda, native
+from gradnorm_kernels.backends.cuda import tables, wgrad
+from gradnorm_kernels.backends.cuda.launch import old_driver, operand
+from gradnorm_kernels.segments import Segments
+from tests import traps
+from tests.cuda_host.backend import HostMachine, host_machine, install
+from tests.cuda_host.build import Host, Tree
+
+BF16, FP16 = torch.bfloat16, torch.float16
+VARIANTS = ({}, {"weight_grad": True}, {"group_gram": True}, {"weight_grad": True, "group_gram": True})
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Host:
+    objects = Path(pytestconfig.cache.mkdir("cuda_host"))  # type: ignore[union-attr]
+    return Host(Tree(tmp_path_factory.mktemp("csrc"), objects).module())
+
+
+@pytest.fixture
+def machine(host: Host, monkeypatch: pytest.MonkeyPatch) -> HostMachine:
+    machine = host_machine(host)
+    install(monkeypatch, machine)
+    return machine
+
+
+# Every trap once in the default run, with the algorithms, variants and dtypes taking turns; all of them if asked for.
+TURNS = [
+    (trap, traps.ALGORITHMS[i % 3], VARIANTS[i % 4], FP16 if i % 5 == 2 else BF16) for i, trap in enumerate(traps.TRAPS)
+]
+
+
+@pytest.mark.parametrize(("trap", "algorithm", "wanted", "dtype"), TURNS, ids=[str(turn[0]) for turn in TURNS])
+def test_traps(
+    machine: HostMachine, trap: traps.Trap, algorithm: str, wanted: dict[str, bool], dtype: torch.dtype
+) -> None:
+    traps.check(trap.build(dtype), "cuda", algorithm, **wanted)
+
+
+@pytest.mark.parametrize("algorithm", traps.ALGORITHMS)
+def test_pairs(machine: HostMachine, algorithm: str) -> None:
+    traps.check_pairs(traps.ODD.build(BF16), "cuda", algorithm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("algorithm", traps.ALGORITHMS)
+@pytest.mark.parametrize("trap", traps.TRAPS, ids=str)
+def test_traps_in_full(machine: HostMachine, trap: traps.Trap, algorithm: str, dtype: torch.dtype) -> None:
+    for wanted in VARIANTS:
+        traps.check(trap.build(dtype), "cuda", algorithm, **wanted)
+    traps.check_pairs(trap.build(dtype), "cuda", algorithm)
+
+
+def launches(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the launches from here on."""
+    names: list[str] = []
+    original = HostMachine.launch
+
+    def launch(self: HostMachine, name: str, **fields: object) -> None:
+        names.append(name)
+        original(self, name, **fields)
+
+    monkeypatch.setattr(HostMachine, "launch", launch)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups", "launched"),
+    [
+        # Few long samples: splits that end anywhere, sums of samples stored.
+        ([1500, 777], [0, 1], ["wgrad_norm_sm80", "part_sums"]),
+        # Many samples on a small weight: splits between samples.
+        ([97, 60, 113] * 13, [0, 1, 1] * 13, ["wgrad_norm_sm80", "part_sums"]),
+    ],
+)
+def test_splits(
+    host: Host, monkeypatch: pytest.MonkeyPatch, lengths: list[int], groups: list[int], launched: list[str]
+) -> None:
+    """More multiprocessors than tiles: the tokens are split, and squares are taken of whole sums."""
+    machine = host_machine(host, multiprocessors=7)
+    install(monkeypatch, machine)
+    names = launches(machine, monkeypatch)
+    case = traps.packed(lengths, 40, 24, BF16, group_ids=groups)
+    result = traps.check(case, "cuda", "wgrad", weight_grad=True)
+    assert names[: len(launched)] == launched
+    # One tile and no split: the same numbers from the plain way.
+    monkeypatch.setattr(wgrad, "splits", lambda *_: 1)
+    del names[:]
+    plain = ops.fused_grad_norm(
+        case.x, case.dy, case.cu_seqlens, group_ids=case.group_ids, weight_grad=True, algorithm="wgrad", backend="cuda"
+    )
+    assert "part_sums" not in names
+    torch.testing.assert_close(plain.sample_sq_norms, result.sample_sq_norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(plain.group_sq_norms, result.group_sq_norms, rtol=1e-5, atol=0)
+
+
+def test_slabs_of_the_groups_gram(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the stored sums would take too much memory, rows of the weight are done one slab after another."""
+    names = launches(machine, monkeypatch)
+    monkeypatch.setattr(wgrad, "_PARTS", 3 * 2 * 4 * 70 * 130)
+    case = traps.packed([30, 7, 64, 50], 70, 300, BF16, group_ids=[0, 1, 2, 1])
+    traps.check(case, "cuda", "wgrad", weight_grad=True, group_gram=True)
+    assert names.count("wgrad_norm_sm80") == 2 * 3
+
+
+def test_a_wrong_value_on_the_device_makes_nan(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Index values that nobody reads on the host are clamped, and results are NaN: of dW the first row."""
+    case = traps.packed([5, 6, 7], 16, 24, BF16)
+    segments = Segments(
+        torch.tensor([0, 5, 5]),
+        torch.tensor([5, 5, 18]),
+        torch.tensor([0, 1, 2], dtype=torch.int32),
+        torch.zeros(3, dtype=torch.int32),
+        3,
+        1,
+        torch.tensor(False),
+    )
+    monkeypatch.setattr(cuda, "prepare", lambda *_: segments)
+    result = ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, weight_grad=True, group_gram=True, backend="cuda")
+    for name, tensor in result._asdict().items():
+        assert tensor is not None and tensor[:1].isnan().all(), name
+        assert name == "weight_grad" or tensor.isnan().all(), name
+
+
+@pytest.mark.parametrize("algorithm", ["wgrad", "gram"])
+def test_more_than_two_to_the_31_elements(machine: HostMachine, algorithm: str) -> None:
+    """Offsets of 64 bits: the rows of x lie far apart, and only a few of their elements are ever touched."""
+    tokens, lengths = 2100, [700, 1, 1300, 99]
+    x = torch.empty(tokens, 1 << 20, dtype=BF16)[:, :16]
+    x.copy_(torch.randn(tokens, 16, generator=torch.Generator().manual_seed(0)))
+    case = replace(traps.packed(lengths, 16, 24, BF16), x=x)
+    result = ops.fused_grad_norm(
+        case.x, case.dy, case.cu_seqlens, weight_grad=algorithm == "wgrad", algorithm=algorithm, backend="cuda"
+    )
+    expected = reference.fused_grad_norm(case.x, case.dy, case.cu_seqlens)
+    torch.testing.assert_close(result.sample_sq_norms, expected[0], rtol=2e-5, atol=0)
+    torch.testing.assert_close(result.group_sq_norms, expected[1], rtol=2e-5, atol=0)
+
+
+def test_no_bank_conflicts(machine: HostMachine) -> None:
+    """ldmatrix gets its eight rows in one turn."""
+    case = traps.packed([70, 3, 40], 200, 136, BF16)
+    conflicts = []
+    original = machine.module
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            function = getattr(original, name)
+            if name not in ("wgrad_norm_sm80", "gram_sm80"):
+                return function
+
+            def call(**fields: object) -> None:
+                function(**fields)
+                conflicts.append(machine.host.bank_conflicts())
+
+            return call
+
+    object.__setattr__(machine, "module", Counting())
+    ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, algorithm="gram", weight_grad=True, backend="cuda")
+    assert conflicts == [0, 0]
+
+
+def test_more_blocks_than_a_grid_has(machine: HostMachine) -> None:
+    """An error, not the grid that the number's low 32 bits stand for."""
+    tensors = dict.fromkeys(("x", "dy", "token_row", "token_rank", "partial"))
+    sizes = {"x_stride": 8, "dy_stride": 8, "type": 1, "d_in": 8, "d_out": 8, "fragments": 100_000, "pairwise": True}
+    with pytest.raises(RuntimeError, match=r"^gram_sm80: more than 2\^31 - 1 blocks"):
+        machine.launch("gram_sm80", **tensors, **sizes, tokens=64 << 16, reach=1 << 16)
+    tables = dict.fromkeys(("partial", "rank_begin", "rank_sample", "out"))
+    with pytest.raises(RuntimeError, match="^gram_sums: more than 46340 fragments"):
+        machine.launch("gram_sums", **tables, ranks=2, samples=2, reach=46340, fragments=46342, pairwise=True)
+
+
+def test_the_driver_is_asked_for_its_version(host: Host) -> None:
+    assert host.module.driver_version() == 13000
+
+
+def test_a_failed_launch_says_which(machine: HostMachine) -> None:
+    """An error of the device is an exception that names the launch: here, a buffer that is too short."""
+    zeros = torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="^column_sums: global write of 8 bytes .* outside of every buffer"):
+        machine.launch("column_sums", partial=torch.zeros(3, 5), rows=3, columns=5, out=zeros)
+    with pytest.raises(TypeError, match="missing argument: rows"):
+        machine.launch("column_sums", partial=torch.zeros(3, 5), columns=5, out=zeros)
+
+
+def test_without_a_device_a_launch_says_which() -> None:
+    if native.cuda_unable() is not None or torch.cuda.is_available():
+        pytest.skip(native.cuda_unable() or "there is a device")
+    with pytest.raises(RuntimeError, match="^column_sums: "):
+        native.module().column_sums(partial=0, rows=1, columns=1, out=0, stream=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_operands_are_copied_only_where_rows_are_not_aligned(tokens: int) -> None:
+    wide = torch.randn(tokens, 48).to(BF16)
+    assert operand(wide).data_ptr() == wide.data_ptr()
+    assert operand(wide[:, 8:45]).data_ptr() == wide[:, 8:].data_ptr()
+    shifted = wide[:, 1:20]
+    assert operand(shifted).data_ptr() != shifted.data_ptr() and torch.equal(operand(shifted), shifted)
+    narrow = torch.randn(tokens, 13).to(BF16)
+    aligned = operand(narrow)
+    assert torch.equal(aligned, narrow) and (tokens == 1 or aligned.stride(0) % 8 == 0)
+
+
+def segments(lengths: list[int], sample: list[int], group: list[int]) -> Segments:
+    ends = torch.tensor(lengths).cumsum(0)
+    ids = (torch.tensor(values, dtype=torch.int32) for values in (sample, group))
+    return Segments(ends - torch.tensor(lengths), ends, *ids, max(sample) + 1, max(group) + 1, None)
+
+
+def test_a_row_expanded_over_tokens_is_copied() -> None:
+    row = torch.randn(1, 64).to(torch.bfloat16)
+    copied = operand(row.expand(7, 64))
+    assert copied.stride(0) == 64 and torch.equal(copied, row.expand(7, 64))
+    assert operand(row).data_ptr() == row.data_ptr()
+
+
+def test_a_driver_older_than_the_toolkit_is_named() -> None:
+    assert old_driver("13.0", 13000) is None and old_driver("12.8", 13020) is None
+    said = old_driver("13.0", 12080)
+    assert said is not None and "built with CUDA 13.0 and the driver is for CUDA 12.8: update the driver" in said
+
+
+def test_splits_end_between_samples() -> None:
+    items = tables.whole_samples(segments([10, 0, 30, 5, 5, 50], [0, 0, 1, 1, 2, 4], [0, 0, 0, 0, 1, 1]), 3, 100)
+    assert items.split_start.tolist() == [0, 4, 6, 6]  # cuts at 0, 33, 66: samples begin at 0, 10, 45 and 50
+    first, last = tables.split_ranges(items, 3)
+    assert first.tolist() == [0, 1, 1] and last.tolist() == [0, 1, 0]
+
+
+def test_splits_anywhere_cut_samples() -> None:
+    items = tables.anywhere(segments([70, 0, 20, 10], [0, 1, 2, 2], [0, 0, 0, 0]), 4, 100)
+    pieces = list(zip(items.start.tolist(), items.end.tolist(), items.group.tolist(), strict=True))
+    assert [piece for piece in pieces if piece[0] < piece[1]] == [
+        *((0, 25, 0), (25, 50, 0), (50, 70, 0)),
+        *((70, 75, 2), (75, 90, 2), (90, 100, 2)),
+    ]
+    tokens = [
+        sum(end - start for start, end, _ in pieces[a:b])
+        for a, b in zip(items.split_start, items.split_start[1:], strict=False)
+    ]
+    assert tokens == [25, 25, 25, 25]
+
+
+def test_how_many_splits() -> None:
+    assert wgrad.splits(1024, 65536, 132) == 1  # 4096 x 4096: eight rounds
+    assert wgrad.splits(20, 65536, 132) > 4
+    assert wgrad.splits(20, 200, 132) == 1
+    assert all(wgrad.splits(tiles, 100000, 108) <= 108 for tiles in range(1, 300, 7))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "text"),
+    [
+        ("cuda", torch.float32, "bfloat16 and float16, not float32: use backend='triton' or backend='torch'"),
+        ("cuda", torch.float64, "not float64"),
+        ("cpu", BF16, "on a CUDA device, not on 'cpu'"),
+    ],
+)
+def test_what_it_does_not_take(device: str, dtype: torch.dtype, text: str) -> None:
+    assert text in str(cuda.unsupported(device, dtype))
+    assert cuda.unsupported("cuda", BF16) is None and cuda.unsupported("cuda", FP16) is None
+
+
+def test_more_tokens_than_can_be_counted() -> None:
+    x = torch.empty(1, 1, dtype=BF16).expand(2**31, 1)
+    with pytest.raises(ValueError, match="fewer than 2\\^31 - 1024 tokens"):
+        cuda.grad_gram(x, x, None, None, cuda.checks.Sizes(2**31, 1, 1, 1, 1, 1), Plan("cuda", 0, "gram", 1, 1))

@@ -1,0 +1,95 @@
+"""What the compiler makes of the sm_90a kernels: tensor-core and tensor-copy instructions, nothing in local memory."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = 4  # two types, two tiles
+# 65536 registers of a multiprocessor for 384 threads, in steps of 8; and what setmaxnreg gives a consumer. It shares
+# out what the launch took: of 160 a thread the second consumer would wait for ever for its share.
+REGISTERS_AT_START, REGISTERS_OF_A_PRODUCER, REGISTERS_OF_A_CONSUMER = 168, 40, 232
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+def cuobjdump() -> str:
+    """The disassembler of the toolkit, or the one in triton's package. Skips where there is neither."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton")
+        packaged = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if not packaged.exists():
+            pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton's package")
+        found = str(packaged)
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the compiler says, and the object file."""
+    target = tmp_path_factory.mktemp("sass") / "wgrad_norm_sm90.o"
+    command = ["nvcc", "-std=c++17", "-O3", "-DGRADNORM_WITH_CUDA", "-gencode=arch=compute_90a,code=sm_90a"]
+    command += ["-Xptxas=-v", "-c", str(ROOT / "csrc" / "wgrad_norm_sm90.cu"), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr, target
+
+
+def complaints(report: str) -> list[str]:
+    """Lines of a compiler's report that speak of local memory, of serialised products or of an ignored setmaxnreg."""
+    spilled = re.compile(r"[1-9]\d* bytes (stack frame|spill stores|spill loads|cumulative stack)")
+    return [line for line in report.splitlines() if spilled.search(line) or re.search(r"\(C75\d\d\)|warning", line)]
+
+
+def test_nothing_spills_and_no_product_is_serialised(compiled: tuple[str, Path]) -> None:
+    report, _ = compiled
+    assert complaints(report) == []
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    assert registers == [REGISTERS_AT_START] * KERNELS
+
+
+def test_a_report_with_complaints_is_read() -> None:
+    spills = "    16 bytes stack frame, 3676 bytes spill stores, 0 bytes spill loads"
+    serial = "ptxas info    : (C7518) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    clean = "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert complaints("\n".join([clean, spills, serial])) == [spills, serial]
+
+
+def most_registers(code: str) -> int:
+    """The highest number of a register in this machine code."""
+    return max(int(number) for number in re.findall(r"\bR(\d+)\b", code))
+
+
+def test_instructions(compiled: tuple[str, Path]) -> None:
+    dump = subprocess.run(
+        [cuobjdump(), "--dump-sass", str(compiled[1])], capture_output=True, text=True, check=True
+    ).stdout
+    functions = dump.split("Function :")[1:]
+    assert len(functions) == KERNELS
+    for function in functions:
+        name = function.split()[0]
+        columns = 192 if "ELi192E" in name else 128
+        # A sample's first block has 1, 2, 3 or 4 products, the loop over the others 4; both operands transposed, that
+        # is MN-major, and one group left in flight.
+        products = re.findall(r"HGMMA\.(\S+) (.*)", function)
+        assert len(products) == 1 + 2 + 3 + 4 + 4, name
+        for shape, operands in products:
+            assert shape.startswith(f"64x{columns}x16.F32"), name
+            assert ".tnspA.tnspB" in operands, name
+        assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in function, name
+        # Two boxes of dy and two or three of x a stage.
+        assert len(re.findall(r"UTMALDG\.3D", function)) % (2 + columns // 64) == 0, name
+        assert "UTMALDG.3D" in function, name
+        assert {"USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"} == set(re.findall(r"USETMAXREG\.[A-Z_]+", function)), name
+        assert not re.search(r"\b(LDL|STL)\b", function), name
+        assert most_registers(function) < REGISTERS_OF_A_CONSUMER, name
+        # The producer's part: from where it gives registers away to its end.
+        produce = re.search(r"USETMAXREG\.DEALLOC.*?\n\s+/\*\w+\*/\s+EXIT", function, re.S)
+        assert produce is not None and "UTMALDG" in produce[0] and "HGMMA" not in produce[0], name
+        assert most_registers(produce[0]) < REGISTERS_OF_A_PRODUCER, name

@@ -1,0 +1,47 @@
+"""The studies in docs/study: their answers follow from the measurements beside them; the README shows one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+from gradnorm_grpo.study.answers import answer
+from gradnorm_grpo.study.figures import draw
+from gradnorm_grpo.study.measurements import Measurements, read_study
+from gradnorm_grpo.study.page import page
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda path: path.name)
+def test_answers_figures_and_page_follow_from_the_measurements(folder: Path, tmp_path: Path) -> None:
+    """To nine digits: another processor may sum in another order."""
+    measured = Measurements.from_csv(folder / "measurements.csv")
+    estimators = [json.loads(path.read_text()) for path in sorted((folder / "estimators").glob("seed*.json"))]
+    found, kept = answer(measured, estimators), json.loads((folder / "answers.json").read_text())
+    assert measured.missing == [] and len(estimators) >= 1
+    for new, old in zip(found["answers"], kept["answers"], strict=True):
+        assert (new["id"], new["verdict"], new["sentence"]) == (old["id"], old["verdict"], old["sentence"])
+        numbers = [[row["name"], row["how"]] for row in old["numbers"]]
+        assert [[row["name"], row["how"]] for row in new["numbers"]] == numbers
+        for key in ("value", "low", "high"):
+            pairs = [(a[key], b[key]) for a, b in zip(new["numbers"], old["numbers"], strict=True)]
+            assert all(a == b or a == pytest.approx(b, rel=1e-6, abs=1e-9) for a, b in pairs), (old["id"], key)
+    assert (folder / "README.md").read_text() == page(read_study(folder), kept)
+    names = {path.name for path in draw(kept, tmp_path)}
+    assert names == {path.name for path in (folder / "figures").glob("*.svg")}
+
+
+def test_three_seeds_and_four_arms_at_one_budget() -> None:
+    kept = json.loads((ROOT / "docs" / "study" / "tiny" / "answers.json").read_text())
+    assert len(kept["arms"]) == 4 and len(kept["seeds"]) == 3 and len(kept["runs"]) == 12
+    assert len({run["rollouts"] for run in kept["runs"]}) == 1
+
+
+def test_the_readmes_picture_is_a_studys() -> None:
+    assert "(docs/study/tiny/figures/overview.svg)" in (ROOT / "README.md").read_text()

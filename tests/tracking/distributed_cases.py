@@ -1,0 +1,271 @@
+"""What each rank of a distributed test runs: ``python -m tests.tracking.distributed_cases CASES RANK WORLD FOLDER``.
+
+Every case builds the same small Llama in float64 on every rank, gives each rank its share of one global batch, and
+compares what the tracker says with one process that sees the ranks' batches as micro-batches.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import gradnorm_kernels as gk
+
+PROMPTS, GROUP, LENGTH = 8, 2, 7
+TASKS = ["add", "sort", "sort", "add", "add", "sort", "add", "sort"]
+
+
+def build() -> Any:
+    """The model, the same on every rank."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=41,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="eager",
+        tie_word_embeddings=False,
+        attention_bias=True,
+    )
+    return LlamaForCausalLM(config).to(torch.float64)
+
+
+def tokens() -> Tensor:
+    """[PROMPTS * GROUP, LENGTH]: the global batch, GROUP rows a prompt."""
+    return torch.randint(0, 41, (PROMPTS * GROUP, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean over the rows of their mean token loss."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def share(rank: int, world: int) -> list[int]:
+    """The rows of the global batch that a rank has: whole prompts, in unequal numbers."""
+    bounds = [round(PROMPTS * (i / world) ** 0.8) for i in range(world + 1)]
+    return list(range(bounds[rank] * GROUP, bounds[rank + 1] * GROUP))
+
+
+def measure(tracker: gk.GradNormTracker, model: nn.Module, rows: list[int], **more: Any) -> None:
+    """One micro-batch of these rows of the global batch."""
+    prompts = [row // GROUP for row in rows]
+    with tracker.microbatch([TASKS[p] for p in prompts], prompts, **more):
+        loss_of(model, tokens()[rows]).backward()
+
+
+def expected(layers: Any, micro_batches: list[list[int]], **more: Any) -> gk.StepStats:
+    """What one process says of these micro-batches."""
+    model = build()
+    tracker = gk.GradNormTracker(model, layers, process_group=None, **more)
+    for rows in micro_batches:
+        measure(tracker, model, rows)
+    return tracker.step()
+
+
+def same(found: gk.StepStats, right: gk.StepStats, tolerance: float = 1e-9) -> None:
+    """Equal estimates, whatever the order of the tasks."""
+    assert set(found) == set(right), (found.tasks, right.tasks)
+    for task in right:
+        a, b = found[task], right[task]
+        assert (a.n, a.std_error_method) == (b.n, b.std_error_method), (a, b)
+        for name in ("sq_norm", "std_error", "noise_scale", "plug_in", "mean_sq_norm", "pair_weight"):
+            x, y = getattr(a, name), getattr(b, name)
+            assert abs(x - y) <= tolerance * abs(y) or (x != x and y != y), (task, name, x, y)
+    order = [found.tasks.index(task) for task in right.tasks]
+    for name in ("inner_products", "inner_products_se", "cosines", "cosines_se"):
+        x, y = getattr(found, name)[order][:, order], getattr(right, name)
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """The parameters' gradients, this rank's part of sharded ones."""
+    found = [p.grad for p in model.parameters()]
+    return [(g.to_local() if hasattr(g, "to_local") else g).clone() for g in found if g is not None]
+
+
+def ddp(rank: int, world: int) -> None:
+    """DistributedDataParallel, watching and fused, with unequal shares; every rank has the same numbers."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    right = expected("last_attention", [share(i, world) for i in range(world)])
+    kept = []
+    for mode in (None, False, True):
+        model = DistributedDataParallel(build())
+        if mode is None:
+            loss_of(model, tokens()[share(rank, world)]).backward()
+        else:
+            tracker = gk.GradNormTracker(model, "last_attention", fused=mode)
+            measure(tracker, model, share(rank, world))
+            stats = tracker.step()
+            same(stats, right)
+            assert tracker.running[stats.tasks[0]].n == stats[stats.tasks[0]].n
+            everyone: list[Any] = [None] * world
+            dist.all_gather_object(everyone, (stats.tasks, [stats[task] for task in stats.tasks]))
+            assert all(repr(other) == repr(everyone[0]) for other in everyone)
+        kept.append(gradients(model))
+    assert all(map(torch.equal, kept[0], kept[1])), "watching changed a gradient"
+    for a, b in zip(kept[0], kept[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def fsdp(rank: int, world: int) -> None:
+    """FSDP2 with every layer, norms and embeddings included; the tracker made before and after sharding."""
+    from torch.distributed.fsdp import fully_shard
+
+    right = expected("all", [share(i, world) for i in range(world)])
+    kept = []
+    for mode in ("without", "before", "after", "fused"):
+        model = build()
+        tracker = gk.GradNormTracker(model, "all") if mode == "before" else None
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        if mode in ("after", "fused"):
+            tracker = gk.GradNormTracker(model, "all", fused=mode == "fused")
+        if tracker is None:
+            loss_of(model, tokens()[share(rank, world)]).backward()
+        else:
+            measure(tracker, model, share(rank, world))
+            same(tracker.step(), right)
+        kept.append(gradients(model))
+    for other in kept[1:3]:
+        assert all(map(torch.equal, kept[0], other)), "watching changed a gradient"
+    for a, b in zip(kept[0], kept[3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def exact(rank: int, world: int) -> None:
+    """accumulate="exact": micro-batches of one prompt on every rank, unequally many, and all pairs count."""
+    right = expected("all", [list(range(PROMPTS * GROUP))])
+    model = build()
+    tracker = gk.GradNormTracker(model, "all", accumulate="exact")
+    rows = share(rank, world)
+    for first in range(0, len(rows), GROUP):
+        measure(tracker, model, rows[first : first + GROUP])
+    found = tracker.step()
+    for task in right:
+        assert found[task].n == right[task].n
+        for name in ("sq_norm", "plug_in", "noise_scale", "mean_sq_norm", "pair_weight"):
+            a, b = getattr(found[task], name), getattr(right[task], name)
+            assert abs(a - b) <= 1e-8 * abs(b), (task, name, a, b)
+    order = [found.tasks.index(task) for task in right.tasks]
+    torch.testing.assert_close(found.inner_products[order][:, order], right.inner_products, rtol=1e-8, atol=1e-10)
+    assert not tracker.step(), "the sums were reset"
+
+
+def spread(rank: int, world: int) -> None:
+    """A prompt's rows on two ranks: its pairs with itself do not count, and it is one prompt."""
+    model = build()
+    tracker = gk.GradNormTracker(model)
+    mine = [row for row in range(PROMPTS * GROUP) if row % world == rank]
+    measure(tracker, model, mine, rows_per_sample=GROUP)
+    found = tracker.step()
+    alone = build()
+    right = gk.GradNormTracker(alone, process_group=None)
+    for other in range(world):
+        rows = [row for row in range(PROMPTS * GROUP) if row % world == other]
+        measure(right, alone, rows, rows_per_sample=GROUP)
+    same(found, right.step())
+    assert {task: g.n for task, g in found.items()} == {"add": 4, "sort": 4}
+
+
+def uneven(rank: int, world: int) -> None:
+    """Ranks without a micro-batch take part, and a rank's own number for a prompt means that rank's prompt."""
+    model = build()
+    tracker = gk.GradNormTracker(model)
+    if rank == 0:
+        measure(tracker, model, list(range(8)))
+    same(tracker.step(), expected("last_attention", [list(range(8))]))
+    with tracker.microbatch(["add"] * 4, [0, 0, 1, 1]):
+        loss_of(model, tokens()[4 * rank : 4 * rank + 4]).backward()
+    assert tracker.step()["add"].n == 2 * world
+    local = gk.GradNormTracker(model, process_group=None)
+    with local.microbatch(["add"] * 4, [0, 0, 1, 1]):
+        loss_of(model, tokens()[:4]).backward()
+    assert local.step()["add"].n == 2
+
+
+def tensor_parallel(rank: int, world: int) -> None:
+    """Column- and row-wise shards of the attention's projections add up; every rank has the same rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (world,))
+    rows = list(range(PROMPTS * GROUP))
+    half = len(rows) // 2
+    for accumulate in ("pairs", "exact"):
+        right = expected("last_attention", [rows[:half], rows[half:]], accumulate=accumulate)
+        model = build()
+        attention = model.model.layers[-1].self_attn
+        plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")} | {"o_proj": RowwiseParallel()}
+        parallelize_module(attention, mesh, plan)
+        tracker = gk.GradNormTracker(model, accumulate=accumulate, process_group=None)
+        for part in (rows[:half], rows[half:]):
+            measure(tracker, model, part)
+        same(tracker.step(), right)
+    tracker.close()
+    fused = gk.GradNormTracker(model, fused=True, process_group=None)
+    said = ""
+    try:
+        measure(fused, model, rows)
+    except ValueError as error:
+        said = str(error)
+    assert "sharded over ranks" in said and "fused=False" in said, said
+
+
+def sequence_parallel(rank: int, world: int) -> None:
+    """Tokens of one sample on several ranks are refused by the layer's name."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (world,))
+    norm = nn.Sequential(nn.LayerNorm(6))
+    parallelize_module(norm, mesh, {"0": SequenceParallel()})
+    tracker = gk.GradNormTracker(norm, "all", process_group=None)
+    said = ""
+    try:
+        with tracker.microbatch(["a", "b"]):
+            norm(torch.randn(2, 4, 6)).to_local().sum().backward()
+    except ValueError as error:
+        said = str(error)
+    assert "'0'" in said and "sequence or context parallelism" in said, said
+
+
+def dies(rank: int, world: int) -> None:
+    """One rank stops before its step; the others must not wait for ever."""
+    model = build()
+    tracker = gk.GradNormTracker(model)
+    measure(tracker, model, share(rank, world))
+    if rank == 1:
+        sys.exit(3)
+    tracker.step()
+
+
+CASES = {case.__name__: case for case in (ddp, fsdp, exact, spread, uneven, tensor_parallel, sequence_parallel, dies)}
+
+
+def main() -> None:
+    """Run the cases in order; the exit code is 1 at the first that fails, with its traceback."""
+    names, rank, world, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    for name in names:
+        CASES[name](rank, world)
+        print(f"passed {name}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""attach() on two gloo processes: one estimate over all rows, the same draws everywhere, a prompt split between."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+trl = pytest.importorskip("trl")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def worker(folder: str) -> None:
+    """What each process runs; an assertion that fails ends it with an error."""
+    import torch.distributed as dist
+
+    from gradnorm_kernels.integrations.trl import attach
+    from tests.trl import trl_tiny as tiny
+    from tests.trl.test_trl_exact import Watched, many_ends, stand_still, u_of
+
+    def everywhere(value: Any) -> list[Any]:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+        return found
+
+    # With 6 rows a process in groups of 4 the second of the three prompts of a generation lies on both.
+    for accumulate, rows in (("pairs", 6), ("exact", 8)):
+        for loss_type in ("dapo", "grpo"):
+            settings = {"per_device_train_batch_size": rows, "steps_per_generation": 1, "ddp_backend": "gloo"}
+            trainer = stand_still(folder, loss_type=loss_type, **settings)
+            watched = Watched(trainer, accumulate=accumulate, keep_groups_together=accumulate == "exact")
+            watched.trainer.train()
+            last = watched.attached.last
+            parts = sum(everywhere(watched.parts()), [])
+            assert rows == 8 or {1} <= {sample for _, given in watched.opened for sample in given["sample_ids"]}
+            truth, squares = u_of([sum(parts, [])] if accumulate == "exact" else parts)
+            counts = {task: len({s for rows in parts for t, s, _, _ in rows if t == task}) for task in squares}
+            for task, value in truth.items():
+                assert abs(last[task].sq_norm - value) < 1e-4 * (abs(value) + squares[task]), (task, accumulate)
+            assert {task: gradient.n for task, gradient in last.items()} == counts
+            assert len(set(map(str, everywhere(dict(last))))) == 1
+
+    trainer = tiny.grpo(
+        folder, trained=many_ends(), max_steps=3, per_device_train_batch_size=48, gradient_accumulation_steps=1
+    )
+    attached = attach(trainer, task_sampling="proportional", correction="equal_pull")
+    prompts: list[list[str]] = []
+    inner = trainer._generate
+
+    def generate(given: list[str]) -> Any:
+        prompts.append(list(given))
+        return inner(given)
+
+    trainer._generate = generate
+    trainer.train()
+    halves = everywhere(prompts)
+    for first, second in zip(*halves, strict=True):
+        whole = first + second
+        assert len(whole) == 96
+        assert all(whole[i] == whole[i - i % 4] for i in range(96))
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    tasks = everywhere([{key: value for key, value in line.items() if key.startswith("tasks/")} for line in lines])
+    assert tasks[0] == tasks[1]
+    assert any(len({line[f"tasks/{task}/sampling_prob"] for task in tiny.TASKS}) > 1 for line in tasks[0])
+    assert any(len({line[f"tasks/{task}/weight"] for task in tiny.TASKS}) > 1 for line in tasks[0])
+    assert sum(value for line in tasks[0] for key, value in line.items() if key.endswith("/n")) == 72
+    for line in lines:
+        drawn = {task: line[f"tasks/{task}/n"] for task in tiny.TASKS if f"tasks/{task}/n" in line}
+        mean = sum(line[f"tasks/{task}/reward"] * n for task, n in drawn.items()) / sum(drawn.values())
+        assert abs(mean - line["reward"]) < 1e-5
+    states = everywhere((attached.state_dict(), {k: v.sum().item() for k, v in trainer.model.state_dict().items()}))
+    assert states[0] == states[1]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        Path(folder, "done").write_text("done")
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
+        command = [sys.executable, "-W", "ignore", "-m", "tests.trl.test_trl_ranks", str(tmp_path)]
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=240)[0].decode())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            outputs.append(process.communicate()[0].decode())
+    assert (tmp_path / "done").exists(), "\n".join(output[-3000:] for output in outputs)
+    assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+if __name__ == "__main__":
+    try:
+        worker(sys.argv[1])
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # not waiting for the other process, which may wait for this one
