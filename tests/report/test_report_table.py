@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from gradnorm_grpo.numbers import clean, duration, fixed, percent, shorten, signed, significant, with_error
 from gradnorm_grpo.report import print_table, write_report
-from gradnorm_grpo.report.numbers import clean, duration, fixed, percent, shorten, signed, significant, with_error
 from gradnorm_grpo.report.reading import EvalPoint, read_run
 from gradnorm_grpo.report.results import TaskResult, cosines, imbalance, rank_correlation, task_results
 from gradnorm_grpo.report.table import footnotes, imbalance_sentence, table_rows

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from .numbers import MINUS, power
+from ..numbers import MINUS, power
 from .reading import Array, Run
 
 

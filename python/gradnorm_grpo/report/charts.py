@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ..numbers import clean, columns, shorten
 from .axes import frame, shared_limits, thin, tick_text
-from .numbers import clean, columns, shorten
 from .reading import Array, Run
 from .results import ERRORS, TaskResult
 from .svg import GRID, INK, NUM_COLOURS, PAPER, SHADE, SOFT, inline_svg, new_figure, task_colour, theme

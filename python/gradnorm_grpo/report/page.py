@@ -14,8 +14,8 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ..numbers import clean, count, duration, fixed, with_error
 from . import charts, panels
-from .numbers import clean, count, duration, fixed, with_error
 from .reading import Run, read_run
 from .results import ERRORS, MIN_PROMPTS, Cosine, TaskResult, cosines, task_results
 from .svg import NUM_COLOURS

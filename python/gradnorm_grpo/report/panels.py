@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from gradnorm_kernels import RunningEstimate
 
+from ..numbers import clean, significant
 from .axes import bars, frame, shared_limits, thin, tick_text
-from .numbers import clean, significant
 from .reading import Array, EvalPoint, Run
 from .results import ERRORS, TaskResult, estimate_steps, running_estimate
 from .svg import INK, PAPER, inline_svg, new_figure, task_colour, theme

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .numbers import MISSING, clean, count, fixed, percent, signed, significant, with_error
+from ..numbers import MISSING, clean, count, fixed, percent, signed, significant, with_error
 from .reading import read_run
 from .results import ERRORS, MIN_PROMPTS, Imbalance, TaskResult, imbalance, task_results
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import NormalDist, median
 
-from .numbers import clean, fixed, percent, signed, significant
+from ..numbers import clean, fixed, percent, signed, significant
 from .reading import Run
 from .results import Cosine, TaskResult, imbalance, rank_correlation
 from .table import imbalance_sentence

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..report.numbers import MISSING, clean, count, duration, significant
+from ..numbers import MISSING, clean, count, duration, significant
 from .figures.data import IDS, Record, answer_of, number
 
 _LONG = 12  # rows of a table that are shown unfolded

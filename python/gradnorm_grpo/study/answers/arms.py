@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...report.numbers import clean, signed
+from ...numbers import clean, signed
 from ..measurements import Array, Measurements
 from ..statistics import ALPHA, LEVEL, Interval, holm, t_interval
 from .common import BASELINE, answer_of, interval_over, number, p_value, scarce

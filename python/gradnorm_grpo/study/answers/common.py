@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from ...report.numbers import clean, fixed, significant
+from ...numbers import clean, fixed, significant
 from ..measurements import Array, Measurements
 from ..statistics import ALPHA, FEWEST_TASKS, LEVEL, Correlation, Interval, pool, t_interval
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ...report.numbers import significant
+from ...numbers import significant
 from ..statistics import ALPHA, LEVEL
 from .common import answer_of, count_of, number
 

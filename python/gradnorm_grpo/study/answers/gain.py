@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...report.numbers import clean, significant
+from ...numbers import clean, significant
 from ...summary import gain_at
 from ..measurements import Array, Measurements
 from ..statistics import ALPHA, FEWEST_TASKS, Correlation, across, correlate, holm, scaled, t_interval, within

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ...report.numbers import clean
+from ...numbers import clean
 from ..measurements import Array, Measurements
 from ..statistics import (
     ALPHA,

@@ -25,8 +25,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.textpath import text_to_path
 
+from ...numbers import clean, columns
 from ...report import svg
-from ...report.numbers import clean, columns
 
 WIDTH = 800.0
 EDGE = 22.0  # free paper on the left and the right

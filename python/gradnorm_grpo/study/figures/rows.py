@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from ...report.numbers import fixed, significant
+from ...numbers import fixed, significant
 from .canvas import GRID, INK, PAPER, SMALL, SOFT, TEXT, Sheet, colour, fit, marker, text_width, wrap
 
 AXIS = 42.0  # room for the tick labels and the name of the axis under a panel

@@ -1,9 +1,10 @@
-"""How numbers and names are written, in the terminal and on the page."""
+"""How numbers and names are written, in the terminal, on pages and in pictures."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Callable
 
 MISSING = "–"
 MINUS = "\u2212"  # the true minus sign: as wide as a digit, and never a place to break a line
@@ -22,11 +23,11 @@ def columns(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def shorten(name: str, width: int) -> str:
-    """The name, cut to so many columns with an ellipsis where it is wider."""
-    if columns(name) <= width:
+def shorten(name: str, width: float, measure: Callable[[str], float] = columns) -> str:
+    """The name, cut with an ellipsis where it is wider than `width`; `measure` gives a text's width."""
+    if measure(name) <= width:
         return name
-    while columns(name) > width - 1:
+    while name and measure(name + "…") > width:
         name = name[:-1]
     return name.rstrip() + "…"
 
