@@ -28,8 +28,9 @@ from .metrics import Line, RunLog, report_trackers, write_json
 from .models import load_model
 from .progress import Display
 from .rollout import Prompter
+from .runlog import task_column
 from .settings import Settings
-from .summary import gain_at, series, summarize
+from .summary import gain_at, summarize
 from .tasks import build_tasks
 from .warm_start import warm_start
 
@@ -237,7 +238,7 @@ class Training:
         steps = [*(earlier for earlier in self.log.lines if earlier["kind"] == "train"), line]
         window = self.settings.gain_window
         for task in self.tasks:
-            gain = gain_at(series(steps, task.name, "reward"), len(steps) - window, window)
+            gain = gain_at(task_column(steps, task.name, "reward"), len(steps) - window, window)
             if not math.isnan(gain):
                 line[f"tasks/{task.name}/learning_gain"] = gain
 

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from gradnorm_grpo.numbers import clean, duration, fixed, percent, shorten, signed, significant, with_error
 from gradnorm_grpo.report import print_table, write_report
-from gradnorm_grpo.report.reading import EvalPoint, read_run
-from gradnorm_grpo.report.results import TaskResult, cosines, imbalance, rank_correlation, task_results
-from gradnorm_grpo.report.table import footnotes, imbalance_sentence, table_rows
-from gradnorm_grpo.report.verdict import directions, learning, verdict
+from gradnorm_grpo.report.table import footnotes, table_rows
+from gradnorm_grpo.report.verdict import directions, imbalance, imbalance_sentence, learning, rank_correlation, verdict
+from gradnorm_grpo.runlog import EvalPoint, read_run
+from gradnorm_grpo.summary import TaskResult, cosines, task_results
 from tests.report.test_report_synthetic import NAMES, PULL, write_synthetic_run
 
 NAN = math.nan
@@ -99,9 +99,9 @@ def test_imbalance_interval_covers_the_truth_as_often_as_it_says() -> None:
     ("results", "words"),
     [
         ([task()], "undecided, since there is only one task"),
-        ([task("a", 1, 0.1), task("b", 0.1, 0.1)], "undecided, since only a is told apart from zero"),
-        ([task("a", 1, NAN), task("b", NAN, NAN)], "undecided, since no task is told apart from zero"),
-        ([task("a", 1, 0.1, n=5), task("b", 1, 0.1, n=7)], "undecided, since no task is told apart"),
+        ([task("a", 1, 0.1), task("b", 0.1, 0.1)], "undecided, since only a is distinguishable from zero"),
+        ([task("a", 1, NAN), task("b", NAN, NAN)], "undecided, since no task is distinguishable from zero"),
+        ([task("a", 1, 0.1, n=5), task("b", 1, 0.1, n=7)], "undecided, since no task is distinguishable"),
         (
             [task("a", 9, 0.1), task("b", 1, 0.01), task("c", -1, 0.1)],
             "9.0 to 1 in squared norm .*3.0 to 1 in norm; 1 task is",

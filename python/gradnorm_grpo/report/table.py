@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..numbers import MISSING, clean, count, fixed, percent, signed, significant, with_error
-from .reading import read_run
-from .results import ERRORS, MIN_PROMPTS, Imbalance, TaskResult, imbalance, task_results
+from ..runlog import read_run
+from ..summary import MIN_PROMPTS, TaskResult, task_results
+from .verdict import imbalance_sentence
 
 UNRESOLVED = "≈0"
 
@@ -42,7 +43,7 @@ class Row:
 
     @property
     def undecided(self) -> bool:
-        """Whether U is known but not told apart from zero."""
+        """Whether U is known but not distinguishable from zero."""
         return math.isfinite(self.result.sq_norm) and not self.result.resolved
 
 
@@ -97,31 +98,6 @@ def footnotes(results: list[TaskResult]) -> list[str]:
     ):
         notes.append(f"{MISSING}: not measured, or not defined (as a standard error is below three prompts).")
     return notes
-
-
-def _interval(found: Imbalance) -> str:
-    return f"{significant(found.low)} to {significant(found.high)}"
-
-
-def imbalance_sentence(results: list[TaskResult]) -> str:
-    """How far apart the loudest and the quietest task are, as far as the data can tell."""
-    found = imbalance(results)
-    if len(results) < 2:
-        return "Imbalance: undecided, since there is only one task."
-    if found is None:
-        resolved = [clean(r.name) for r in results if r.resolved]
-        only = f"only {resolved[0]} is" if resolved else "no task is"
-        return f"Imbalance: undecided, since {only} told apart from zero; a ratio needs two such tasks."
-    left_out = sum(not r.resolved for r in results)
-    quietest = "quietest of those told apart from zero" if left_out else "quietest"
-    sentence = (
-        f"Imbalance: {clean(found.loudest.name)} (loudest) against {clean(found.quietest.name)} ({quietest}) is "
-        f"{significant(found.ratio)} to 1 in squared norm ({_interval(found)} within {ERRORS:.0f} standard errors), "
-        f"{significant(math.sqrt(found.ratio))} to 1 in norm"
-    )
-    if left_out:
-        sentence += f"; {left_out} {'task is' if left_out == 1 else 'tasks are'} left out"
-    return sentence + "."
 
 
 def print_table(run_dir: Path | str, console: Console | None = None) -> None:
