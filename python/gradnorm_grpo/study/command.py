@@ -18,9 +18,9 @@ from gradnorm_kernels.__main__ import commit
 
 from ..errors import UserError
 from ..folder import machine, versions
-from ..metrics import write_json
 from ..models import device_of
 from ..parse import parse_study
+from ..runlog import write_json
 from ..settings import Settings
 from .jobs import Job, drop_checkpoints, run_all, run_job, write_config
 from .measurements import Measurements, read_study

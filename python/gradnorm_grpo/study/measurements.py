@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..folder import read_run
-from ..metrics import Line, read_lines
+from ..runlog import Line, read_info, read_log
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -114,9 +113,9 @@ class Measurements:
                 if not (place / "summary.json").is_file() or not (place / "metrics.jsonl").is_file():
                     missing.append(place.name)
                     continue
-                config = read_run(place).get("config", {})
+                config = read_info(place).get("config", {})
                 layers = layers or str(config.get("tracker_layers", ""))
-                found[arm, seed] = read_lines(place / "metrics.jsonl"), _number(config.get("num_generations"))
+                found[arm, seed] = read_log(place / "metrics.jsonl")[0], _number(config.get("num_generations"))
         made = cls(
             list(study["arms"]),
             list(study["seeds"]),

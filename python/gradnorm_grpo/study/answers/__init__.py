@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...metrics import plain
+from ...runlog import plain
 from ..measurements import Measurements
 from . import arms, estimators, explain, gain, imbalance, last_block
 from .common import Run, every_step, pooled, thirds

@@ -24,9 +24,9 @@ from transformers import set_seed
 from ...errors import UserError
 from ...folder import describe_run
 from ...loop import Batch, Grpo
-from ...metrics import write_json
 from ...parse import parse_estimators
 from ...probe import only_tracked, untrained
+from ...runlog import write_json
 from ...settings import Settings
 from ...warm_start import warm_start
 from . import statistics
