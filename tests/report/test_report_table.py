@@ -61,7 +61,7 @@ def test_the_synthetic_truth_is_recovered_and_sorted(tmp_path: Path) -> None:
     assert sum(r.pull_share for r in results) == pytest.approx(1)
 
 
-def test_the_summary_counts_where_it_says_something(tmp_path: Path) -> None:
+def test_numbers_in_the_summary_take_precedence_over_the_log(tmp_path: Path) -> None:
     write_synthetic_run(tmp_path, ["a", "b"], steps=20)
     from_log = {r.name: r for r in task_results(read_run(tmp_path))}
     summary = {"tasks": {"a": {"grad_norm_sq": 0.777, "grad_norm_sq_se": None}}, "steps": 20, "seconds": 7270.0}
@@ -169,7 +169,7 @@ def test_the_verdict_names_what_changed_and_what_is_undecided() -> None:
     assert "undecided" in learning([task()])[0]
 
 
-def test_the_warm_start_is_told_apart_from_grpo() -> None:
+def test_the_warm_start_is_reported_apart_from_grpo() -> None:
     given, low = EvalPoint(0, 0.0, 0.0, 200), EvalPoint(0, 0.5, 0.035, 200)
     results = [task("up", base=given, before=low, after=replace(low, step=9)), task("b", before=low, after=low)]
     sentences = learning(results)
@@ -179,7 +179,7 @@ def test_the_warm_start_is_told_apart_from_grpo() -> None:
 
 
 def test_cosines_find_the_planted_conflict(tmp_path: Path) -> None:
-    """The generator lets isomorphic_strings pull against syllogism."""
+    """In the generator isomorphic_strings pulls against syllogism."""
     run = read_run(write_synthetic_run(tmp_path, steps=120, prompts=48))
     results = task_results(run)
     found = cosines(run, results)

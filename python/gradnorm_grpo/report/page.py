@@ -1,4 +1,4 @@
-"""Puts the page together: what run.json, the results and the pictures say, in the frame of page.html and style.css."""
+"""Fills page.html with what run.json, the results and the pictures say."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HERE = Path(__file__).parent
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write run_dir/report.html: one file that needs no network, with everything a run's folder tells.
+    """Write run_dir/report.html: one file that needs no network, with everything that the run's folder holds.
 
     Arguments: run_dir, the folder of a run, finished or not.
     Returns: the path of the report. It is replaced in one step: a reader never sees half a page.
@@ -105,7 +105,7 @@ def _pictures(run: Run, results: list[TaskResult]) -> dict[str, Any]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """The line of facts under the title: what ran, how long, on what."""
+    """The facts under the title: model, duration, device and so on."""
     info, machine = run.info, run.info.get("machine")
     seconds = (run.summary or {}).get("seconds")
     last = run.totals["time"][-1] if len(run.steps) else math.nan

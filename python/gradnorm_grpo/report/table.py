@@ -1,4 +1,4 @@
-"""The final table: its cells and footnotes, shared by the terminal and the page, and how the terminal prints it."""
+"""The final table: its cells and footnotes, for the terminal and the page, and the terminal's output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADINGS = (
     "gain",
     "eval (given →)\nbefore → after",
 )
-# A terminal narrower than this gets two tables below each other, the first about the pull, the second about rewards.
+# A terminal narrower than this gets two tables, the first about the pull, the second about rewards.
 _WHOLE = 120
 _COLUMNS = [(0, 1, 2, 3, 4, 5), (0, 6, 7, 8)]
 
@@ -71,7 +71,7 @@ def table_rows(results: list[TaskResult]) -> list[Row]:
             count(r.n),
             pull,
             significant(r.plug_in),
-            significant(r.noise_scale) if r.resolved else MISSING,  # a ratio to what may be zero says nothing
+            significant(r.noise_scale) if r.resolved else MISSING,  # a ratio to what may be zero has no meaning
             percent(r.pull_share),
             _change(r.reward_first, r.reward_last),
             signed(r.gain, 3),
@@ -86,17 +86,17 @@ def footnotes(results: list[TaskResult]) -> list[str]:
     notes = []
     if any(math.isfinite(r.sq_norm) and not r.resolved for r in results):
         notes.append(
-            f"{UNRESOLVED}: U is not distinguishable from zero (less than two standard errors above it, or its error "
-            f"is unknown or rests on fewer than {MIN_PROMPTS} prompts). A negative U is noise around a small value and "
-            "is printed as it came out. Such a task's share of the pull is as uncertain as its U, and it has no "
-            "noise scale, a ratio to what may be zero."
+            f"{UNRESOLVED}: U is not distinguishable from zero (it is less than two standard errors above zero, or its "
+            f"standard error is unknown or comes from fewer than {MIN_PROMPTS} prompts). A negative U is noise around "
+            "a small value and is printed unchanged. The share of pull of such a task is as uncertain as its U. Its "
+            "noise scale, a ratio to what may be zero, is left out."
         )
     if any(math.isnan(r.sq_norm) for r in results):
         notes.append(f"{MISSING} for U: no step drew two prompts of the task (n < 2), so U is not defined.")
     if any(
         MISSING in cell for row in table_rows(results) for cell in row.cells[1:] if math.isfinite(row.result.sq_norm)
     ):
-        notes.append(f"{MISSING}: not measured, or not defined (as a standard error is below three prompts).")
+        notes.append(f"{MISSING}: not measured, or not defined (a standard error takes at least three prompts).")
     return notes
 
 
