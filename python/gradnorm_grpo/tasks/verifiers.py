@@ -17,7 +17,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 Verifier = Callable[[str, str, dict[str, Any]], bool]  # completion, reference answer, the example's data
 

@@ -1,12 +1,9 @@
-"""Small questions made here, for the preset `tiny`: short enough for a character model to learn in a minute."""
+"""Small generated questions, for the preset `tiny`: short enough for a character model to learn in a minute."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
-
-LETTERS = "abcdefgh"
 
 
 def _text(rng: random.Random, alphabet: str, low: int, high: int) -> str:
@@ -15,13 +12,13 @@ def _text(rng: random.Random, alphabet: str, low: int, high: int) -> str:
 
 def copy(rng: random.Random, low: int = 2, high: int = 5) -> tuple[str, str]:
     """Repeat a word of ``low`` to ``high`` letters."""
-    word = _text(rng, LETTERS, low, high)
+    word = _text(rng, "abcdefgh", low, high)
     return f"copy {word}", word
 
 
 def reverse(rng: random.Random, low: int = 2, high: int = 4) -> tuple[str, str]:
     """Spell a word of ``low`` to ``high`` letters backwards."""
-    word = _text(rng, LETTERS, low, high)
+    word = _text(rng, "abcdefgh", low, high)
     return f"reverse {word}", word[::-1]
 
 
@@ -57,16 +54,5 @@ def compare(rng: random.Random, low: int = 10, high: int = 99) -> tuple[str, str
 
 
 GENERATORS: dict[str, Callable[..., tuple[str, str]]] = {
-    "copy": copy,
-    "reverse": reverse,
-    "sort": sort,
-    "count": count,
-    "add": add,
-    "maximum": maximum,
-    "compare": compare,
+    f.__name__: f for f in (copy, reverse, sort, count, add, maximum, compare)
 }
-
-
-def synthetic_example(name: str, seed: int, index: int, config: dict[str, Any]) -> tuple[str, str]:
-    """Question and answer number ``index`` of a generator; the same for the same arguments, in every process."""
-    return GENERATORS[name](random.Random(f"{name} {seed} {index}"), **config)
