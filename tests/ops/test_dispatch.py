@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 
-from gradnorm_kernels import backends, dispatch, fused_grad_norm
+from gradnorm_kernels import backends, checks, dispatch, fused_grad_norm, ops
 from gradnorm_kernels.dispatch import ALL_TOKENS, Problem
 from gradnorm_kernels.tuning import costs as tuning
 from gradnorm_kernels.tuning.costs import Chip
@@ -30,7 +30,9 @@ def able(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     dispatch.choose.cache_clear()
 
     def set_able(*names: str) -> None:
-        monkeypatch.setattr(backends, "unable", lambda name, kind, dtype: None if name in names else f"no {name} here")
+        monkeypatch.setattr(
+            backends, "unavailable_reason", lambda name, *call: None if name in names else f"no {name} here"
+        )
         dispatch.choose.cache_clear()
 
     yield set_able
@@ -40,14 +42,14 @@ def able(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 def test_the_weight_gradient_needs_slabs() -> None:
     for tokens in (1, 64, 4096):
         plan = dispatch.choose(problem(tokens=tokens, weight_grad=True)).plan
-        assert plan.sums == "wgrad"
+        assert plan.group_sums == "wgrad"
         assert 256 <= plan.gram_tokens <= 1024  # the default's crossover: d_in d_out / (d_in + d_out) = 512
 
 
 def test_few_tokens_in_a_wide_layer_go_by_pairs() -> None:
-    assert dispatch.choose(problem(tokens=64)).plan.sums == "gram"
-    assert dispatch.choose(problem(tokens=65536)).plan.sums == "wgrad"
-    assert dispatch.choose(problem(tokens=64), "wgrad").plan.sums == "wgrad"
+    assert dispatch.choose(problem(tokens=64)).plan.group_sums == "gram"
+    assert dispatch.choose(problem(tokens=65536)).plan.group_sums == "wgrad"
+    assert dispatch.choose(problem(tokens=64), "wgrad").plan.group_sums == "wgrad"
 
 
 def test_more_groups_mean_fewer_pairs() -> None:
@@ -69,7 +71,7 @@ def test_a_group_for_each_sample_pays_its_stops() -> None:
 def test_explicit_algorithms() -> None:
     assert dispatch.choose(problem(weight_grad=True), "wgrad").plan.gram_tokens == 0
     assert dispatch.choose(problem(weight_grad=True), "gram").plan.gram_tokens == ALL_TOKENS
-    assert dispatch.choose(problem(groups=32), "gram").plan.sums == "gram"
+    assert dispatch.choose(problem(groups=32), "gram").plan.group_sums == "gram"
 
 
 def test_the_crossover_grows_with_the_layer() -> None:
@@ -90,7 +92,7 @@ def test_explain_reads_no_data_and_names_every_backend() -> None:
     assert "backend 'torch' is the only one that can serve this call" in text
     assert explanation.backends["torch"] is None
     for name in backends.NAMES:
-        assert explanation.backends[name] == backends.unable(name, "meta", torch.float32)
+        assert explanation.backends[name] == backends.unavailable_reason(name, "fused_grad_norm", "meta", torch.float32)
         assert f"  {name}: " in text
     assert "  torch: chosen" in text
     assert "asked for" in str(dispatch.explain(x, dy, backend="torch", weight_grad=True))
@@ -149,8 +151,9 @@ def test_an_explicit_backend_is_refused_with_its_reason(able: Callable[..., None
 
 
 def test_the_cache_tells_dtypes_and_devices_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = {("triton", "cuda", torch.bfloat16)}
-    monkeypatch.setattr(backends, "unable", lambda *call: None if call in served or call[0] == "torch" else "no")
+    served = {("triton", "fused_grad_norm", "cuda", torch.bfloat16)}
+    reason = lambda *call: None if call in served or call[0] == "torch" else "no"  # noqa: E731
+    monkeypatch.setattr(backends, "unavailable_reason", reason)
     dispatch.choose.cache_clear()
     chosen = {
         (chip.type, dtype): dispatch.choose(problem(chip=chip, dtype=dtype)).plan.backend
@@ -165,44 +168,104 @@ def test_registry() -> None:
     assert list(backends.status()) == list(backends.NAMES) == ["torch", "cpu", "triton", "cuda"]
     assert backends.status()["torch"] is None
     for name, reason in backends.status().items():
-        if reason is None:
-            module = backends.load(name)
-            for function in ("fused_grad_norm", "grad_gram", "grad_dot", "missing", "unsupported"):
-                assert callable(getattr(module, function)), f"{name} lacks {function}"
-        else:
-            with pytest.raises(RuntimeError) as raised:
-                backends.load(name)
-            assert str(raised.value) == f"backend={name!r} cannot run: {reason}"
+        for op in ("fused_grad_norm", "grad_gram", "grad_dot"):
+            if reason is None:
+                assert callable(backends.operator(name, op)), f"{name} lacks {op}"
+            else:
+                with pytest.raises(RuntimeError) as raised:
+                    backends.operator(name, op)
+                assert str(raised.value) == f"backend={name!r} cannot run: {reason}"
+
+
+def test_declarations() -> None:
+    """A name, known dtypes, priorities that leave no tie on a type of device, and operators by their names."""
+    declared = [backends.declared(name) for name in backends.NAMES]
+    for name, backend in zip(backends.NAMES, declared, strict=True):
+        assert backend is not None and backend.name == name and set(backend.dtypes) <= set(checks.DTYPES)
+        assert all(backends.implements(name, op) for op in backends.OPERATORS[:3])
+        if backend.unavailable_reason() is None:
+            for device in backend.devices or ("cpu", "cuda"):
+                for dtype in checks.DTYPES:
+                    assert (backend.unsupported_reason(device, dtype) is None) == (dtype in backend.dtypes)
+    assert all(backends.implements("torch", op) for op in backends.OPERATORS)
+    for device in ("cpu", "cuda", "meta"):
+        fitting = [backend for backend in declared if backend and (not backend.devices or device in backend.devices)]
+        assert len({backend.priority for backend in fitting}) == len(fitting)
 
 
 @pytest.fixture
 def registry() -> Iterator[None]:
     """The registry, asked afresh before and after."""
-    for cached in (backends.missing, backends._imported):
-        cached.cache_clear()
-    yield
-    for cached in (backends.missing, backends._imported):
-        cached.cache_clear()
+    backends.forget()
     dispatch.choose.cache_clear()
+    yield
+    backends.forget()
+    dispatch.choose.cache_clear()
+
+
+@pytest.fixture
+def newcomer(registry: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A backend with one operator, preferred on a CPU: a package and its name."""
+    module = ModuleType("gradnorm_kernels.backends.newcomer")
+    module.__file__ = __file__
+    module.BACKEND = backends.Backend("newcomer", ("cpu",), (torch.float32,), priority=9, why="is new")  # type: ignore[attr-defined]
+    module.fused_grad_norm = backends.operator("torch", "fused_grad_norm")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "newcomer"))
+    return module
+
+
+def test_a_new_backend_is_a_package_and_its_name(newcomer: ModuleType) -> None:
+    x = torch.randn(7, 3)
+    assert dispatch.explain(x, x, backend="newcomer").plan.backend == "newcomer"
+    found = fused_grad_norm(x, x, backend="newcomer").sample_sq_norms
+    assert torch.equal(found, fused_grad_norm(x, x, backend="torch").sample_sq_norms)
+    assert "newcomer" in str(dispatch.explain(x, x))
+
+
+def test_an_operator_that_a_backend_lacks_is_refused_by_name(newcomer: ModuleType) -> None:
+    x, v, ids = torch.randn(7, 3), torch.randn(3, 3), torch.arange(7)
+    for op, call in {
+        "grad_gram": lambda backend: ops.grad_gram(x, x, backend=backend),
+        "grad_dot": lambda backend: ops.grad_dot(x, x, v, backend=backend),
+        "embedding_grad_norm": lambda backend: ops.embedding_grad_norm(ids, x, backend=backend),
+        "tied_grad_gram": lambda backend: ops.tied_grad_gram(x, torch.ones(7, 7), ids, x, backend=backend),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"backend='newcomer' cannot run: it has no {op}: use .*'torch'"):
+            call("newcomer")
+        call("auto")
+        assert backends.unavailable_reason("newcomer", op) is not None
+        with pytest.raises(RuntimeError, match=f"backend='newcomer' cannot run: it has no {op}"):
+            backends.operator("newcomer", op)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_embeddings_are_refused_by_backends_without_their_operators(name: str) -> None:
+    with pytest.raises(RuntimeError, match=f"backend='{name}' cannot run: "):
+        ops.embedding_grad_norm(torch.arange(3), torch.ones(3, 2), backend=name)
 
 
 def test_a_backend_that_cannot_be_imported(registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradnorm_kernels.backends.cuda", None)
     reason = backends.status()["cuda"]
     assert reason is not None and reason.startswith("cannot be imported (ModuleNotFoundError: ")
-    assert backends.unable("cuda", "cuda", torch.float32) == reason
+    assert backends.unavailable_reason("cuda", "fused_grad_norm", "cuda", torch.float32) == reason
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: cannot be imported"):
         fused_grad_norm(torch.zeros(3, 2), torch.zeros(3, 2), backend="cuda")
 
 
-def test_what_is_missing_goes_before_what_is_unsupported(registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(missing=lambda: "no device", unsupported=lambda kind, dtype: f"{kind} {dtype}")
-    monkeypatch.setattr(backends, "_imported", lambda name: module)
-    assert backends.unable("cuda", "cpu", torch.float64) == "no device"
-    backends.missing.cache_clear()
-    module.missing = lambda: None
-    monkeypatch.setattr(backends, "ModuleType", SimpleNamespace)
-    assert backends.unable("cuda", "cpu", torch.float64) == "cpu torch.float64"
+def test_reasons_of_the_process_go_before_reasons_of_the_tensors(newcomer: ModuleType) -> None:
+    call = ("newcomer", "fused_grad_norm", "cpu", torch.float64)
+    newcomer.BACKEND = dataclasses.replace(
+        newcomer.BACKEND,
+        unavailable_reason=lambda: "no device",
+        unsupported_reason=lambda kind, dtype: f"{kind} {dtype}",
+    )
+    assert backends.unavailable_reason(*call) == "no device"
+    backends.forget()
+    newcomer.BACKEND = dataclasses.replace(newcomer.BACKEND, unavailable_reason=lambda: None)
+    assert backends.unavailable_reason(*call) == "cpu torch.float64"
+    assert not backends.supports(*call)
 
 
 @pytest.mark.parametrize("name", [name for name in backends.NAMES if name != "torch"])
@@ -210,9 +273,10 @@ def test_float64_and_foreign_devices_are_refused(name: str) -> None:
     x = torch.zeros(3, 2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=f"backend='{name}' cannot run: "):
         fused_grad_norm(x, x, backend=name)
-    assert backends.unable(name, "meta", torch.float32) is not None
-    if backends.missing(name) is None:
-        assert "float64" in (backends.unable(name, "cuda" if name != "cpu" else "cpu", torch.float64) or "")
+    assert backends.unavailable_reason(name, "fused_grad_norm", "meta", torch.float32) is not None
+    if backends.unavailable_reason(name) is None:
+        kind = "cuda" if name != "cpu" else "cpu"
+        assert "float64" in (backends.unavailable_reason(name, "fused_grad_norm", kind, torch.float64) or "")
 
 
 def test_an_interpreter_that_numpy_is_too_new_for_says_so() -> None:

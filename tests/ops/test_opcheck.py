@@ -125,11 +125,11 @@ def test_memory(algorithm: str, dtype: torch.dtype) -> None:
 
 def test_row_numbers_are_int64() -> None:
     """Batches of more than 2^31 elements are a matter of row times width: rows are numbered in int64."""
-    from gradnorm_kernels import checks, layout
+    from gradnorm_kernels import checks, segments
 
     cu_seqlens, samples = torch.tensor([0, 2, 5, 9], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32)
     x = torch.randn(9, 2)
-    sizes = checks.grad_gram(x, x, cu_seqlens, samples, None, "auto", "auto", ())
-    found = layout.read(x, cu_seqlens, samples, None, sizes)
-    assert found.rows is not None and found.rows.dtype == torch.int64
-    assert found.rows.tolist() == [0, 1, 5, 6, 7, 8, 2, 3, 4]
+    batch = checks.grad_gram(x, x, cu_seqlens, samples, None, "auto", "auto", backends=())
+    found = segments.host_segments(batch)
+    assert found.order is not None and found.order.dtype == torch.int64
+    assert found.order.tolist() == [0, 1, 5, 6, 7, 8, 2, 3, 4]

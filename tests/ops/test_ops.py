@@ -19,7 +19,7 @@ DTYPES = list(NORMS)
 
 
 def _param(name: str) -> Any:
-    reason = backends.missing(name)
+    reason = backends.unavailable_reason(name)
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
 
 
@@ -35,7 +35,7 @@ def packed(
 
 
 def served(backend: str) -> list[torch.dtype]:
-    return [dtype for dtype in DTYPES if backends.unable(backend, "cpu", dtype) is None]
+    return [dtype for dtype in DTYPES if backends.unavailable_reason(backend, "fused_grad_norm", "cpu", dtype) is None]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

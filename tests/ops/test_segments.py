@@ -12,15 +12,12 @@ from gradnorm_kernels import checks, segments
 
 
 def prepare(
-    x: Tensor, cu_seqlens: object = None, sample_ids: object = None, group_ids: object = None, **counts: int
+    x: Tensor, cu_seqlens: object = None, sample_ids: object = None, group_ids: object = None, **counts: int | None
 ) -> segments.Segments:
     values = (cu_seqlens, sample_ids, group_ids)
     tensors = [torch.tensor(v, dtype=torch.int64) if isinstance(v, list) else v for v in values]
     dy = x.new_empty(*x.shape[:-1], 2)
-    names = ("torch",)
-    samples, groups = counts.get("num_samples"), counts.get("num_groups")
-    sizes = checks.fused_grad_norm(x, dy, *tensors, samples, groups, "auto", "auto", names)
-    return segments.prepare(x, *tensors, sizes)
+    return segments.device_segments(checks.fused_grad_norm(x, dy, *tensors, **counts, backends=("torch",)))
 
 
 @pytest.fixture
