@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gradnorm_kernels.integrations.trl import attach
+from gradnorm_kernels.integrations.trl.sft import TASK
 from tests.trl import trl_tiny as tiny
 
 trl = pytest.importorskip("trl")
@@ -128,10 +129,10 @@ def test_watching_changes_no_bit_and_the_log_has_the_tasks(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     assert resumed.state_dict() == attached.state_dict()
     row = dict(watched.train_dataset[0])
-    assert "gradnorm_task" in pickle.loads(pickle.dumps(watched.data_collator))([row])  # as a loader's worker does
-    assert "gradnorm_task" not in watched.data_collator([{**row, "task": "unheard of"}])
+    assert TASK in pickle.loads(pickle.dumps(watched.data_collator))([row])  # as a loader's worker does
+    assert TASK not in watched.data_collator([{**row, "task": "unheard of"}])
     attached.detach()
-    assert "gradnorm_task" not in watched.data_collator([row])
+    assert TASK not in watched.data_collator([row])
 
 
 @pytest.mark.parametrize(
