@@ -107,8 +107,8 @@ class TaskSampler(Generic[Task]):
 
         A :class:`TaskGradient` enters with the weight of its pairs (``pair_weight``), a plain number U with weight one.
         A sampler accepts only one of the two kinds, because their weights do not compare. A task that is not in
-        ``stats`` is unchanged. NaN means that the step has no estimate for the task (fewer than two samples) and changes
-        nothing. An infinite U, as an overflowed fp16 backward gives, changes nothing either and is warned about once.
+        ``stats`` is unchanged. NaN means that the step has no estimate for the task (fewer than two samples), and the
+        task is unchanged. So it is for an infinite U, as an overflowed fp16 backward gives; a warning says so once.
 
         Args:
             stats: task -> TaskGradient or U, U in the squared unit of the gradient and of either sign. What

@@ -270,6 +270,19 @@ def test_a_loss_scale_is_divided_out(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_gmpo_averages_over_rows(tmp_path):
+    """Whatever its loss_type, which stays at GRPOConfig's "dapo"."""
+    from trl.experimental.gmpo import GMPOTrainer
+
+    watched = Watched(stand_still(tmp_path, kind=GMPOTrainer))
+    assert watched.trainer.loss_type == "dapo"
+    watched.trainer.train()
+    watched.check()
+    with pytest.raises(ValueError, match="Changed computes a loss of its own"):
+        attach(stand_still(tmp_path, kind=type("Changed", (GMPOTrainer,), {"_compute_loss": lambda *_: None})))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_loss_of_its_own_takes_its_own_row_scale(tmp_path):
     class Doubled(trl.GRPOTrainer):
         def _compute_loss(self, model: Any, inputs: Any) -> Any:

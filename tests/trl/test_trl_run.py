@@ -108,6 +108,78 @@ def test_only_steps_on_fresh_completions_are_measured(tmp_path, changes, expecte
     assert [int(any(key.endswith("/n") for key in line)) for line in lines] == expected
 
 
+# What TRL logs too, by task
+
+
+def rollout(prompts, trainer):
+    """Completions of six tokens, of which the environment wrote three."""
+    tokens = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    rows = range(len(prompts))
+    return {
+        "prompt_ids": tokens,
+        "completion_ids": [[5 + (i + j) % 20 for j in range(6)] for i in rows],
+        "logprobs": [[-1.0] * 6 for _ in rows],
+        "env_mask": [[1, 1, 0, 0, 0, 1] for _ in rows],
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mask_truncated_completions": True}, {"extra": {"rollout_func": rollout}}],
+    ids=["plain", "truncated completions masked", "tokens of an environment"],
+)
+def test_response_length_is_trls(tmp_path, changes):
+    data = tiny.prompts().map(lambda row: {"task": "up"})
+    trainer = tiny.grpo(tmp_path, data=data, max_completion_length=6, max_steps=3, **changes)
+    attach(trainer)
+    trainer.train()
+    lengths = tiny.logged(trainer, "completions/mean_length")
+    assert len(lengths) == 3
+    assert tiny.logged(trainer, "tasks/up/response_length") == pytest.approx(lengths)
+    masked = [value for value in tiny.logged(trainer, "completions/clipped_ratio") if value > 0]
+    assert masked or "extra" in changes  # some completions were truncated, or masking them would change nothing
+
+
+def test_completions_that_no_function_scored_do_not_count(tmp_path):
+    """They are left out of the task's reward, of its gain and of what the balancer is given, as TRL leaves them out."""
+    scored: list[dict[str, list[float]]] = []
+
+    def some(completion_ids, task, **_):
+        """Nothing for "down", and for every second "up" or "loud"."""
+        values = [
+            None if name == "down" or at % 2 else 1.0 + sum(i % 2 == 0 for i in ids) / len(ids)
+            for at, (ids, name) in enumerate(zip(completion_ids, task, strict=True))
+        ]
+        found: dict[str, list[float]] = {}
+        for name, value in zip(task, values, strict=True):
+            if value is not None:
+                found.setdefault(name, []).append(value)
+        scored.append(found)
+        return values
+
+    trainer = tiny.grpo(tmp_path, max_steps=4, per_device_train_batch_size=48)
+    trainer.reward_funcs = [some]
+    attached = attach(trainer, correction="famo", gain_window=1)
+    given, update = [], attached.balancer.update
+    attached.balancer.update = lambda stats, rewards: (given.append(rewards), update(stats, rewards))
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == len(scored) == len(given) == 4
+    means = [{task: sum(values) / len(values) for task, values in found.items()} for found in scored]
+    for line, found, passed in zip(lines, means, given, strict=True):
+        assert set(found) == {"up", "loud"}
+        assert passed == pytest.approx(found, rel=1e-5)
+        for task, mean in found.items():
+            assert line[f"tasks/{task}/reward"] == pytest.approx(mean, rel=1e-5)
+        assert "tasks/down/reward" not in line
+        assert "tasks/down/response_length" in line
+    for before, after, line in zip(means[:-1], means[1:], lines[1:], strict=True):
+        assert line["tasks/up/learning_gain"] == pytest.approx(after["up"] - before["up"], abs=1e-5)
+        assert "tasks/down/learning_gain" not in line
+    values = [value for found in scored[:1] for task in found.values() for value in task]
+    assert lines[0]["reward"] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
 # Draws
 
 
