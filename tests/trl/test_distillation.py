@@ -1,4 +1,4 @@
-"""attach() on TRL's GKDTrainer and GOLDTrainer: U of the distillation loss, on data and on the student's completions."""
+"""attach() on TRL's GKDTrainer and GOLDTrainer: U of the distillation loss, on data and on own completions."""
 
 from __future__ import annotations
 
@@ -83,43 +83,60 @@ def distillation(name: str, folder: Any, **changes: Any) -> Any:
         )
 
 
+def gkd(folder: Any, **changes: Any) -> Any:
+    """A GKDTrainer on its data."""
+    return distillation("gkd", folder, lmbda=0.0, **changes)
+
+
+def own_gradient(trainer: Any, layers: list[str], inputs: dict[str, Any], row: int) -> torch.Tensor:
+    """The gradient of one row's mean-token loss, as the trainer computes a batch of that row alone."""
+    modules = dict(trainer.model.named_modules())
+    parameters = [p for layer in layers for p in modules[layer].parameters()]
+    alone = {key: value[row : row + 1] for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    length = (alone["labels"][:, 1:] != -100).sum()
+    loss = type(trainer).compute_loss(trainer, trainer.model, alone, num_items_in_batch=length)
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, parameters)]).double()
+
+
+class Seen:
+    """A trainer with attach(), and what its loss and the tracker were given in each micro-batch."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.inputs, self.tasks = trainer, [], []
+        inner = trainer.compute_loss
+
+        def compute(model: Any, inputs: Any, **kwargs: Any) -> Any:
+            self.inputs.append(dict(inputs))
+            return inner(model, inputs, **kwargs)
+
+        trainer.compute_loss = compute
+        self.attached = attach(trainer)
+        microbatch = self.attached.tracker.microbatch
+
+        def opened(**given: Any) -> Any:
+            self.tasks.append(given["task_ids"])
+            return microbatch(**given)
+
+        self.attached.tracker.microbatch = opened
+
+
 @pytest.mark.parametrize("name", ["gkd", "gold"])
 @pytest.mark.parametrize("own_completions", [0.0, 1.0])
 def test_u_is_that_of_the_rows_own_losses(tmp_path, name, own_completions):
-    trainer = distillation(name, tmp_path, lmbda=own_completions)
-    seen: list[dict[str, Any]] = []
-    inner = trainer.compute_loss
-
-    def compute(model: Any, inputs: Any, **kwargs: Any) -> Any:
-        seen.append(dict(inputs))
-        return inner(model, inputs, **kwargs)
-
-    trainer.compute_loss = compute
-    attached = attach(trainer)
-    tasks: list[list[str]] = []
-    microbatch = attached.tracker.microbatch
-    attached.tracker.microbatch = lambda **given: (tasks.append(given["task_ids"]), microbatch(**given))[1]
-    trainer.train()
-    modules = dict(trainer.model.named_modules())
-    parameters = [p for layer in attached.tracker.layers for p in modules[layer].parameters()]
+    seen = Seen(distillation(name, tmp_path, lmbda=own_completions))
+    seen.trainer.train()
+    attached = seen.attached
     num: dict[str, float] = {}
     count: dict[str, int] = {}
-    lengths = set()
-    for inputs, names in zip(seen, tasks, strict=True):
-        gradients = []
-        for row in range(len(names)):
-            alone = {key: value[row : row + 1] for key, value in inputs.items() if isinstance(value, torch.Tensor)}
-            length = int((alone["labels"][:, 1:] != -100).sum())
-            lengths.add(length)
-            loss = type(trainer).compute_loss(trainer, trainer.model, alone, num_items_in_batch=torch.tensor(length))
-            grads = torch.autograd.grad(loss, parameters)
-            gradients.append(torch.cat([grad.flatten() for grad in grads]).double())
+    for inputs, names in zip(seen.inputs, seen.tasks, strict=True):
+        gradients = [own_gradient(seen.trainer, attached.tracker.layers, inputs, row) for row in range(len(names))]
         for p, q in itertools.permutations(range(len(names)), 2):
             if names[p] == names[q]:
                 num[names[p]] = num.get(names[p], 0.0) + float(gradients[p] @ gradients[q])
                 count[names[p]] = count.get(names[p], 0) + 1
     assert len(num) > 1
-    assert len(lengths) > 2
+    lengths = {int(n) for inputs in seen.inputs for n in (inputs["labels"][:, 1:] != -100).sum(1)}
+    assert len(lengths) > 2  # or a mean over rows would give the same
     for task, value in num.items():
         gradient = attached.last[task]
         assert gradient.sq_norm == pytest.approx(value / count[task], rel=1e-4, abs=1e-4 * gradient.mean_sq_norm)
