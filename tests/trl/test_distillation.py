@@ -142,7 +142,7 @@ def test_u_is_that_of_the_rows_own_losses(tmp_path, name, own_completions):
         assert gradient.sq_norm == pytest.approx(value / count[task], rel=1e-4, abs=1e-4 * gradient.mean_sq_norm)
 
 
-def test_what_is_refused(tmp_path):
+def test_settings_that_are_refused(tmp_path):
     from trl.experimental.gkd import GKDTrainer
 
     several = distillation("gold", tmp_path, num_generations=2)

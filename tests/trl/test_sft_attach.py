@@ -1,4 +1,4 @@
-"""attach() on SFTTrainer: every row is a sample; U against the rows' own losses, and training is left as it was."""
+"""attach() on SFTTrainer: every row is a sample; U against the rows' own losses; training is unchanged."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_watching_changes_no_bit_and_the_log_has_the_tasks(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     assert resumed.state_dict() == attached.state_dict()
     row = dict(watched.train_dataset[0])
-    assert TASK in pickle.loads(pickle.dumps(watched.data_collator))([row])  # as a loader's worker does
+    assert TASK in pickle.loads(pickle.dumps(watched.data_collator))([row])  # as in a loader's worker
     assert TASK not in watched.data_collator([{**row, "task": "unheard of"}])
     attached.detach()
     assert TASK not in watched.data_collator([row])
@@ -144,7 +144,7 @@ def test_watching_changes_no_bit_and_the_log_has_the_tasks(tmp_path):
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
     ],
 )
-def test_what_is_refused(tmp_path, changes, options, message):
+def test_settings_that_are_refused(tmp_path, changes, options, message):
     trainer = sft(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         attach(trainer, **options)

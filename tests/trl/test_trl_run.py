@@ -1,4 +1,4 @@
-"""attach() on whole GRPOTrainer runs: the same bits, what is logged, draws and their lag, checkpoints, detaching."""
+"""attach() on whole GRPOTrainer runs: bit-identical training, the log, draws and their lag, checkpoints, detaching."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_what_is_logged(tmp_path):
     assert not any(key.startswith("tasks/") for key in last)
 
 
-def test_several_steps_a_line_are_pooled(tmp_path):
+def test_several_steps_per_line_are_pooled(tmp_path):
     trainer = tiny.grpo(tmp_path, max_steps=4, logging_steps=4, per_device_train_batch_size=24)
     attached = attach(trainer)
     trainer.train()
@@ -184,7 +184,7 @@ def test_completions_that_no_function_scored_do_not_count(tmp_path):
 
 
 class Recorded:
-    """The rows that a trainer generated for, one list of prompts a generation."""
+    """The rows that a trainer generated for, one list of prompts per generation."""
 
     def __init__(self, trainer) -> None:
         self.prompts: list[list[str]] = []
@@ -249,7 +249,7 @@ def test_a_resumed_run_goes_on_draw_for_draw(tmp_path, changes):
 
 
 def test_a_generation_that_was_not_used_up_comes_again(tmp_path):
-    """TRL generates anew where a checkpoint fell inside a generation's iterations; the prompts must be the same."""
+    """TRL generates again where a checkpoint falls inside a generation's iterations; the prompts must be the same."""
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2}
     whole = tiny.grpo(tmp_path / "run", **options)
     attach(whole, task_sampling="uniform")
@@ -321,7 +321,7 @@ def test_an_error_in_the_loss_leaves_the_tracker_usable(tmp_path):
 
 
 def test_weights_scale_advantages_and_not_the_measurement(tmp_path):
-    """With weights given by hand: the advantages are multiplied, and U is that of the unweighted loss."""
+    """With fixed weights: the advantages are multiplied, and U is that of the unweighted loss."""
     from gradnorm_kernels.control.balancer import TaskBalancer
 
     class Fixed(TaskBalancer):

@@ -1,4 +1,4 @@
-"""attach(): which settings are refused by name, which are remarked on, and what the words of its arguments mean."""
+"""attach(): which settings are refused or warned about by name, and what the words of its arguments mean."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stream(rows):
         ({}, {"layers": "lm_head"}, "picks only the output head"),
     ],
 )
-def test_what_is_refused(tmp_path, changes, options, message):
+def test_settings_that_are_refused(tmp_path, changes, options, message):
     trainer = tiny.grpo(tmp_path, **changes)
     before = dict(trainer.__dict__)
     with pytest.raises(ValueError, match=message):
@@ -52,7 +52,7 @@ def test_what_is_refused(tmp_path, changes, options, message):
         ({"distributed_type": "DistributedType.DEEPSPEED", "mixed_precision": "fp16"}, "use bf16"),
     ],
 )
-def test_what_is_refused_of_accelerate(tmp_path, accelerator, message):
+def test_settings_of_accelerate_that_are_refused(tmp_path, accelerator, message):
     trainer = tiny.grpo(tmp_path)
     trainer.accelerator = SimpleNamespace(**{"distributed_type": "DistributedType.NO", **accelerator})
     with pytest.raises(ValueError, match=message):
@@ -65,7 +65,7 @@ def test_a_task_column_with_holes_is_refused(tmp_path):
         attach(tiny.grpo(tmp_path, data=data))
 
 
-def test_what_is_refused_of_streams_losses_and_trainers(tmp_path):
+def test_streams_losses_and_trainers_that_are_refused(tmp_path):
     with pytest.raises(TypeError, match="must be a GRPOTrainer"):
         attach(object())
     streamed = tiny.grpo(tmp_path, data=stream(tiny.prompts()))
@@ -98,13 +98,13 @@ def test_what_is_refused_of_streams_losses_and_trainers(tmp_path):
         ({}, {"layers": "all"}, "lm_head"),
     ],
 )
-def test_what_bends_the_measurement_is_said_by_name(tmp_path, changes, options, message):
+def test_biased_settings_are_warned_about_by_name(tmp_path, changes, options, message):
     trainer = tiny.grpo(tmp_path, **changes)
     with pytest.warns(UserWarning, match=message):
         attach(trainer, **options)
 
 
-def test_default_settings_call_for_no_remark(tmp_path):
+def test_default_settings_warn_about_nothing(tmp_path):
     trainer = tiny.grpo(tmp_path, beta=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
