@@ -7,26 +7,21 @@ Sans, by which the room is measured, is wider than nearly all of them.
 
 from __future__ import annotations
 
-import io
-import re
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.textpath import text_to_path
 
+from ... import plots
 from ...numbers import clean, columns
-from ...report import svg
 
 WIDTH = 800.0
 EDGE = 22.0  # free paper on the left and the right
@@ -41,47 +36,7 @@ _KEY = 19.0  # height of a line of a key
 #: An entry of a key: marker ("-" and "--" for lines), colour, whether it is filled, text.
 Entry = tuple[str, str, bool, str]
 
-_RC = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "gradnorm",
-    "svg.image_inline": True,
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial"],
-    "font.size": TEXT,
-    "text.parse_math": False,  # a task may be called $x$
-    "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "axes.edgecolor": FAINT,
-    "axes.facecolor": "none",
-    "figure.facecolor": PAPER,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelsize": SMALL,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": SOFT,
-    "ytick.labelcolor": SOFT,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "xtick.major.pad": 5,
-    "ytick.major.pad": 5,
-    "lines.solid_capstyle": "butt",
-    "path.simplify": False,
-}
-
-
-def theme() -> AbstractContextManager[None]:
-    """Draw under the study's settings, whatever the user's matplotlibrc says."""
-    return svg.theme(_RC)
+theme = plots.theme
 
 
 @lru_cache(maxsize=4096)
@@ -165,7 +120,7 @@ class Sheet:
         self.top = 16 + TITLE * _LINE * max(len(heading), 1) + 8
         below = (SMALL * _LINE * len(lines) + 24) if lines else 12.0
         self.height = self.top + body + below
-        self.figure = Figure(figsize=(WIDTH / 72, self.height / 72), dpi=72)
+        self.figure = Figure(figsize=(WIDTH / 72, self.height / 72), dpi=72, facecolor=PAPER)
         for i, line in enumerate(heading):
             self.text(EDGE, 16 + TITLE * (_LINE * i + 0.5 * _LINE), line, fontsize=TITLE, fontweight="bold")
         if verdict:
@@ -228,35 +183,4 @@ class Sheet:
 
     def save(self, path: Path, label: str) -> Path:
         """Write the figure as SVG; `label` is what a screen reader says of it. The same figure gives the same bytes."""
-        buffer = io.StringIO()
-        blank = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        FigureCanvasSVG(self.figure).print_svg(buffer, metadata=blank)
-        path.write_text(_standalone(buffer.getvalue(), clean(label)), encoding="utf-8")
-        return path
-
-
-def _standalone(drawn: str, label: str) -> str:
-    """matplotlib's SVG without its metadata and indentation, coordinates to a hundredth of a pixel."""
-    space = "{http://www.w3.org/2000/svg}"
-    ElementTree.register_namespace("", space[1:-1])
-    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ElementTree.fromstring(drawn)
-    for child in list(root):
-        if child.tag == f"{space}metadata":
-            root.remove(child)
-    for element in root.iter():
-        if element.tag != f"{space}text":
-            element.text = element.text if element.text and element.text.strip() else None
-        element.tail = None
-        svg.share_style(element)
-        if element.get("transform", "").startswith("rotate(-0 "):
-            del element.attrib["transform"]
-        for key in element.attrib.keys() & {"d", "x", "y", "points", "transform"}:
-            element.set(key, re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", element.attrib[key]))
-    box = root.attrib["viewBox"]
-    _, _, width, height = box.split()
-    root.attrib = {"viewBox": box, "width": width, "height": height, "role": "img", "aria-label": label}
-    title = ElementTree.Element(f"{space}title")
-    title.text = label
-    root.insert(0, title)
-    return ElementTree.tostring(root, encoding="unicode") + "\n"
+        return plots.save_svg(self.figure, path, clean(label))

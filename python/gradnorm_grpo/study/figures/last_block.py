@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ...report.axes import thin
-from ...report.reading import Array
+from ...plots import thin
+from ...runlog import Array
 from .canvas import EDGE, INK, SMALL, SOFT, WIDTH, Entry, Sheet, colour, legend_height
 from .data import Record, index, number, ordered, records, triple
 from .points import MOST, crosses, dots, key

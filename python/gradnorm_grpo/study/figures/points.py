@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from ...report.reading import Array
+from ...runlog import Array
 from .canvas import PAPER, colour, marker
 
 MOST = 300  # points in one panel: more would only hide each other

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from ...report.axes import tick_text
-from ...report.reading import Array
+from ...plots import tick_text
+from ...runlog import Array
 from .canvas import INK, SHADE, SMALL, text_width
 
 
