@@ -489,6 +489,7 @@ def _drawn(figure: Figure) -> ElementTree.Element:
     root = ElementTree.fromstring(buffer.getvalue())
     for child in root.findall(f"{_SVG}metadata"):
         root.remove(child)
+    ids: dict[str, str] = {}
     for element in root.iter():
         if element.text and not element.text.strip() and element.tag != f"{_SVG}text":
             element.text = None
@@ -498,6 +499,12 @@ def _drawn(figure: Figure) -> ElementTree.Element:
             del element.attrib["transform"]
         for key in element.attrib.keys() & {"d", "x", "y", "points", "transform"}:
             element.set(key, re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", element.attrib[key]))
+        # matplotlib's ids hash exact coordinates, and the last bits of a layout differ from one time to the next.
+        for key in element.attrib.keys() & {"id", "clip-path", "{http://www.w3.org/1999/xlink}href"}:
+            short = re.sub(
+                r"\b([a-z])[0-9a-f]{10}\b", lambda m: ids.setdefault(m[0], f"{m[1]}{len(ids)}"), element.attrib[key]
+            )
+            element.set(key, short)
     return root
 
 

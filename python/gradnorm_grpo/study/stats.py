@@ -1,23 +1,41 @@
-"""Statistics of the answers: pooled U, intervals over seeds, ratios of norms, correlations with tasks as units.
+"""The study's statistics: pooled U, intervals over seeds, ratios of norms, correlations, and estimators on subsets.
 
 Seeds are the independent replications: an interval is Student's t over them. A statement about tasks has tasks as units
 as well: a permutation of the tasks, the same in all seeds.
+
+Estimators of a squared gradient norm are compared on n of N stored prompts, from the prompts' inner products alone.
+With the Gram matrix ``G[i, j] = <G_i, G_j>`` of a task's prompts and n of them with indicator m (halves a + b = m)::
+
+    cross-product   U_n = (m'Gm - sum_i m_i G_ii) / (n (n - 1))
+    plug-in         ||mean||^2 = m'Gm / n^2
+    two batches     <mean_a, mean_b> = a'Gb / (n / 2)^2
+
+Averaged over all subsets of n, the first and the last give U_N exactly for every n. The plug-in estimate gives
+``U_N + (Q - U_N) / n`` with Q the mean squared norm: the diagonal is n of its n^2 terms.
+
+A subset of N prompts is not a fresh draw. The spread over subsets, ``sd``, is that around U_N, given the N prompts,
+and shrinks to zero at n = N. By the law of total variance, the spread over fresh prompts adds the variance of the
+expectation given the N prompts, which the jackknife over all N estimates: ``sd_fresh``.
+
+Student's t, Spearman's and Pearson's correlation are written out, not taken from scipy: scipy's differ in the last
+digit, and recomputed studies should equal the published ones. tests/study/test_stats.py holds them to scipy's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from .measurements import Array
+import gradnorm_kernels as gk
 
+Array: TypeAlias = NDArray[np.float64]
 LEVEL = 0.95
 ALPHA = 1 - LEVEL
 RESAMPLES = 9999  # permutations drawn where there are more than that
@@ -37,8 +55,9 @@ class Interval:
 def pool(values: Array, errors: Array, weights: Array) -> tuple[Array, Array]:
     """``sum_t U_t w_t / sum_t w_t`` over the last axis and its standard error, as RunningEstimate pools them.
 
-    The error is ``sqrt(sum (w_t se_t)^2) / sum w_t``; where a step lacks one, it is taken from the spread between
-    steps. Both are NaN where no step has a pair of samples, the error also where it cannot be had.
+    The error is ``sqrt(sum (w_t se_t)^2) / sum w_t``; where a step lacks one, it comes from the spread between steps.
+    Both are NaN where no step has a pair of samples, the error also where it cannot be computed. A study pools tens of
+    thousands of steps, so this is the library's RunningEstimate as an array expression; a test holds them equal.
     """
     used = np.isfinite(values) & (np.nan_to_num(weights) > 0)
     w = np.where(used, weights, 0.0)
@@ -56,7 +75,7 @@ def pool(values: Array, errors: Array, weights: Array) -> tuple[Array, Array]:
 def t_interval(values: Sequence[float] | Array, null: float = 0.0) -> Interval:
     """``mean +- t_{0.975, n-1} s / sqrt(n)`` over the finite values, and the two-sided p of mean = ``null``.
 
-    One value has no interval, and neither have values that are all alike: those of a coarse scale can be so by chance.
+    One value has no interval. Neither do values that are all equal: on a coarse scale they can be so by chance.
     """
     x = np.asarray(values, np.float64)
     x = x[np.isfinite(x)]
@@ -74,8 +93,8 @@ def t_interval(values: Sequence[float] | Array, null: float = 0.0) -> Interval:
 def fieller(a: float, b: float, var_a: float, var_b: float, cov: float, critical: float) -> tuple[float, float]:
     """All ratios r >= 0 with ``(a - r b)^2 <= critical^2 (var_a - 2 r cov + r^2 var_b)``, as (low, high).
 
-    The interval of a ratio of two means that are not negative in truth. ``high`` is infinite where b is not told apart
-    from zero: then only the lower bound is known. (0, inf) says nothing at all.
+    The interval of a ratio of two means whose true values are not negative. ``high`` is infinite where b is not
+    distinguishable from zero: then only the lower bound is known. (0, inf) excludes nothing.
     """
     if not all(map(math.isfinite, (a, b, var_a, var_b, cov, critical))):
         return math.nan, math.nan
@@ -83,15 +102,35 @@ def fieller(a: float, b: float, var_a: float, var_b: float, cov: float, critical
     quadratic, linear, constant = b * b - squared * var_b, a * b - squared * cov, a * a - squared * var_a
     discriminant = linear**2 - quadratic * constant
     if quadratic > 0:
-        if b < 0:  # a negative mean told apart from zero is no squared norm
+        if b < 0:  # significantly negative: not a squared norm
             return math.nan, math.nan
         root = math.sqrt(max(discriminant, 0.0))
         return max((linear - root) / quadratic, 0.0), max((linear + root) / quadratic, 0.0)
     if discriminant <= 0 or constant <= 0 or a <= 0:
         return 0.0, math.inf
-    # quadratic <= 0 < constant: r = 0 is refuted, and everything up to the one positive root.
+    # quadratic <= 0 < constant: every ratio from 0 to the one positive root is rejected.
     root = math.sqrt(discriminant)
     return constant / (linear + root) if linear + root > 0 else 0.0, math.inf
+
+
+def task_interval(values: Array, errors: Array) -> Interval:
+    """Mean over seeds with its t interval; for one seed, its estimate with the error of the prompts drawn in it."""
+    if len(values) != 1:
+        return t_interval(values)
+    reach = float(stats.norm.ppf(1 - ALPHA / 2) * errors[0])
+    return Interval(float(values[0]), float(values[0]) - reach, float(values[0]) + reach)
+
+
+def known_mean(values: Sequence[float] | Array) -> float:
+    """Mean of the finite values; NaN if there is none."""
+    x = np.asarray(values, np.float64)
+    return float(x[np.isfinite(x)].mean()) if np.isfinite(x).any() else math.nan
+
+
+def known_median(values: Iterable[float]) -> float:
+    """Median of the finite values; NaN if there is none."""
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.median(known)) if known else math.nan
 
 
 @dataclass(frozen=True)
@@ -109,13 +148,13 @@ NO_RATIO = Ratio(math.nan, math.nan, math.nan, "not enough was measured", [])
 
 
 def scaled(u: Array) -> Array:
-    """Every row of [S, K] divided by its root mean square: a seed's overall scale says nothing about its tasks."""
+    """Each row of [S, K] divided by its root mean square: the overall scale of a seed says nothing about its tasks."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(u / np.sqrt((u**2).mean(1, keepdims=True)))
 
 
 def ratio_over_seeds(u: Array, error: Array) -> Ratio:
-    """Ratio of the loudest to the quietest task from U [S, K] and its errors, S >= 2, not picked on what is measured.
+    """Ratio of the loudest to the quietest task from U [S, K] and its errors, S >= 2, without selection bias.
 
     The loudest and quietest of seed s are chosen on the other seeds and measured on s. Where both are more than two
     errors above zero in every seed: a t interval of the log ratio over seeds, else Fieller's over seeds. Tasks that
@@ -227,7 +266,7 @@ class Correlation:
 
     @property
     def sign(self) -> int:
-        """+1 or -1 where every seed agrees beyond their spread (alike to the last digit counts), else 0."""
+        """+1 or -1 where the interval over seeds excludes zero (or all seeds are equal), else 0."""
         known = [r for r in self.per_seed if math.isfinite(r)]
         if len(known) < 2:
             return 0
@@ -286,25 +325,23 @@ def across(x: Array, y: Array, seeds: Sequence[int]) -> Correlation:
     return _correlation(per_seed, _permutation_p(cross), count)
 
 
-def _orders(count: int) -> NDArray[np.int64]:
-    """All orders of ``count`` things, or the identity and so many random ones."""
-    if math.factorial(count) <= RESAMPLES:
-        return np.array(list(permutations(range(count))))
-    generator = np.random.default_rng(0)
-    return np.stack([np.arange(count), *(generator.permutation(count) for _ in range(RESAMPLES))])
-
-
 def _permutation_p(cross: Array) -> float:
-    orders = _orders(len(cross))
-    found = cross[np.arange(len(cross)), orders].sum(1)
-    slack = 1e-12 * (1 + abs(found[0]))
-    return float(min(1.0, 2 * min((found >= found[0] - slack).mean(), (found <= found[0] + slack).mean())))
+    """Two-sided p of ``sum_i cross[i, i]`` among ``sum_i cross[i, order[i]]`` over the orders of the tasks."""
+    found: Any = stats.permutation_test(
+        (np.arange(len(cross)),),
+        lambda order, axis: cross[np.arange(len(cross)), order].sum(axis).round(12),  # ties are ties
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
 
 
 def within(x: Array, y: Array, seeds: Sequence[int]) -> Correlation:
     """Spearman's correlation of x and y [R, K, W] over the windows of each task, averaged over tasks, arms, seeds.
 
-    p is that of turning the signs of the tasks' mean correlations, with tasks as units (exact up to 13 tasks).
+    p flips the signs of the tasks' mean correlations, with tasks as units (exact up to 13 tasks).
     """
     if not len(x):
         return NO_CORRELATION
@@ -339,3 +376,171 @@ def holm(values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, p[i] * (len(order) - place)))
         adjusted[i] = highest
     return [float(q) for q in adjusted]
+
+
+# Estimators on subsets of stored prompts
+
+ESTIMATORS = ("cross_product", "plug_in", "two_batch")
+
+
+def cross_product(gram: Array) -> float:
+    """U over all pairs; NaN for fewer than two prompts. ``gram``: [N, N] float64."""
+    n = len(gram)
+    return float((gram.sum() - np.trace(gram)) / (n * (n - 1))) if n > 1 else math.nan
+
+
+def left_out(gram: Array) -> tuple[Array, Array]:
+    """[N] U and [N] mean squared norm of all prompts but one."""
+    n, diagonal = len(gram), np.diagonal(gram)
+    others = gram.sum(1) - diagonal
+    return (others.sum() - 2 * others) / ((n - 1) * (n - 2)), (diagonal.sum() - diagonal) / (n - 1)
+
+
+def jackknife_variance(values: Array) -> float:
+    """``(n - 1)/n sum (theta_{-i} - mean)^2`` of [n] leave-one-out values."""
+    return float((len(values) - 1) * values.var())
+
+
+def reference(gram: Array) -> dict[str, Any]:
+    """U_N, its jackknife error and related numbers. NaN where N is too small (2 for U, 3 for its error)."""
+    one_group, products = torch.zeros(len(gram), dtype=torch.long), torch.from_numpy(gram)
+    found = gk.cross_product(products.diagonal(), products.sum()[None], one_group, products)
+    assert found.std_error is not None
+    u, u_se = float(found.sq_norm), float(found.std_error)
+    return {
+        "u": u,
+        "u_se": u_se,
+        "mean_sq_norm": float(products.diagonal().mean()),
+        "plug_in": float(found.plug_in),
+        "noise_scale": float(found.noise_scale),
+        "significant": u > 2 * u_se,
+    }
+
+
+def expected_bias(estimator: str, gram: Array, n: int) -> float:
+    """Mean over all subsets of n prompts, less U_N."""
+    return float(np.diagonal(gram).mean() - cross_product(gram)) / n if estimator == "plug_in" else 0.0
+
+
+def subset_sizes(prompts: int) -> list[int]:
+    """2, 4, 8, ... and ``prompts``, its largest even number if it is odd: two batches need halves."""
+    powers = [2**k for k in range(1, prompts.bit_length()) if 2**k <= prompts]
+    return [*powers, *([prompts - prompts % 2] if prompts - prompts % 2 not in powers else [])]
+
+
+def shuffles(prompts: int, count: int, seed: int) -> Array:
+    """[count, prompts] random orders; the first n of each are a subset of n, and those of every size are nested."""
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(prompts), (count, 1)), axis=1)
+
+
+def _indicators(chosen: Array, prompts: int) -> Array:
+    marks = np.zeros((len(chosen), prompts))
+    np.put_along_axis(marks, chosen, 1.0, axis=1)
+    return marks
+
+
+def on_subsets(gram: Array, orders: Array, n: int) -> tuple[dict[str, Array], Array]:
+    """Every estimator on the first n prompts of each order, and the jackknife error of U_n there.
+
+    gram [N, N], orders [R, N]; results [R]. The error is NaN for n < 3.
+    """
+    prompts, half, diagonal = len(gram), n // 2, np.diagonal(gram)
+    a, b = _indicators(orders[:, :half], prompts), _indicators(orders[:, half : 2 * half], prompts)
+    a_gram, b_gram = a @ gram, b @ gram
+    members = a + b
+    inner = (a_gram + b_gram) * members  # [R, N]: each member's inner product with the subset's sum
+    total, own = inner.sum(1), members @ diagonal
+    estimates = {
+        "cross_product": (total - own) / (n * (n - 1)),
+        "plug_in": total / n**2,
+        "two_batch": (a_gram * b).sum(1) / half**2,
+    }
+    if n < 3:
+        return estimates, np.full(len(orders), math.nan)
+    # U without i is (sum_j r_j - 2 r_i) / ((n - 1)(n - 2)) with r_i = <G_i, the others' sum>.
+    others = inner - members * diagonal
+    spread = (others**2).sum(1) - (total - own) ** 2 / n
+    return estimates, 2 / (n - 2) * np.sqrt(np.maximum(spread, 0.0) / (n * (n - 1)))
+
+
+def compare_estimators(gram: Array, orders: Array, level: float = LEVEL) -> list[dict[str, Any]]:
+    """Bias, spread and coverage of every estimator at every n: the rows of the file's `estimators`."""
+    prompts, u = len(gram), cross_product(gram)
+    rows = []
+    for n in subset_sizes(prompts):
+        found, errors = on_subsets(gram, orders, n)
+        small = 4 * n <= prompts
+        for estimator in ESTIMATORS:
+            values, bias = found[estimator], expected_bias(estimator, gram, n)
+            # All N prompts in any order are one subset, but they can be halved in many ways.
+            sd = 0.0 if n == prompts and estimator != "two_batch" else float(values.std(ddof=1))
+            sd_fresh = math.hypot(sd, _expectation_error(estimator, gram, n))
+            rmse = math.hypot(bias, sd_fresh)
+            row = {
+                "estimator": estimator,
+                "n": n,
+                "small": small,
+                "bias": bias,
+                "mean": float(values.mean()),
+                "mean_error": sd / math.sqrt(len(values)),
+                "sd": sd,
+                "sd_fresh": sd_fresh,
+                "rmse": rmse,
+                **relative({"bias": bias, "sd": sd, "sd_fresh": sd_fresh, "rmse": rmse}, u),
+                "negative": float((values < 0).mean()),
+                "coverage": math.nan,
+                "coverage_t": math.nan,
+            }
+            if estimator == "cross_product" and small and n > 2:
+                # Around U_N the subset's U varies less than around the truth, by about this factor.
+                width = errors * math.sqrt(1 - n / prompts)
+                tail = (1 + level) / 2
+                for name, quantile in (("", stats.norm.ppf(tail)), ("_t", stats.t.ppf(tail, n - 1))):
+                    row[f"coverage{name}"] = float((np.abs(values - u) <= quantile * width).mean())
+            rows.append(row)
+    return rows
+
+
+def _expectation_error(estimator: str, gram: Array, n: int) -> float:
+    """Standard error, over draws of the N prompts, of the estimator's mean over their subsets; NaN for N < 3."""
+    if len(gram) < 3:
+        return math.nan
+    u, mean_sq = left_out(gram)
+    return math.sqrt(jackknife_variance(u + (mean_sq - u) / n if estimator == "plug_in" else u))
+
+
+def relative(values: dict[str, float], u: float) -> dict[str, float]:
+    """``values`` over U_N; NaN where U_N is not positive, so that it is no scale."""
+    return {f"{name}_rel": value / u if u > 0 else math.nan for name, value in values.items()}
+
+
+def pooled_size(prompts: int) -> int:
+    """The prompts that are spread over micro-batches: the largest power of two of at most a quarter of all, or 2."""
+    return max(2, 2 ** (max(prompts // 4, 1).bit_length() - 1))
+
+
+def in_microbatches(gram: Array, orders: Array, n: int) -> list[dict[str, Any]]:
+    """U of n prompts in micro-batches of 2, 4, ... n, with pairs inside them only: the file's `microbatches`.
+
+    A mean of fewer pairs is unbiased too; ``variance_ratio`` is what their number costs, against all pairs of n.
+    """
+    u, diagonal = cross_product(gram), np.diagonal(gram)
+    error = _expectation_error("cross_product", gram, n)
+    rows: list[dict[str, Any]] = []
+    for size in [2**k for k in range(1, n.bit_length()) if 2**k <= n]:
+        total = np.zeros(len(orders))
+        for first in range(0, n, size):
+            members = _indicators(orders[:, first : first + size], len(gram))
+            total += ((members @ gram) * members).sum(1) - members @ diagonal
+        pairs = n * (size - 1)
+        sd = float((total / pairs).std(ddof=1))
+        sd_fresh = math.hypot(sd, error)
+        rows.append({"size": size, "n": n, "pairs": pairs, "sd": sd, "sd_fresh": sd_fresh, **relative({"sd": sd}, u)})
+    for row in rows:
+        row["variance_ratio"] = (row["sd_fresh"] / rows[-1]["sd_fresh"]) ** 2 if rows[-1]["sd_fresh"] else math.nan
+    return rows
+
+
+def root_mean_square(values: Array, truth: float) -> float:
+    """``sqrt(mean (value - truth)^2)``."""
+    return float(np.sqrt(((values - truth) ** 2).mean()))
