@@ -11,7 +11,7 @@ from scipy import stats
 
 from ..numbers import clean, fixed, percent, signed, significant
 from ..runlog import Run
-from ..study.statistics import correlate, fieller
+from ..study.stats import correlate, fieller
 from ..summary import ERRORS, NAN, Cosine, TaskResult
 
 
