@@ -50,8 +50,8 @@ def answer(m: Measurements) -> dict[str, Any]:
         parts = {"verdict": found.verdict, "sentence": found.sentence, "numbers": found.numbers, "data": found.data}
         answers.append(about | parts)
     study = {key: getattr(m, key) for key in ("tasks", "arms", "seeds", "missing", "gain_window")}
-    found: dict[str, Any] = plain({"answers": answers, "runs": [_run(m, run) for run in m.runs], **study})
-    return found
+    whole: dict[str, Any] = plain({"answers": answers, "runs": [_run(m, run) for run in m.runs], **study})
+    return whole
 
 
 def _run(m: Measurements, run: Run) -> dict[str, Any]:

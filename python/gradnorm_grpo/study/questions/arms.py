@@ -31,7 +31,7 @@ from .common import (
     triple,
     value_of,
 )
-from .drawing import AXIS, empty, row_panel
+from .drawing import AXIS, empty, row_panel, stacked
 
 QUESTION = "What does sampling tasks by their gradients do?"
 ARM = "proportional"
@@ -47,7 +47,7 @@ def answer(m: Measurements) -> Answer:
     """Held-out accuracy of each arm and its difference from uniform, paired by seed."""
     arms = [arm for arm in m.arms if any(run[0] == arm for run in m.runs)]
     baseline = BASELINE if BASELINE in arms else None
-    places = [(None, list(m.tasks)), *((task, [task]) for task in m.tasks)]
+    places: list[tuple[str | None, list[str]]] = [(None, list(m.tasks)), *((task, [task]) for task in m.tasks)]
     final = [
         {"arm": arm, "task": task} | _over({seed: _accuracy(m, (arm, seed), tasks, "end") for seed in _seeds(m, arm)})
         for arm in arms
@@ -143,7 +143,7 @@ def _numbers(
     numbers = []
     for row in final:
         name = f"accuracy of {row['arm']}, {row['task'] or 'mean over tasks'}"
-        numbers.append(number(name, *triple(row), f"at the end; {interval_over(_values(row))}"))
+        numbers.append(number(name, row["value"], row["low"], row["high"], f"at the end; {interval_over(_values(row))}"))
     for row in differences:
         if row["task"] is not None and row["when"] != "end":
             continue
@@ -153,7 +153,7 @@ def _numbers(
         elif row["task"] is not None:
             how += "; one of many, not adjusted"
         name = f"{row['arm']} minus {BASELINE}, {row['task'] or 'mean over tasks'}, {row['when']}"
-        numbers.append(number(name, *triple(row), how))
+        numbers.append(number(name, row["value"], row["low"], row["high"], how))
     if counts:
         how = "fewest and most of all runs; " + ("the same budget" if equal else "not the same budget")
         mean = sum(counts) / len(counts)
@@ -230,8 +230,8 @@ def draw(answers: Record, answer: Record) -> Figure:
     upper, lower = 28 + row * len(names) + AXIS, 28 + _CURVES + AXIS if curves else 0.0
     key = [("s" if arm == baseline else "o", shade(answers, arm, baseline), True, arm) for arm in arms]
     figure = plots.sheet(*heading, [_note(answer)], upper + lower, key)
-    parts = figure.subfigures(2, 1, height_ratios=[upper, lower]) if curves else [figure]
-    left, right = parts[0].subplots(1, 2)
+    top, *below = stacked(figure, [upper, lower]) if curves else [figure]
+    left, right = top.subplots(1, 2)
     left.set_title(plots.fit(f"Minus {baseline}, paired by seed" if baseline else "Differences", 260))
     right.set_title("Held-out accuracy at the end")
     row_panel(left, answers, names, 190)
@@ -250,7 +250,7 @@ def draw(answers: Record, answer: Record) -> Figure:
     right.set_xlabel("held-out accuracy")
     _fill(right, answers, final, arms, names, row, baseline)
     if curves:
-        _curves(parts[1].subplots(), answers, curves, baseline)
+        _curves(below[0].subplots(), answers, curves, baseline)
     return figure
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from ... import plots
 from ..stats import Array
@@ -44,6 +44,11 @@ def empty(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=plots.SOFT)
 
 
+def stacked(figure: Figure, heights: Sequence[float]) -> list[FigureBase]:
+    """Parts of the figure below each other, so many pixels high, whose axes need not line up."""
+    return list(np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights)))
+
+
 def head_height(lines: int) -> float:
     """Pixels that :func:`headed` needs above the panels, for so many lines under their titles."""
     return 24.0 + 16 * lines
@@ -61,7 +66,8 @@ def headed(
     A head starts at the left of its panel, names of rows included. With ``verdicts``, each head ends with one.
     """
     high = head_height(max(len(lines) for _, lines in heads) + bool(verdicts))
-    tops, bottoms = figure.subfigures(2, len(heads), height_ratios=[high, body], width_ratios=widths or None)
+    parts: Any = figure.subfigures(2, len(heads), height_ratios=[high, body], width_ratios=widths or None)
+    tops, bottoms = parts
     for i, (top, (title, lines)) in enumerate(zip(tops, heads, strict=True)):
         place = {"x": 8 / plots.SHEET_WIDTH * len(heads), "va": "center_baseline"}
         top.text(y=1 - 10 / high, s=title, fontweight="bold", color=plots.SOFT, **place)

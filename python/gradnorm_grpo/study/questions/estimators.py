@@ -16,7 +16,7 @@ from ...numbers import significant
 from ..measurements import Measurements
 from ..stats import ALPHA, LEVEL, known_median
 from .common import Answer, Record, count_of, number, records, some, triple
-from .drawing import AXIS, empty
+from .drawing import AXIS, empty, stacked
 
 QUESTION = "Which estimator, and what does a sketch of each prompt's gradient cost and lose?"
 CLAIM = (
@@ -278,7 +278,7 @@ def draw(answers: Record, answer: Record) -> Figure:
     heights = [_HIGH if by_n else 60.0, _HIGH if sketches else 60.0]
     heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
     figure = plots.sheet(*heading, _notes(answer, by_n, sketches), sum(heights), key)
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    upper, lower = stacked(figure, heights)
     if by_n:
         bias, spread = upper.subplots(1, 2)
         _curves(bias, by_n, styles, "relative_bias", "Bias", "bias", zero=True)

@@ -31,7 +31,7 @@ from .common import (
     value_of,
     with_interval,
 )
-from .drawing import AXIS, beside, correlation_axis, dots, empty, row_panel, task_key
+from .drawing import AXIS, beside, correlation_axis, dots, empty, row_panel, stacked, task_key
 
 QUESTION = "Do rewards, advantages or lengths explain the imbalance?"
 CLAIM = (
@@ -166,14 +166,14 @@ def draw(answers: Record, answer: Record) -> Figure:
         notes.append("Below: one point per task. A correlation by itself explains nothing.")
     heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
     figure = plots.sheet(*heading, notes, upper + lower, task_key(answers, tasks) if shown else ())
-    parts = figure.subfigures(2, 1, height_ratios=[upper, lower]) if shown else [figure]
+    top, *below = stacked(figure, [upper, lower]) if shown else [figure]
     if factors:
-        for i, (axes, (side, title)) in enumerate(zip(parts[0].subplots(1, 2), _SIDES, strict=True)):
+        for i, (axes, (side, title)) in enumerate(zip(top.subplots(1, 2), _SIDES, strict=True)):
             _forest(axes, factors, side, title, 0 if i else 150)
     else:
-        empty(parts[0].subplots(), "No correlation is known.")
+        empty(top.subplots(), "No correlation is known.")
     if shown:
-        _clouds(parts[1].subplots(1, len(shown), sharey=True, squeeze=False)[0], answers, shown, means)
+        _clouds(below[0].subplots(1, len(shown), sharey=True, squeeze=False)[0], answers, shown, means)
     return figure
 
 

@@ -111,12 +111,8 @@ def held_out_gain(m: Measurements, run: Run, task: str) -> float:
     return float(rewards[-1] - rewards[0]) if len(steps) > 1 and steps[0] == 0 else math.nan
 
 
-def _rewards(m: Measurements, run: Run, task: str) -> list[float | None]:
-    return [None if math.isnan(r) else float(r) for r in m.series(*run, task, "reward")]
-
-
 def _training_gain(m: Measurements, run: Run, task: str) -> float:
-    rewards = _rewards(m, run, task)
+    rewards = m.series(*run, task, "reward")
     gains = [gain_at(rewards, t, m.gain_window) for t in range(m.gain_window, m.steps - m.gain_window + 1)]
     known = [gain for gain in gains if not math.isnan(gain)]
     return sum(known) / len(known) if known else math.nan
@@ -135,7 +131,7 @@ def _over_time(m: Measurements, runs: Sequence[Run]) -> tuple[list[int], Array, 
         u[:, :, w], error[:, :, w] = m.by_run(runs, m.span(t - s // 2, t - s // 2 + s))
     for r, run in enumerate(runs):
         for k, task in enumerate(m.tasks):
-            gains[r, k] = [gain_at(_rewards(m, run, task), t, s) for t in steps]
+            gains[r, k] = [gain_at(m.series(*run, task, "reward"), t, s) for t in steps]
     return steps, u, error, gains
 
 
@@ -249,7 +245,8 @@ def cloud(axes: Axes, answers: Record, rows: Sequence[Record]) -> None:
     axes.set_ylabel("gain in held-out accuracy")
     for i, record in enumerate(rows):
         place = index(answers, "tasks", record.get("task"))
-        dots(axes, *(plots.numbers(s.get(name) for s in seeds[i]) for name in ("u", "gain")), place, size=5, alpha=0.35)
+        single_u, single_gain = (plots.numbers(s.get(name) for s in seeds[i]) for name in ("u", "gain"))
+        dots(axes, single_u, single_gain, place, size=5, alpha=0.35)
         one, other = x[i : i + 1, 0], y[i : i + 1, 0]
         crosses(axes, one, other, x[i, 1:, None], y[i, 1:, None], plots.colour(place), 1.4, 0.7)
         dots(axes, one, other, place, size=9)

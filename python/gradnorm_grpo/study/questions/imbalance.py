@@ -277,7 +277,7 @@ def _ratios(axes: Axes, answer: Record, ratios: list[dict[str, Any]]) -> None:
     if len(paper) == 2 and np.isfinite(paper).all():
         axes.axvspan(*paper, color=plots.BAND, lw=0, zorder=0)
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": plots.SOFT, "fontsize": plots.SMALL}
-        where = {"xytext": (0, 9), "textcoords": "offset points"}
+        where: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points"}
         axes.annotate(f"the paper: {paper[0]:g} to {paper[1]:g}", (math.sqrt(paper.prod()), -0.5), **where, **style)
     for y, one in enumerate(found):
         strong = y == 0

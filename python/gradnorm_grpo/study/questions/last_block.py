@@ -153,14 +153,14 @@ def _noise(
     """What a reader needs to judge the correlations by: over time alone, and how far noise lets them go."""
     moved = within(last, full, seeds)
     folds = [(run, steps) for run in runs for steps in _folds(m, run)]
-    whole = (
+    whole = [
         np.concatenate([m.by_run([run], steps[side], prefix)[0] for run, steps in folds])
         for side, prefix in ((0, ""), (1, "full_"))
-    )
+    ]
     numbers = [
         correlation_number("Spearman within tasks, different steps", moved, "thirds of training of one task"),
         correlation_number(
-            "Spearman across tasks, different steps", across(*whole, seeds), "pooled over all of training"
+            "Spearman across tasks, different steps", across(whole[0], whole[1], seeds), "pooled over all of training"
         ),
     ]
     for name, prefix in (("last block", ""), ("all parameters", "full_")):
