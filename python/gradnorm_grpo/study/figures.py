@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -69,11 +70,9 @@ def overview(answers: Record) -> Figure:
         panels[2].set_xlabel("difference of mean accuracy")
         for y, arm in enumerate(others):
             ground = {"fc": plots.PAPER, "ec": "none", "pad": 1.5}  # over the line at zero
-            name = plots.fit(arm, widths[2] - 24, plots.SMALL)
-            place = {"xycoords": panels[2].get_yaxis_transform(), "textcoords": "offset points"}
-            panels[2].annotate(
-                name, (0, y), xytext=(0, 16), va="center_baseline", fontsize=plots.SMALL, bbox=ground, **place
-            )
+            style: dict[str, Any] = {"va": "center_baseline", "fontsize": plots.SMALL, "bbox": ground}
+            place: dict[str, Any] = {"xycoords": panels[2].get_yaxis_transform(), "textcoords": "offset points"}
+            panels[2].annotate(plots.fit(arm, widths[2] - 24, plots.SMALL), (0, y), xytext=(0, 16), **place, **style)
     else:
         empty(panels[2], "No arm to compare.")
     return figure

@@ -62,8 +62,8 @@ def answer(m: Measurements) -> Answer:
         for (arm, task), row in rows.items():
             known = {"p": p[arm], "p_holm": adjusted[arm]} if task is None else {"p": math.nan, "p_holm": math.nan}
             differences.append({"arm": arm, "task": task, "when": when} | row | known)
-    used = [{"arm": arm, "seed": seed, "rollouts": rollouts(m, (arm, seed))} for arm, seed in m.runs]
-    equal = _equal([row["rollouts"] for row in used])
+    counts = [rollouts(m, run) for run in m.runs]
+    equal = _equal(counts)
     own = next((row for row in differences if (row["arm"], row["task"], row["when"]) == (ARM, None, "end")), None)
     verdict = "undecided"
     if own and equal and own["p_holm"] < ALPHA:
@@ -73,10 +73,10 @@ def answer(m: Measurements) -> Answer:
         "final": final,
         "differences": differences,
         "curves": [_curve(m, arm, task, tasks) for arm in arms for task, tasks in places],
-        "rollouts": used,
+        "rollouts": [{"arm": arm, "seed": seed, "rollouts": n} for (arm, seed), n in zip(m.runs, counts, strict=True)],
     }
     sentence = _sentence(m, arms, differences, own, equal)
-    return Answer(verdict, sentence, _numbers(final, differences, equal, [row["rollouts"] for row in used]), data)
+    return Answer(verdict, sentence, _numbers(final, differences, equal, counts), data)
 
 
 def _seeds(m: Measurements, *arms: str) -> list[int]:
@@ -142,8 +142,8 @@ def _numbers(
 ) -> list[dict[str, Any]]:
     numbers = []
     for row in final:
-        name = f"accuracy of {row['arm']}, {row['task'] or 'mean over tasks'}"
-        numbers.append(number(name, row["value"], row["low"], row["high"], f"at the end; {interval_over(_values(row))}"))
+        name, how = f"accuracy of {row['arm']}, {row['task'] or 'mean over tasks'}", interval_over(_values(row))
+        numbers.append(number(name, row["value"], row["low"], row["high"], f"at the end; {how}"))
     for row in differences:
         if row["task"] is not None and row["when"] != "end":
             continue

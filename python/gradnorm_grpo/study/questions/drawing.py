@@ -90,8 +90,8 @@ def correlation_axis(axes: Axes, name: str) -> None:
 
 def crosses(axes: Axes, x: Array, y: Array, across: Array, up: Array, shade: str, width: float, alpha: float) -> None:
     """Error bars of points x, y [n]: from across[0] to across[1] along x, from up[0] to up[1] along y."""
-    plots.bars(axes, y, *across, shade, width, alpha, which="x")
-    plots.bars(axes, x, *up, shade, width, alpha, which="y")
+    plots.bars(axes, y, across[0], across[1], shade, width, alpha, which="x")
+    plots.bars(axes, x, up[0], up[1], shade, width, alpha)
 
 
 def dots(axes: Axes, x: Array, y: Array, place: int, size: float = 6.0, alpha: float = 1.0) -> None:
