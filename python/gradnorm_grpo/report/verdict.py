@@ -109,8 +109,8 @@ def loudness(results: list[TaskResult]) -> list[str]:
         sentences.append("No task's pull is distinguishable from zero: more prompts per step or more steps are needed.")
     if undecided:
         sentences.append(
-            f"For {_names(undecided)} these data cannot distinguish U from zero. The pull may be small or absent; they "
-            "show neither."
+            f"For {_names(undecided)} these data cannot distinguish U from zero. The pull may be small or absent; "
+            "that stays undecided."
         )
     if unknown:
         sentences.append(f"For {_names(unknown)} there is no estimate: no step drew two of its prompts.")

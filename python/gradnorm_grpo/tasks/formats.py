@@ -25,6 +25,8 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Any
 
+from .extraction import boxed
+
 Row = Mapping[str, Any]
 
 
@@ -59,22 +61,6 @@ def _text(row: Row, *names: str) -> str:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
             return str(value).strip()
     raise BadRow(f"needs {' or '.join(names)}, got the columns {', '.join(map(str, row)) or 'none'}")
-
-
-def boxed(solution: str) -> str:
-    r"""What the last ``\boxed{...}`` (or ``\boxed x``) of a solution holds, its braces balanced; empty without one."""
-    start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
-    if start < 0:
-        return ""
-    rest = solution[start:].split("box", 1)[1].removeprefix("ed")
-    if not rest.lstrip().startswith("{"):
-        return rest.split("$")[0].strip()
-    rest, depth = rest.lstrip(), 0
-    for i, letter in enumerate(rest):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return rest[1:i].strip()
-    return ""
 
 
 def read_math(row: Row) -> Parts:

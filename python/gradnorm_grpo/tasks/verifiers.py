@@ -1,7 +1,7 @@
 """Rewards: from a completion's text to 0 or 1. Nothing here, and nothing called from here, executes that text.
 
-reasoning-gym's scores are made binary (1 where the score is at least 0.99): its small credit for the format would be
-blown up to a full-size advantage by dividing by the group's standard deviation.
+reasoning-gym's scores are made binary (1 where the score is at least 0.99): dividing by the group's standard deviation
+would scale its small credit for the format up to a full-size advantage.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import math
 import re
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 from ..errors import UserError
+from .extraction import MAX_LENGTH, Number, final_answer, last_number, marked, tagged, without_emphasis
 
 Verifier = Callable[[str, str, dict[str, Any]], bool]  # completion, reference answer, the example's data
-
-MAX_LENGTH = 400  # characters of a completion a verifier will read
-# Not a number that is part of a word or of a computation, such as the last one of 10**10**10.
-_NUMBER = re.compile(r"(?<![\w.*^/])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?![\w*^/]|\.\d)", re.ASCII)
 
 
 def exact(text: str, answer: str, data: dict[str, Any]) -> bool:
@@ -31,93 +29,93 @@ def exact(text: str, answer: str, data: dict[str, Any]) -> bool:
     return text.split() == answer.split()
 
 
-def _number(text: str) -> Fraction | None:
-    found = _NUMBER.findall(text[-MAX_LENGTH:])
-    if not found or len(found[-1]) > 40:
-        return None
-    try:
-        return Fraction(found[-1].replace(",", ""))
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
 def numeric(text: str, answer: str, data: dict[str, Any]) -> bool:
-    """The last number of the text is the answer's, to one part in a million."""
-    value, target = _number(text), _number(answer)
-    return value is not None and target is not None and math.isclose(value, target, rel_tol=1e-6, abs_tol=1e-9)
+    """The last number of the final answer equals the reference's to one part in a million.
 
-
-_AMOUNT = re.compile(
-    r"(?<![\w.*^/,])(?P<open>\()?\s*(?P<sign>[-+])?\s*\$?\s*(?P<sign2>-)?(?P<digits>\d[\d,]*(?:\.\d+)?|\.\d+)(?![\w*^/]|\.\d)"
-    r"\s*(?P<percent>%|percent\b)?(?P<close>\))?\s*(?P<percent2>%|percent\b)?\s*(?P<scale>thousand|million|billion)?",
-    re.IGNORECASE | re.ASCII,
-)
-_SCALE = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
-
-
-def _amount(text: str) -> tuple[Fraction, int, bool, int] | None:
-    """The last amount of a text: its digits' value with its sign, decimals shown, whether in percent, scale (0: none).
-
-    An amount in brackets is negative, as in accounts, unless it carries a sign.
+    :func:`~.extraction.last_number` says what is read as a number, :func:`~.extraction.final_answer` what the final
+    answer is. A percent sign, a unit and a currency are not compared.
     """
-    found = list(_AMOUNT.finditer(text[-MAX_LENGTH:]))
-    if not found or len(found[-1]["digits"]) > 40:
-        return None
-    match = found[-1]
-    digits = match["digits"].replace(",", "")
-    signed = match["sign"] or match["sign2"]
-    negative = signed == "-" or (not signed and match["open"] and match["close"])
-    value = Fraction(digits) * (-1 if negative else 1)
-    decimals = len(digits.partition(".")[2])
-    return value, decimals, bool(match["percent"] or match["percent2"]), _SCALE.get((match["scale"] or "").lower(), 0)
+    value, target = last_number(final_answer(text)), last_number(final_answer(answer))
+    if value is None or target is None:
+        return False
+    if target.value == 0:
+        return abs(value.value) <= Fraction(1, 10**9)
+    return abs(value.value - target.value) * 10**6 <= abs(target.value)
 
 
 def financial(text: str, answer: str, data: dict[str, Any]) -> bool:
     """An amount of money, a count or a percentage, as FinQA's questions ask for; "yes" or "no" as the last word.
 
-    The last amount of the text counts; $, commas, brackets for a minus and %, which divides by 100, are read. Right is
-    what equals data["result"], the exact result of the row, to five decimals, the rule of FinQA's own evaluation; and
-    what rounds to ``answer`` at the decimals that ``answer`` shows: 14.1% stands for all from 14.05% to 14.15%, with or
-    without its sign, and as a share (0.141). Million and billion count where both sides have one.
+    The last number of the final answer counts; $, brackets for a minus and %, which divides by 100, are read. It is
+    right if it equals data["result"], the exact result of the row, to five decimals (the rule of FinQA's own
+    evaluation), or if it rounds to ``answer`` at the decimals that ``answer`` shows: 14.1% stands for everything from
+    14.05% to 14.15%, with or without its sign, and as a share (0.141). Million and billion count where both sides have
+    one.
     """
     result = data.get("result")
+    text = final_answer(text)
     words = re.findall(r"[a-z]+", text[-MAX_LENGTH:].lower())
     wanted = str(answer if result is None else result).strip().lower()
     if wanted in ("yes", "no"):
         return bool(words) and words[-1] == wanted
-    given = _amount(text)
+    given, gold = _amount(text), _amount(answer)
     if given is None:
         return False
-    value, _, percent, scale = given
-    share = value / 100 if percent else value
+    share = given.value / 100 if given.percent else given.value
     exact_result = None if result is None else _amount(str(result))
-    if exact_result is not None and not scale:
-        target = exact_result[0] / 100 if exact_result[2] else exact_result[0]
+    if exact_result is not None and not given.scale:
+        target = exact_result.value / 100 if exact_result.percent else exact_result.value
         if abs(share - target) * 10**5 <= Fraction(1, 2):
             return True
-    gold = _amount(answer)
     if gold is None:
         return False
-    target, decimals, gold_percent, gold_scale = gold
-    values = [value] if percent == gold_percent else [share]
-    if gold_percent and not percent:
-        values = [value, value * 100]
-    half = Fraction(1, 2 * 10**decimals)
-    if scale and gold_scale:
-        values, target, half = [v * scale for v in values], target * gold_scale, half * gold_scale
+    values = [given.value] if given.percent == gold.percent else [share]
+    if gold.percent and not given.percent:
+        values = [given.value, given.value * 100]
+    target = gold.value
+    half = abs(target) / 10**6 if gold.decimals is None else Fraction(1, 2 * 10**gold.decimals)
+    if given.scale and gold.scale:
+        values, target, half = [v * given.scale for v in values], target * gold.scale, half * gold.scale
     return any(abs(v - target) <= half for v in values)
 
 
+def _amount(text: str) -> Number | None:
+    """The last number of a text, negative where it stands in brackets without a sign, as in accounts."""
+    found = last_number(text)
+    return replace(found, value=-found.value) if found and found.brackets else found
+
+
 def json_value(text: str, answer: str, data: dict[str, Any]) -> bool:
-    """The same text up to white space, or the same JSON value: keys in any order, 2 is 2.0, true is not 1."""
+    """The same text up to white space, or the same JSON value: keys in any order, 2 is 2.0, true is not 1.
+
+    The value may stand in an answer tag or in one Markdown code block. Numbers are compared exactly. A repeated key,
+    NaN and Infinity are not JSON.
+    """
     if exact(text, answer, data):
         return True
     if len(text) > max(MAX_LENGTH, 4 * len(answer)):
         return False
+    inner = tagged(text)
+    text = text if inner is None else inner
+    block = re.fullmatch(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", text, re.DOTALL)
     try:
-        return _same_json(json.loads(text), json.loads(answer))
-    except (ValueError, RecursionError):
+        return _same_json(_strict_json(block[1] if block else text), _strict_json(answer))
+    except (ValueError, RecursionError, ArithmeticError):
         return False
+
+
+def _strict_json(text: str) -> Any:
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    def no_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key is repeated")
+        return dict(pairs)
+
+    return json.loads(
+        text, parse_int=Decimal, parse_float=Decimal, parse_constant=no_constant, object_pairs_hook=no_repeated_key
+    )
 
 
 def _same_json(a: Any, b: Any) -> bool:
@@ -128,28 +126,44 @@ def _same_json(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
+_LATEX = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$((?:[^$\n\\]|\\.)+)\$", re.DOTALL)
+_ANSWER_IS = re.compile(r"\banswer\b(?:[^\n.:=]{0,40}?\bis\b)?\s*[:=]?\s*", re.IGNORECASE)
+
+
 def math_verify(text: str, answer: str, data: dict[str, Any]) -> bool:
     """Equal as mathematics, by the math-verify package.
 
-    Only its LaTeX grammar is used: its route for plain expressions goes through sympy's parse_expr, which evaluates
-    Python. Text without LaTeX is read as if it were boxed. Long texts and towers of powers, which sympy would compute,
-    are wrong; the very text of the answer is right.
+    What is compared is the final answer: the last box, an answer tag, what follows ``####``; else the last LaTeX
+    formula; else what follows the last "answer is" or "answer:"; else the whole text, if it is short. The text before
+    it may be of any length and hold anything. Only math-verify's LaTeX grammar is used: its route for plain expressions
+    goes through sympy's parse_expr, which evaluates Python. An answer that is long, or that sympy would compute for
+    long (towers of powers, large factorials), is wrong; the very text of the reference is right.
     """
-    if exact(_unboxed(text), _unboxed(answer), data):
+    found = marked(text)
+    if found is None:
+        formulas = _LATEX.findall(text[-5 * MAX_LENGTH :])
+        pieces = _ANSWER_IS.split(text[-5 * MAX_LENGTH :])
+        if formulas:
+            found = next(group for group in formulas[-1] if group)
+        elif len(pieces) > 1:
+            found = pieces[-1].strip().split("\n")[0]
+        else:
+            found = text
+    found = without_emphasis(found.strip()).strip().rstrip(".").strip()
+    gold = _unboxed(answer)
+    if exact(found, gold, data) or exact(_unboxed(text), gold, data):
         return True
+    if not found or len(found) > MAX_LENGTH or _expensive(found):
+        return False
     from math_verify import LatexExtractionConfig, parse, verify
 
-    if len(text) > MAX_LENGTH or _expensive(text):
-        return False
-    if not re.search(r"\\boxed|\$|\\\(|\\\[", text):
-        text = f"\\boxed{{{text.strip()}}}"
     latex = [LatexExtractionConfig()]
-    gold = parse(answer if re.search(r"\\boxed|\$", answer) else f"\\boxed{{{answer}}}", latex)
-    found = parse(text, latex, raise_on_error=False)
-    return bool(gold and found and verify(gold, found, raise_on_error=False))
+    parsed = [parse(f"\\boxed{{{part}}}", latex, raise_on_error=False) for part in (gold, found)]
+    return bool(all(parsed) and verify(*parsed, raise_on_error=False))
 
 
 def _unboxed(text: str) -> str:
+    r"""The text without the box or the dollar signs around all of it."""
     boxed = re.fullmatch(r"\s*\$?\\boxed\{(.*)\}\$?\s*", text, re.DOTALL)
     return boxed[1] if boxed else text.strip().strip("$")
 
@@ -157,11 +171,13 @@ def _unboxed(text: str) -> str:
 def _expensive(text: str) -> bool:
     """Cheap to write, endless to parse or compute: big or piled-up powers, factorials, long numbers, deep brackets."""
     power = r"(?:\^|\*\*)"
+    exponents = [int(found) for found in re.findall(rf"{power}\s*\{{?\s*[-+]?(\d{{1,2}})(?!\d)", text)]
     return (
-        "!" in text
-        or len(re.findall(power, text)) > 3
+        bool(re.search(r"(?<!\d)(?:\d{3,}|[^\d\s]|\d{1,2}!+)\s*!|^\s*!", text))
+        or len(re.findall(power, text)) > 12
+        or sum(exponents) > 120
         or len(re.findall(r"[(\[{]", text)) > 40
-        or bool(re.search(rf"{power}\s*\{{?\s*-?\d{{3,}}|{power}[^a-zA-Z]*{power}|\d{{30,}}", text))
+        or bool(re.search(rf"{power}\s*\{{?\s*[-+]?\d{{3,}}|{power}[^a-zA-Z+\-]*{power}|\d{{30,}}", text))
     )
 
 

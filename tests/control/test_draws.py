@@ -1,4 +1,4 @@
-"""TaskDraws: rows by task in shuffled passes, and the shuffle that keeps prompts together."""
+"""TaskDraws: rows by task in shuffled passes, and resuming."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from gradnorm_kernels import TaskSampler
 from gradnorm_kernels.control.draws import TaskDraws
-from gradnorm_kernels.integrations.trl.grpo import PROMPT, shuffle_groups
 
 ROWS = ["a", "b", "a", "a", "b", "a", "a", "c"]
 
@@ -42,33 +41,3 @@ def test_a_saved_state_goes_on_draw_for_draw():
     other.load_state_dict(json.loads(json.dumps(draws.state_dict())))
     assert other.draw(40) == draws.draw(40)
     assert other.state_dict() == draws.state_dict()
-
-
-def test_shuffling_groups_moves_whole_prompts_at_random():
-    """Every entry moves alike, prompts stay whole, and the random state ends where TRL's own shuffle leaves it."""
-    trl_utils = pytest.importorskip("trl.trainer.utils")
-    prompts = torch.arange(6).repeat_interleave(4)
-    rows = {
-        "x": torch.arange(24),
-        PROMPT: prompts,
-        "words": list(map(str, range(24))),
-        "total": torch.tensor(3.0),
-        "no": None,
-    }
-    orders = []
-    for seed in range(5):
-        torch.manual_seed(seed)
-        moved = shuffle_groups(rows)
-        after = torch.random.get_rng_state()
-        torch.manual_seed(seed)
-        trl_utils.shuffle_sequence_dict(rows)
-        assert torch.equal(torch.random.get_rng_state(), after)
-        assert moved["words"] == list(map(str, moved["x"].tolist()))
-        assert torch.equal(prompts[moved["x"]], moved[PROMPT])
-        assert moved["total"] is rows["total"]
-        assert moved["no"] is None
-        assert sorted(moved["x"].tolist()) == list(range(24))
-        groups = moved[PROMPT].view(6, 4)
-        assert bool((groups == groups[:, :1]).all())
-        orders.append(tuple(groups[:, 0].tolist()))
-    assert len(set(orders)) > 3

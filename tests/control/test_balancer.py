@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from gradnorm_kernels import StepStats, TaskGradient
-from gradnorm_kernels.control.balancer import STRATEGIES, RunningGram, TaskBalancer
-from gradnorm_kernels.control.gramian import GRAMIAN_METHODS, OWN_METHODS, psd_projection, weigh
+from gradnorm_kernels.control.balancer import (
+    GRAMIAN_METHODS,
+    OWN_METHODS,
+    STRATEGIES,
+    RunningGram,
+    TaskBalancer,
+    psd_projection,
+    weigh,
+)
 
 NEEDS = {
     "upgrad": ("quadprog", "qpsolvers"),
