@@ -111,7 +111,8 @@ class _Search:
         """See :func:`last_attention`."""
         if not self.attention:
             raise ValueError(
-                f'layers="last_attention" finds no softmax attention in {type(self.model).__name__}: '
+                f'layers="last_attention" finds no list of decoder layers with softmax attention in '
+                f"{type(self.model).__name__}: "
                 f"{self.suggestion()}"
             )
         block = self.last_layer()
@@ -221,11 +222,11 @@ class _Search:
             if isinstance(module, CONTAINERS) and like and (best is None or len(like) >= best[0]):
                 best = len(like), self.names[id(like[-1])]
         if best is None:
-            linears = [name for name, module in self.model.named_modules() if linear_kind(module)]
+            linears = [name for name, module in self.model.named_modules() if name and linear_kind(module)]
             if not linears:
-                return 'layers="all" measures what else can be measured'
+                return 'layers="all" measures every parameter that can be measured'
             best = 1, linears[-1]
-        return f'layers=["{best[1]}"] measures its last layer with linear modules, layers="all" every parameter'
+        return f'layers=["{best[1]}"] measures its last layer with linear modules, layers="all" every parameter that can be'
 
 
 def _walk(root: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

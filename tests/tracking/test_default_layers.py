@@ -359,7 +359,7 @@ WITHOUT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("name", WITHOUT)
 def test_without_attention_the_message_says_which_layers_would_do(name: str) -> None:
     build, layer = WITHOUT[name]
-    with pytest.raises(ValueError, match=r"no softmax attention") as error:
+    with pytest.raises(ValueError, match=r"no list of decoder layers with softmax attention in") as error:
         gk.GradNormTracker(build())
     assert f'layers=["{layer}"]' in str(error.value)
     assert gk.GradNormTracker(build(), [layer]).layers
