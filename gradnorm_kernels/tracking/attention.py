@@ -110,11 +110,14 @@ class _Search:
     def projections(self) -> list[str]:
         """See :func:`last_attention`."""
         if not self.attention:
-            raise ValueError(
-                f'layers="last_attention" finds no list of decoder layers with softmax attention in '
-                f"{type(self.model).__name__}: "
-                f"{self.suggestion()}"
+            name = type(self.model).__name__
+            lists = any(isinstance(module, CONTAINERS) for module in self.model.modules())
+            found = (
+                f"found no attention with a softmax in {name}"
+                if lists
+                else (f"needs a model with a list of decoder layers, and {name} has none")
             )
+            raise ValueError(f'layers="last_attention" {found}: {self.suggestion()}')
         block = self.last_layer()
         chosen: list[nn.Module] = []
         for module, parents in _walk(block):
@@ -226,7 +229,9 @@ class _Search:
             if not linears:
                 return 'layers="all" measures every parameter that can be measured'
             best = 1, linears[-1]
-        return f'layers=["{best[1]}"] measures its last layer with linear modules, layers="all" every parameter that can be'
+        return (
+            f'layers=["{best[1]}"] measures its last layer with linear modules, layers="all" all that can be measured'
+        )
 
 
 def _walk(root: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

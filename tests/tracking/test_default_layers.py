@@ -359,7 +359,9 @@ WITHOUT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("name", WITHOUT)
 def test_without_attention_the_message_says_which_layers_would_do(name: str) -> None:
     build, layer = WITHOUT[name]
-    with pytest.raises(ValueError, match=r"no list of decoder layers with softmax attention in") as error:
+    with pytest.raises(
+        ValueError, match=r"found no attention with a softmax|needs a model with a list of decoder layers"
+    ) as error:
         gk.GradNormTracker(build())
     assert f'layers=["{layer}"]' in str(error.value)
     assert gk.GradNormTracker(build(), [layer]).layers
