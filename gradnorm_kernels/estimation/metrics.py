@@ -7,7 +7,7 @@ application and the TRL integration write these keys, and whatever reads a log t
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from .estimator import RunningEstimate, TaskGradient
@@ -61,7 +61,7 @@ def read_gradient(line: Mapping[str, Any], task: Hashable, prefix: str = "") -> 
     return TaskGradient(**numbers, n=int(n or 0), std_error_method="none")
 
 
-def pool(lines: list[Mapping[str, Any]], task: Hashable, prefix: str = "") -> RunningEstimate:
+def pool(lines: Sequence[Mapping[str, Any]], task: Hashable, prefix: str = "") -> RunningEstimate:
     """A task's estimates over log lines: numerators and denominators are summed apart, U is their ratio."""
     estimate = RunningEstimate()
     for line in lines:
