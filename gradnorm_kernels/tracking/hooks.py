@@ -174,7 +174,7 @@ class Watcher:
             return None
         if not _in_backward():
             recorder.called(layer)
-        if not torch.is_grad_enabled() or self._left_out(layer):
+        if not torch.is_grad_enabled() or self.left_out(layer):
             return None
         if layer.frozen and isinstance(output, Tensor) and not output.requires_grad:
             output.requires_grad_()  # below the first adapter nothing else asks for this gradient
@@ -284,7 +284,8 @@ class Watcher:
             if own.get(leaf) is not None and (own[leaf].requires_grad or (layer.frozen and leaf == "weight"))  # type: ignore[union-attr]
         ]
 
-    def _left_out(self, layer: Layer) -> bool:
+    def left_out(self, layer: Layer) -> bool:
+        """Whether all parameters of a layer are skipped."""
         if not self._skipped.reasons:
             return False
         names = self.names_of(layer)

@@ -1,8 +1,8 @@
 """Whose row is it: two or more forwards that differ in a known subset of the batch show where a layer sees its rows.
 
-Some rows of the model's arguments are perturbed. A dimension of a layer's input in which exactly these rows change holds
-the rows of the batch. A layer whose input does not change (positions that the model makes up itself) is perturbed at its
-own output instead, and the rows of the model's output are looked at.
+Some rows of the model's arguments are perturbed. A dimension of a layer's input in which exactly these rows change
+holds the rows of the batch. A layer whose input does not change (positions that the model makes up itself) is perturbed
+at its own output instead, and the rows of the model's output are looked at.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -221,9 +222,8 @@ class Probe:
     def _check_square(self, subset: _Subset) -> None:
         """Where an argument has B rows of B tokens: refuse if its second dimension could be the rows as well."""
         count = len(subset)
-        if not any(
-            t.dim() - t.is_floating_point() > 1 and t.shape[0] == t.shape[1] == count for t in self._leaves.values()
-        ):
+        tokens = [t.shape[:-1] if t.is_floating_point() else t.shape for t in self._leaves.values()]
+        if not any(len(shape) > 1 and shape[0] == shape[1] == count for shape in tokens):
             return
         done = self._perturbed(_Subset(subset.rows, False, 1), "swap")
         if done is None:
@@ -305,8 +305,8 @@ class Probe:
                 return None
             noise = torch.randn(tensor.shape, device=tensor.device, dtype=torch.float32).to(tensor.dtype)
             size = torch.where(torch.isfinite(tensor), tensor, 0.0).abs().mean().clamp_min(1e-3)
-            at = rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
-            return torch.where(at, tensor + noise * size, tensor)
+            here = rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
+            return torch.where(here, tensor + noise * size, tensor)
         masks = tensor.dtype == torch.bool or ("mask" in path and tensor.dim() == 2)
         if masks != (level == "mask") or level == "blocks":
             return None
@@ -332,7 +332,7 @@ class Probe:
                     others = [value for value in everything if value != new[row, position].item()]
                     new[row, position] = self._random.choice(others)
             else:
-                pairs = [(p, q) for p, q in zip(at, at[1:]) if q == p + 1 and new[row, p] != new[row, q]]
+                pairs = [(p, q) for p, q in pairwise(at) if q == p + 1 and new[row, p] != new[row, q]]
                 if pairs:
                     p, q = self._random.choice(pairs)
                     new[row, p], new[row, q] = new[row, q].clone(), new[row, p].clone()
@@ -356,7 +356,7 @@ def _fingerprint(layer: Layer, x: Tensor) -> Tensor:
         return x.clone()
     shape = token_shape(layer, x)
     wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
-    generator = torch.Generator().manual_seed(x.shape[-1])
+    generator = torch.Generator(device="cpu").manual_seed(x.shape[-1])
     weights = torch.randn(x.shape[-1], generator=generator, dtype=torch.float32, device="cpu")
     return (x.reshape(-1, x.shape[-1]).to(wide) @ weights.to(x.device, wide)).reshape(shape)
 

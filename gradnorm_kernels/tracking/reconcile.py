@@ -1,21 +1,23 @@
 """The tracker's own total gradient of each measured parameter, compared with what autograd accumulated.
 
-With random u and v, ``u^T dW v = sum_t (u . dy_t)(x_t . v)``, so that dW of the recorded tokens is never formed. The two
-sides differ where a use of the parameter was not seen (a functional call, a tied head, a regulariser in the loss), where
-tokens were lost or where x and dy do not belong together. Autograd's side is taken by a hook on the parameter, which
-fires once per engine pass with the sum over the uses in that pass, before it is accumulated into ``.grad`` and before
-ranks reduce it.
+With random u and v, ``u^T dW v = sum_t (u . dy_t)(x_t . v)``, so that dW of the recorded tokens is never formed. The
+two sides differ where a use of the parameter was not seen (a functional call, a tied head, a regulariser in the loss),
+where tokens were lost or where x and dy do not belong together. Autograd's side is taken by a hook on the parameter,
+which fires once per engine pass with the sum over the uses in that pass, before it is accumulated into ``.grad`` and
+before ranks reduce it.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..layout import to_device
 from .tolerances import relative, rounding
 from .vocabulary import Tokens
 
@@ -46,7 +48,7 @@ class Reconciliation:
             handle = parameter.register_hook(self._hook(name))
             # Before the caller's own hooks: those may change the gradient.
             hooks = parameter._backward_hooks
-            assert hooks is not None
+            assert isinstance(hooks, OrderedDict)
             hooks.move_to_end(handle.id, last=False)
             self._remove.append(handle.remove)
 
@@ -65,10 +67,9 @@ class Reconciliation:
 
     def _directions(self, name: str, size: int, side: str, like: Tensor) -> Tensor:
         """[PROJECTIONS, size] standard normal, the same at every call; no random state of the caller is used."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{side}{size}{name}".encode()))
-        return torch.randn(PROJECTIONS, size, generator=generator, dtype=torch.float32, device="cpu").to(
-            like.device, torch.promote_types(like.dtype, torch.float32)
-        )
+        generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(f"{side}{size}{name}".encode()))
+        normal = torch.randn(PROJECTIONS, size, generator=generator, dtype=torch.float32, device="cpu")
+        return to_device(normal, like.device).to(torch.promote_types(like.dtype, torch.float32))
 
     def _add_theirs(self, name: str, grad: Tensor) -> None:
         totals = self._totals[name]
@@ -128,25 +129,21 @@ class Reconciliation:
         """{parameter: None where both sides agree, else what is wrong}. Not in it: no gradient, or not a finite one."""
         found: dict[str, str | None] = {}
         for name, totals in self._totals.items():
-            if totals.theirs is None and totals.mine is None:
+            if totals.theirs is None or totals.norm is None:
                 continue
-            none = torch.zeros(PROJECTIONS, dtype=torch.float64)
-            mine = none if totals.mine is None else totals.mine.double().cpu()
-            theirs = none if totals.theirs is None else totals.theirs.cpu()
-            norm = 0.0 if totals.norm is None else float(totals.norm)
-            noise = 0.0 if totals.noise is None else float(totals.noise)
-            difference = float((mine - theirs).square().mean().sqrt())
+            if totals.mine is None or totals.noise is None:
+                found[name] = (
+                    "autograd computed a gradient for it, but none of its uses was a call of its layer that could be "
+                    "measured"
+                )
+                continue
+            norm, noise = float(totals.norm), float(totals.noise)
+            difference = float((totals.mine.double().cpu() - totals.theirs.cpu()).square().mean().sqrt())
             if not (difference < float("inf") and norm < float("inf")):
                 continue
             if difference > relative(*totals.dtypes) * norm + noise:
-                found[name] = _says(difference, norm, totals.mine is None)
+                share = f", {difference / norm:.0%} of autograd's" if norm else ""
+                found[name] = f"the gradient recorded for it differs from autograd's by {difference:.3g}{share}"
             elif norm > 10 * noise and norm > 0:  # else the gradient is nothing but rounding: not a test of anything
                 found[name] = None
         return found
-
-
-def _says(difference: float, norm: float, unseen: bool) -> str:
-    if unseen:
-        return "autograd computed a gradient for it, but none of its uses passed through a measured call of its layer"
-    share = "" if norm == 0 else f", {difference / norm:.0%} of autograd's"
-    return f"the gradient recorded for it differs from autograd's by {difference:.3g}{share}"

@@ -59,9 +59,9 @@ class Recorder:
         """Count a forward call outside backward (a recomputation by checkpointing runs inside it)."""
         self.calls[layer.name] = self.calls.get(layer.name, 0) + 1
 
-    def never_called(self, layers: Iterable[Layer]) -> list[str]:
-        """Names of the layers whose forward never ran here."""
-        return [layer.name for layer in layers if layer.name not in self.calls]
+    def never_called(self, layers: Iterable[Layer]) -> list[Layer]:
+        """The layers whose forward never ran here."""
+        return [layer for layer in layers if layer.name not in self.calls]
 
     def take(self, call: Call, dy: Tensor, *, weight_grad: bool = False) -> Tensor | None:
         """Record one use. ``dy``: the gradient of the call's output. Returns dW when asked to (the fused backward).

@@ -83,9 +83,7 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 @contextmanager
 def _random_state() -> Iterator[None]:
-    devices = (
-        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    )
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices):

@@ -251,16 +251,15 @@ class GradNormTracker:
         self._watcher.recorder = recorder
         try:
             yield
-            if not recorder.reached:
-                self._refuse_all_skipped()
+            if reconciliation is not None:
+                self._reconcile(reconciliation)
+            nothing = self._nothing_left()
+            if not recorder.reached and not nothing:
                 raise RuntimeError(
                     f"no gradient reached a measured layer ({some(self.layers)}) inside tracker.microbatch(...): call "
                     "loss.backward() inside the block, on a loss that depends on them"
                 )
             with torch.no_grad():
-                if reconciliation is not None:
-                    self._reconcile(reconciliation)
-                self._refuse_all_skipped()
                 for task in rows.block_tasks:
                     self._task_index.setdefault(task, len(self._task_index))
                 part = recorder.finish(self._task_index)
@@ -276,6 +275,9 @@ class GradNormTracker:
         self._unplaced = self._unplaced and not probing
         self._warn_never_called(recorder)
         self._warn_skipped(4)
+        if nothing:
+            self._reset()
+            return
         if self._parts and known != set(self._skipped.reasons):
             # Earlier micro-batches of this step counted what this one leaves out: their sums do not belong together.
             warnings.warn(
@@ -335,11 +337,14 @@ class GradNormTracker:
             f'layers=, or pass unverified="skip" ({len(wrong)} such parameters: {some(wrong)})'
         )
 
-    def _refuse_all_skipped(self) -> None:
-        """Raises RuntimeError where every chosen parameter turned out not to be measurable."""
+    def _nothing_left(self) -> bool:
+        """Whether every chosen parameter turned out not to be measurable; training goes on without estimates."""
         names = {name for layer in self._layers for name in self._watcher.names_of(layer)}
-        if all(name in self._skipped for name in names):
-            raise RuntimeError(f"nothing that layers= picks can be measured: {self._skipped.news()}")
+        nothing = all(name in self._skipped for name in names)
+        if nothing and "nothing" not in self._warned:
+            self._warned.add("nothing")
+            warnings.warn("nothing that layers= picks can be measured: there will be no estimates", stacklevel=4)
+        return nothing
 
     def _check_samples(self, rows: Rows, spread: bool) -> None:
         """A sample that comes back within a step must say how many rows it has, and must keep its task."""
@@ -365,7 +370,11 @@ class GradNormTracker:
                 )
 
     def _warn_never_called(self, recorder: Recorder) -> None:
-        missing = [name for name in recorder.never_called(self._layers) if name not in self._warned]
+        missing = [
+            layer.name
+            for layer in recorder.never_called(self._layers)
+            if layer.name not in self._warned and not self._watcher.left_out(layer)
+        ]
         if missing:
             self._warned.update(missing)
             warnings.warn(

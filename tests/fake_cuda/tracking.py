@@ -78,14 +78,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
     """The threads and devices of hooks, and whether an embedding's tokens were paired."""
     seen: dict[str, set[Any]] = {"threads": set(), "devices": set(), "paired": set()}
-    make, run = recorder.make_use, vocabulary._paired
+    make, run = recorder.tokens_of, vocabulary._paired
 
     def made(*args: Any) -> Any:
         seen["threads"].add(threading.get_ident())
         seen["devices"].add(torch.cuda.current_device())
         return make(*args)
 
-    monkeypatch.setattr(recorder, "make_use", made)
+    monkeypatch.setattr(recorder, "tokens_of", made)
     monkeypatch.setattr(vocabulary, "_paired", lambda *args: seen["paired"].add(True) or run(*args))
     return seen
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gradnorm_kernels as gk
-from gradnorm_kernels.tracking import owners, uses, vocabulary
+from gradnorm_kernels.tracking import owners, parameter_gram, vocabulary
 from tests.tracking.brute_force import batch, row_losses, sample_gradients, small_model, u_statistic
 
 TASKS = ["a", "b", "a", "a", "b", "a", "a"]
@@ -17,7 +17,7 @@ FACTORS = [1.0, 2.0, 0.5, 1.5, 1.0, 0.25, 0.75]
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the GPU's paths on the CPU."""
-    for module in (owners, uses, vocabulary):
+    for module in (owners, parameter_gram, vocabulary):
         monkeypatch.setattr(module, "resident", lambda tensor: True)
 
 
@@ -63,7 +63,7 @@ def test_a_factor_for_each_row_does_not_cost_bfloat16_its_digits(resident: None)
     rows = torch.tensor([0, 0])
     scale = torch.tensor([0.3, 7.1], dtype=torch.float64)
     tokens = vocabulary.Tokens(dy, dy, torch.tensor([20, 20]), rows, scale, embedding=False)
-    split = uses._prescale(tokens)
+    split = parameter_gram._prescale(tokens)
     assert split.dy.dtype == torch.bfloat16 and split.lengths.tolist() == [20] * 4 and len(split.row_sample) == 4
     wanted = dy.double() * scale.repeat_interleave(20)[:, None]
     high, low = split.dy.double().chunk(2)
