@@ -229,6 +229,15 @@ class Probe:
         if done is None:
             return
         seen, rows = done
+        for before, after in zip(self._base.result, seen.result, strict=False):
+            if before.shape != after.shape:
+                return
+            moved = _changed(before, after).cpu()
+            if bool(moved.any()) and moved.dim() > 1 and moved.shape[0] == count:
+                tokens = moved.any(-1) if moved.dim() > 2 else moved
+                along = [tokens.movedim(dim, 0).reshape(size, -1).any(1) for dim, size in enumerate(tokens.shape)]
+                if not any(torch.equal(rows_moved, rows) for rows_moved in along if len(rows_moved) == count):
+                    return
         changed = 0
         for key, before in self._base.inputs.items():
             after = seen.inputs.get(key)

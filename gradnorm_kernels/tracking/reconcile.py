@@ -10,7 +10,6 @@ before ranks reduce it.
 from __future__ import annotations
 
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -48,8 +47,11 @@ class Reconciliation:
             handle = parameter.register_hook(self._hook(name))
             # Before the caller's own hooks: those may change the gradient.
             hooks = parameter._backward_hooks
-            assert isinstance(hooks, OrderedDict)
-            hooks.move_to_end(handle.id, last=False)
+            assert hooks is not None
+            others = [item for item in hooks.items() if item[0] != handle.id]
+            for key, _ in others:
+                del hooks[key]
+            hooks.update(others)
             self._remove.append(handle.remove)
 
     def close(self) -> None:
