@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..backends.torch.numerics import exact_matmuls
-from ..layout import to_device
+from ..segments import to_device
 from . import distributed
-from .vocabulary import Tokens
+from .parameter_gram import Tokens
 
 
 class TaskSums:

@@ -11,18 +11,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layout import to_device
-from ..ops import fused_grad_norm
+from ..ops import embedding_grad_norm, fused_grad_norm, tied_grad_gram
+from ..segments import to_device
 from . import distributed
 from .calls import Call
-from .owners import by_owner, resident
-from .rows import Rows
-from .vocabulary import Sums, Tokens, vocabulary_sums
+from .rows import Rows, on_gpu, sum_by
+
+
+class BlockSums(NamedTuple):
+    """Over blocks, float64: gram [b, b] and the samples' own squares summed [b]; dW [d_out, d_in] if asked for."""
+
+    gram: Tensor
+    self_sq: Tensor
+    weight_grad: Tensor | None
+
+
+class Tokens(NamedTuple):
+    """T tokens of one use of a weight, row after row: x [T, d_in] (ids [T] for an embedding), dy [T, d_out].
+
+    ``lengths`` [R] int64: tokens of each row, ``row_sample`` [R] int64 and ``scale`` [R] float64, all on the CPU. Ids
+    below 0 add nothing.
+    """
+
+    x: Tensor
+    dy: Tensor
+    lengths: Tensor
+    row_sample: Tensor
+    scale: Tensor
+    embedding: bool
 
 
 def tokens_of(call: Call, dy: Tensor) -> Tokens:
@@ -37,7 +58,7 @@ def tokens_of(call: Call, dy: Tensor) -> Tokens:
     x = x.reshape(rows, -1) if embedding else x.reshape(rows, -1, x.shape[-1])
     if embedding and call.padding_idx is not None:
         x = torch.where(x == call.padding_idx, -1, x)
-    if resident(dy):
+    if on_gpu(dy):
         lengths = torch.full((rows,), dy.shape[1], device="cpu")
         return Tokens(x.flatten(0, 1), dy.flatten(0, 1), lengths, call.row_sample, scale, embedding)
     keep = (dy != 0).any(-1)
@@ -46,7 +67,7 @@ def tokens_of(call: Call, dy: Tensor) -> Tokens:
     return Tokens(x[keep], dy[keep], keep.sum(1), call.row_sample, scale, embedding)
 
 
-def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = False) -> Sums:
+def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = False) -> BlockSums:
     """Gram over blocks of ``G_p = sum_uses sum_tokens scale dy x^T`` for one weight matrix.
 
     With ``weight_grad`` (one linear use only) also dW of the plain, unscaled gradient, which backward needs.
@@ -55,12 +76,12 @@ def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = Fals
     scaled = parts if factors is not None else [_prescale(part) for part in parts]
 
     if any(part.embedding for part in parts):
-        sums = vocabulary_sums(scaled, rows, _linear_sums)
+        sums = _embedding_sums(scaled, rows)
     else:
         sums = _linear_sums(scaled, rows, weight_grad and factors is not None)
     if factors is not None:
         factor = to_device(factors, sums.gram.device)
-        return Sums(sums.gram * factor[:, None] * factor, sums.self_sq * factor**2, sums.weight_grad)
+        return BlockSums(sums.gram * factor[:, None] * factor, sums.self_sq * factor**2, sums.weight_grad)
     plain = parts[0]
     return sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype) if weight_grad else None)
 
@@ -81,7 +102,7 @@ def _prescale(tokens: Tokens) -> Tokens:
     """Scale dy row by row without rounding it to its dtype again, which would lose digits of the estimate."""
     dy, rows = tokens.dy, len(tokens.lengths)
     factor = to_device(tokens.scale, dy.device).to(torch.promote_types(dy.dtype, torch.float32))
-    if not resident(dy):
+    if not on_gpu(dy):
         return tokens._replace(dy=dy.to(factor.dtype) * factor.repeat_interleave(tokens.lengths)[:, None])
     wide = (dy.unflatten(0, (rows, -1)).to(factor.dtype) * factor[:, None, None]).flatten(0, 1)
     if tokens.embedding or dy.dtype != torch.bfloat16:
@@ -106,7 +127,7 @@ def split(tokens: Tokens) -> Tokens:
     )
 
 
-def _linear_sums(parts: Sequence[Tokens], rows: Rows, weight_grad: bool) -> Sums:
+def _linear_sums(parts: Sequence[Tokens], rows: Rows, weight_grad: bool) -> BlockSums:
     """The sums of a linear's tokens, unscaled, from the operator."""
     lengths = torch.cat([part.lengths for part in parts])
     x, dy = (
@@ -124,7 +145,54 @@ def _linear_sums(parts: Sequence[Tokens], rows: Rows, weight_grad: bool) -> Sums
         weight_grad=weight_grad,
     )
     assert r.group_gram is not None
-    return Sums(r.group_gram, by_owner(r.sample_sq_norms, rows.sample_block, rows.num_blocks), r.weight_grad)
+    return BlockSums(r.group_gram, sum_by(r.sample_sq_norms, rows.sample_block, rows.num_blocks), r.weight_grad)
+
+
+def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
+    """The sums of uses of one matrix of which some are embeddings: ``one_hot(id) dy^T``, and ``dy x^T`` of a tied head.
+
+    The operators for embeddings give the first and the inner products of the two.
+    """
+    embeddings, heads = ([part for part in parts if part.embedding == kind] for kind in (True, False))
+    ids, e, e_cu_seqlens, e_sample_ids = _packed(embeddings)
+    own = embedding_grad_norm(
+        ids,
+        e,
+        e_cu_seqlens,
+        sample_ids=e_sample_ids,
+        group_ids=rows.sample_block,
+        num_groups=rows.num_blocks,
+        group_gram=True,
+    )
+    assert own.group_gram is not None
+    gram, sample_sq = own.group_gram, own.sample_sq_norms
+    if not heads:
+        return BlockSums(gram, sum_by(sample_sq, rows.sample_block, rows.num_blocks), None)
+    x, dy, cu_seqlens, sample_ids = _packed(heads)
+    dtype = torch.promote_types(x.dtype, e.dtype)
+    cross = tied_grad_gram(
+        x.to(dtype),
+        dy,
+        ids,
+        e.to(dtype),
+        cu_seqlens,
+        e_cu_seqlens,
+        sample_ids=sample_ids,
+        e_sample_ids=e_sample_ids,
+        group_ids=rows.sample_block,
+        num_groups=rows.num_blocks,
+    )
+    gram = gram + cross.group_gram + cross.group_gram.T
+    self_sq = sum_by(sample_sq + 2 * cross.sample_dots, rows.sample_block, rows.num_blocks)
+    head = _linear_sums(heads, rows, False)
+    return BlockSums(head.gram + gram, head.self_sq + self_sq, None)
+
+
+def _packed(parts: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x or ids, dy, cu_seqlens, sample_ids) of the parts one after the other, each row a segment."""
+    x, dy = (torch.cat(tensors) for tensors in zip(*[(part.x, part.dy) for part in parts], strict=True))
+    offsets = torch.nn.functional.pad(torch.cat([part.lengths for part in parts]).cumsum(0), (1, 0))
+    return x, dy, offsets, torch.cat([part.row_sample for part in parts])
 
 
 def plain_weight_grad(call: Call, dy: Tensor) -> Tensor:

@@ -234,16 +234,16 @@ class Probe:
                 return
             moved = _changed(before, after).cpu()
             if bool(moved.any()) and moved.dim() > 1 and moved.shape[0] == count:
-                tokens = moved.any(-1) if moved.dim() > 2 else moved
-                along = [tokens.movedim(dim, 0).reshape(size, -1).any(1) for dim, size in enumerate(tokens.shape)]
-                if not any(torch.equal(rows_moved, rows) for rows_moved in along if len(rows_moved) == count):
+                parts = moved.any(-1) if moved.dim() > 2 else moved
+                along = [parts.movedim(dim, 0).reshape(size, -1).any(1) for dim, size in enumerate(parts.shape)]
+                if not any(len(part) == count and torch.equal(part, rows) for part in along):
                     return
         changed = 0
-        for key, before in self._base.inputs.items():
-            after = seen.inputs.get(key)
-            if after is None or after.shape != before.shape:
+        for key, inputs in self._base.inputs.items():
+            later = seen.inputs.get(key)
+            if later is None or later.shape != inputs.shape:
                 return
-            shown = _candidates(before, after, rows, False)
+            shown = _candidates(inputs, later, rows, False)
             if shown is not None:
                 changed += 1
                 if not shown[0]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..layout import to_device
+from ..segments import to_device
+from .parameter_gram import Tokens
 from .tolerances import relative, rounding
-from .vocabulary import Tokens
 
 PROJECTIONS = 4
 _CHUNK = 8192  # rows of a gradient converted to a wider dtype at once

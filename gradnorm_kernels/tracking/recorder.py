@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from ..estimation.moments import PairSums
-from ..layout import to_device
+from ..segments import to_device
 from . import distributed
 from .calls import Call
 from .exact import TaskSums
 from .layers import Layer, Parameters
-from .owners import by_owner
-from .parameter_gram import bias_rows, plain_weight_grad, tokens_of, vector_rows, weight_sums
+from .parameter_gram import Tokens, bias_rows, plain_weight_grad, tokens_of, vector_rows, weight_sums
 from .quiet import quiet
 from .reconcile import Reconciliation
-from .rows import Rows
+from .rows import Rows, sum_by
 from .skipped import Skipped
-from .vocabulary import Tokens
 
 
 class Recorder:
@@ -130,7 +128,7 @@ class Recorder:
             self._reconciliation.add_vector(name, call.factor * grads.sum(0), dy)
         factor = to_device(call.scale * call.factor, grads.device)
         flat = grads.reshape(grads.shape[0], -1) * factor[:, None]
-        sums = by_owner(flat, call.row_sample, self.rows.num_samples)
+        sums = sum_by(flat, call.row_sample, self.rows.num_samples)
         total = self._vectors.get(name)
         self._vectors[name] = sums if total is None else total + sums
 
@@ -162,8 +160,8 @@ class Recorder:
                 continue
             if self._exact is not None:
                 self._exact.add_vectors(name, vector, rows.tasks, self._groups[name])
-            sums = by_owner(vector, rows.sample_block, rows.num_blocks)
-            own = by_owner(vector.square().sum(1), rows.sample_block, rows.num_blocks)
+            sums = sum_by(vector, rows.sample_block, rows.num_blocks)
+            own = sum_by(vector.square().sum(1), rows.sample_block, rows.num_blocks)
             self._add(name, sums @ sums.T, own)
         gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64, device="cpu")
         self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device="cpu")
@@ -174,6 +172,6 @@ class Recorder:
                 distributed.sum_over([part, own], group)
             gram += part.cpu()
             self_sq += own.cpu()
-        weight, weight_sq = (by_owner(w, rows.sample_block, rows.num_blocks) for w in (rows.weight, rows.weight**2))
+        weight, weight_sq = (sum_by(w, rows.sample_block, rows.num_blocks) for w in (rows.weight, rows.weight**2))
         block_task = torch.tensor([task_index[task] for task in rows.block_tasks], device="cpu")
         return PairSums(gram, self_sq, weight, weight_sq, block_task, rows.block_keys)

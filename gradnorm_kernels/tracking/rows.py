@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..segments import to_device
+
 Ids = Sequence[Hashable] | Tensor
 
 
@@ -170,3 +172,23 @@ def make_rows(
         rows_present=present.tolist(),
         mask=mask,
     )
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the tensor is on a GPU, where a shape that depends on data would stall the host."""
+    return tensor.is_cuda
+
+
+def sum_by(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """``out[k] = sum over i with index[i] == k of values[i]``, in a fixed order: [count, ...] in values' dtype.
+
+    values [n, ...] on any device, index [n] int64 on the CPU. On a GPU by sorted segments: adding by index there uses
+    atomics, in an order that varies.
+    """
+    if not on_gpu(values):
+        return values.new_zeros(count, *values.shape[1:]).index_add_(0, index, values)
+    if count == len(index) and torch.equal(index, torch.arange(count, device="cpu")):
+        return values
+    order = to_device(torch.argsort(index, stable=True), values.device)
+    lengths = to_device(torch.bincount(index, minlength=count), values.device)
+    return torch.segment_reduce(values[order], "sum", lengths=lengths, unsafe=True, initial=0.0)

@@ -13,7 +13,7 @@ import gradnorm_kernels as gk
 from gradnorm_kernels import segments
 from gradnorm_kernels.backends import triton
 from gradnorm_kernels.backends.triton import wgrad_table
-from gradnorm_kernels.tracking import owners
+from gradnorm_kernels.tracking import rows
 from tests import traps
 from tests.fake_cuda.device import FakeCuda, Unordered, Waited
 
@@ -131,7 +131,7 @@ def test_slips_in_the_library_are_found(fake: FakeCuda, monkeypatch: pytest.Monk
     with fake.forbidding(capture=True, any_order=True):
         fused(fake)
     plain, build = segments.rows, triton.wgrad.build
-    planted(triton.layout, "rows", read, Waited, "reads a value")
+    planted(triton.table, "rows", read, Waited, "reads a value")
     planted(triton.wgrad, "build", on_host, AssertionError, "table_kernel: group_ptr is on cpu")
     planted(segments.Segments, "_lengths", property(float_lengths), Unordered, "no fixed order")
     away = lambda tensor: torch.cuda.device(1)  # noqa: E731
@@ -145,7 +145,7 @@ def test_a_slip_in_a_hook_is_found(fake: FakeCuda, monkeypatch: pytest.MonkeyPat
         setattr(layer, name, torch.nn.Parameter(fake.put(parameter)))
     tracker = gk.GradNormTracker(torch.nn.Sequential(layer), "all")
     x = fake.put(torch.rand(4, 5, 3))
-    monkeypatch.setattr(owners, "resident", lambda tensor: False)
+    monkeypatch.setattr(rows, "on_gpu", lambda tensor: False)
     fake.silent = True
     refused = pytest.raises(RuntimeError, match="expected all tensors on one device")
     with fake.forbidding(waits=True, any_order=True), refused, tracker.microbatch(list("aabb")):
