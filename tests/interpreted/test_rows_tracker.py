@@ -41,7 +41,7 @@ def test_all_parameters(
     for name in ("embedding_grad_norm", "tied_grad_gram"):
         run = functools.partial(getattr(ops, name), backend="triton")
         call = lambda *args, run=run, **options: interpreted.append(1) or run(*args, **options)  # noqa: E731
-        monkeypatch.setattr(vocabulary, name, call)
+        monkeypatch.setattr(parameter_gram, name, call)
     monkeypatch.setattr("gradnorm_kernels.tracking.tracker.MAX_BLOCKS", blocks)
     model = small_model(name, torch.float32)
     ids, mask = batch(len(TASKS), 7, "left")
