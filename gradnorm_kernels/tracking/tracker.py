@@ -88,7 +88,7 @@ class GradNormTracker:
             matrix under a LoRA adapter.
         unverified: what happens to a parameter whose measurement does not pass its verification (docs/verification.md):
             "raise" an error that names it, or "skip" it: leave it out, with one warning. Default: "skip" for
-            ``layers="all"``, else "raise".
+            ``layers="all"`` while something is left to measure, else "raise".
         batch_dim: which dimension of a layer's input holds the rows of the batch: None (found by a probe in the first
             micro-batch), 0, 1, or ``{layer name or shell pattern: dimension}`` for some layers.
         verify: "once" compares the tracker's total gradient of a parameter with autograd's until it was seen to agree;
@@ -132,6 +132,7 @@ class GradNormTracker:
         self._model = model
         self._process_group = process_group
         self._lenient = (layers == "all") if unverified is None else unverified == "skip"
+        self._skip_everything = unverified == "skip"
         self._verify_always = verify == "always"
         selection = select_layers(model, layers, frozen)
         self._parameters = Parameters(model, selection)
@@ -340,9 +341,18 @@ class GradNormTracker:
         )
 
     def _nothing_left(self) -> bool:
-        """Whether every chosen parameter turned out not to be measurable; training goes on without estimates."""
+        """Whether every chosen parameter turned out not to be measurable.
+
+        Raises:
+            RuntimeError: they did, and nobody asked for training to go on without estimates (``unverified="skip"``).
+        """
         names = {name for layer in self._layers for name in self._watcher.names_of(layer)}
         nothing = all(name in self._skipped for name in names)
+        if nothing and not self._skip_everything:
+            raise RuntimeError(
+                f"nothing that layers= picks can be measured: {self._skipped.news()}; choose other layers, or pass "
+                'unverified="skip" to train on without estimates'
+            )
         if nothing and "nothing" not in self._warned:
             self._warned.add("nothing")
             warnings.warn("nothing that layers= picks can be measured: there will be no estimates", stacklevel=4)

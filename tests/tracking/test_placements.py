@@ -165,7 +165,7 @@ def test_rows_that_depend_on_each_other_are_named() -> None:
             return super().forward(x - x.mean(0))
 
     model = Centred("batch first").double()
-    reasons = agree(model, class_losses(model, features(5)))
+    reasons = agree(model, class_losses(model, features(5)), unverified="skip")
     assert set(reasons) == {name for name, _ in model.named_parameters()}
     assert all("in other rows too" in reason for reason in reasons.values())
 
