@@ -89,20 +89,20 @@ def _embedding_tokens(parts: Sequence[Tokens], owner_of: Tensor) -> tuple[Tensor
 
 
 def _embedding_gram(parts: Sequence[Tokens], owner_of: Tensor, owners: int) -> Tensor:
-    from ..backends.triton.rows_embedding import embedding_gram
+    from ..backends.triton.embedding import embedding_gram
 
     return embedding_gram(*_embedding_tokens(parts, owner_of), owners)
 
 
 def _embedding_norms(parts: Sequence[Tokens], owner_of: Tensor) -> Tensor:
-    from ..backends.triton.rows_embedding import embedding_norms
+    from ..backends.triton.embedding import embedding_norms
 
     return embedding_norms(*_embedding_tokens(parts, owner_of), len(owner_of))
 
 
 def _cross_gram(heads: Sequence[Tokens], embeddings: Sequence[Tokens], owner_of: Tensor, owners: int) -> Tensor:
     """``<H_i, E_j>`` [owners, owners] float64."""
-    from ..backends.triton.rows_tied import tied_gram
+    from ..backends.triton.embedding import tied_gram
 
     x, dy = (torch.cat(tensors) for tensors in zip(*[(part.x, part.dy) for part in heads], strict=True))
     ids, e = (torch.cat(tensors) for tensors in zip(*[(part.x, part.dy) for part in embeddings], strict=True))

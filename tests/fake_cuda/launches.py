@@ -33,7 +33,9 @@ _GRID = (2**31 - 1, 65535, 65535)
 def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, host: Host | None = None) -> FakeCuda:
     """A machine with two H200s, until the test is over. With ``host`` its cuda backend runs too."""
     fake = FakeCuda(library)
-    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232_448
+    )
 
     def exchange(device: int) -> int:
         before = int(library.fake_device())
