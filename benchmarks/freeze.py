@@ -184,7 +184,7 @@ def costs_block(backend: str, rows: list[Measured], chip: Chip, source: str) -> 
             + ("; ".join(reasons) if reasons else f"no rows of {', '.join(cost_fit.ways(backend))}")
         )
     said = f"{source}; choosing by them loses at most {max(losses):.1%} at the lengths measured; "
-        "workspace and gram_tile as before"
+    said += "workspace and gram_tile as before"
     if loose:
         said += f"; less than its own standard error: {', '.join(loose)}"
     return {"measured_on": said, "entries": entries}

@@ -68,7 +68,8 @@ def chip(device: torch.device) -> Chip:
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may have on a GPU."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub does not list this property
+    return int(properties.shared_memory_per_block_optin)
 
 
 def architecture(capability: tuple[int, int], shared_memory: int | None = None) -> int:

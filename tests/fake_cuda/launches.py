@@ -154,12 +154,12 @@ def _readable(value: Any, written: list[tuple[Tensor, Tensor]]) -> Any:
 
 
 def _cuda(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda, host: Host) -> None:
-    run = launch.Machine.launch
+    run = launch.LaunchContext.launch
 
-    def launched(machine: launch.Machine, name: str, **fields: object) -> None:
+    def launched(context: launch.LaunchContext, name: str, **fields: object) -> None:
         tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
-        _seen(fake, name, tensors, machine.stream)
-        assert machine.stream == torch.cuda.current_stream().cuda_stream, f"{name} goes to another stream"
+        _seen(fake, name, tensors, context.stream)
+        assert context.stream == torch.cuda.current_stream().cuda_stream, f"{name} goes to another stream"
         if fake.silent:
             return
         host.reset(len(fake.launches))
@@ -167,6 +167,6 @@ def _cuda(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda, host: Host) -> None:
             if tensor.numel():
                 last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 host.region(tensor.data_ptr(), (last + 1) * tensor.element_size())
-        run(machine, name, **fields)
+        run(context, name, **fields)
 
-    monkeypatch.setattr(launch.Machine, "launch", launched)
+    monkeypatch.setattr(launch.LaunchContext, "launch", launched)

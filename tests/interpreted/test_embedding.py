@@ -33,7 +33,7 @@ def gradients_of(ids: Tensor, dy: Tensor, sample: Tensor, samples: int, words: i
     [(1, 3, 4, 2), (150, 19, 40, 5), (130, 5, 1, 70), (97, 16, 1000, 3), (60, 7, 3, 1)],
 )
 def test_embedding(tokens: int, d: int, words: int, samples: int, dtype: torch.dtype) -> None:
-    """Ids that occur once, that every sample shares, that fill more than a block. Some are left out, some samples have none."""
+    """Ids that occur once, that all samples share, that fill more than a block; ids left out; samples without any."""
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(0, words, (tokens,), generator=generator)
     ids[::7] = -1

@@ -1,8 +1,8 @@
-"""The cuda backend: kernels written by hand for the tensor cores of sm_80 (A100) and sm_90a (H100, H200).
+"""The cuda backend: hand-written kernels for the tensor cores of sm_80 (A100) and sm_90a (H100, H200).
 
-By hand are the weight-gradient pass with its norms, the Gram of pairs of tokens, and every reduction. Of torch are the
-index tables (a dozen small operations), the products in ``grad_dot`` and the inner products of the groups' sums: plain
-GEMMs, for which cuBLAS is as good as it gets. Inputs are bfloat16 or float16.
+Hand-written: the weight-gradient pass with its norms, the Gram of pairs of tokens, every reduction. From torch: the
+index tables (a dozen small operations), the products in ``grad_dot`` and the inner products of the groups' sums, which
+are plain GEMMs that cuBLAS does best. Inputs are bfloat16 or float16.
 
 Nothing here waits for the device: calls can be captured in a CUDA graph where the segments' values stay on it, and run
 on the current stream.
@@ -16,8 +16,8 @@ from torch import Tensor
 from ... import checks
 from ...segments import Segments, prepare
 from .. import NO_FLOAT64, Plan
-from . import gram, wgrad
-from .launch import machine, missing, operand
+from . import dot, gram, wgrad
+from .launch import launch_context, missing, operand
 
 __all__ = ["fused_grad_norm", "grad_dot", "grad_gram", "missing", "unsupported"]
 
@@ -54,17 +54,17 @@ def fused_grad_norm(
         pairs = _zeros(x, segments.groups, segments.groups) if group_gram else None
         return samples, groups, None if total is None else total.zero_(), pairs
 
-    with machine(x.device) as device:
+    with launch_context(x.device) as context:
         x, dy = operand(x), operand(dy)
-        of_sample = device, x, dy, segments, segments.sample, segments.samples
-        of_group = device, x, dy, segments, segments.group, segments.groups
+        of_sample = context, x, dy, segments, segments.sample, segments.samples
+        of_group = context, x, dy, segments, segments.group, segments.groups
         if plan.sums == "gram" and not weight_grad:
             # Samples are not in the order of their numbers, but each is in one piece: that is all a rank needs.
             samples = gram.norms(*of_sample, None)
             pairs = gram.pairs(*of_group) if group_gram else None
             groups = gram.norms(*of_group, None) if pairs is None else pairs.diagonal().clone()
         else:
-            found = wgrad.run(device, x, dy, segments, plan.gram_tokens, total, group_gram)
+            found = wgrad.run(context, x, dy, segments, plan.gram_tokens, total, group_gram)
             samples, groups, pairs = found
             if plan.gram_tokens > 0:
                 short = segments.lengths() <= plan.gram_tokens
@@ -85,12 +85,12 @@ def grad_gram(
     segments = prepare(x, cu_seqlens, sample_ids, None, sizes).each_alone()
     if _nothing(segments, sizes):
         return _zeros(x, segments.samples, segments.samples)
-    with machine(x.device) as device:
+    with launch_context(x.device) as context:
         x, dy = operand(x), operand(dy)
         if plan.sums == "gram":
-            result = gram.pairs(device, x, dy, segments, segments.sample, segments.samples)
+            result = gram.pairs(context, x, dy, segments, segments.sample, segments.samples)
         else:
-            found = wgrad.run(device, x, dy, segments, 0, None, True)
+            found = wgrad.run(context, x, dy, segments, 0, None, True)
             assert found.gram is not None
             result = found.gram
     return segments.guard(result)
@@ -109,8 +109,8 @@ def grad_dot(
     segments = prepare(x, cu_seqlens, sample_ids, None, sizes)
     if _nothing(segments, sizes):
         return _zeros(x, segments.samples)
-    with machine(x.device) as device:
-        return segments.guard(gram.dots(device, x.flatten(0, -2), dy.flatten(0, -2), v, segments, plan.slab))
+    with launch_context(x.device) as context:
+        return segments.guard(dot.dots(context, x.flatten(0, -2), dy.flatten(0, -2), v, segments, plan.slab))
 
 
 def _nothing(segments: Segments, sizes: checks.Sizes) -> bool:
