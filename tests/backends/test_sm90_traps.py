@@ -17,6 +17,7 @@ from benchmarks.batches import make_batch, truth
 from benchmarks.harness import gate
 from benchmarks.providers import PROVIDERS, TILES
 from gradnorm_kernels.backends.cuda import wgrad
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES
 from tests import traps
 from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
@@ -68,6 +69,12 @@ def test_both_tiles_are_chosen(host: Host) -> None:
     context = host_context(host, arch=90)
     assert wgrad.launch_config(context, 576).columns == 192
     assert wgrad.launch_config(context, 4096).columns == 128
+
+
+def test_candidates_are_compiled(host: Host) -> None:
+    assert host.module.WGRAD_TILES == {80: [128], 90: [128, 192]}
+    for candidate in CUDA_CANDIDATES.values():
+        assert candidate.config.columns in host.module.WGRAD_TILES[candidate.config.arch]
 
 
 @pytest.mark.parametrize("name", TILES)
