@@ -90,8 +90,8 @@ void segmented_wgrad(const py::kwargs& given) {
   field("d_out", args.d_out);
   field("ends", args.ends);
   field("groups", args.groups);
-  field("slots", args.slots);
-  field("stretches", args.stretches);
+  field("slots", args.samples);
+  field("stretches", args.segments);
   field("sums", args.sums);
   field("sums_kept", args.sums_kept);
   field("open", args.open);

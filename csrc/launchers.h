@@ -21,7 +21,7 @@ extern const BuildInfo build;
 
 enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// The CPU launcher: sums of per-sample gradients dy_t x_t^T over stretches of tokens, and their squared norms. Stretches
+// The CPU launcher: sums of per-sample gradients dy_t x_t^T over segments of tokens, and their squared norms. Segments
 // are in the order of their tokens, none is empty, those of a group lie together. Memory is the host's.
 struct SegmentedWgrad {
   const void* x;      // [tokens, d_in], rows x_stride elements apart
@@ -29,15 +29,15 @@ struct SegmentedWgrad {
   int64_t x_stride, dy_stride;
   int type;           // any Type
   int64_t tokens, d_in, d_out;
-  const int64_t* ends;    // [stretches] the token after a stretch's last
-  const int64_t* groups;  // [stretches] the position of its group's sum, from 0, each the one before or one more
-  const int64_t* slots;   // [stretches] where in sample_sq its squared norm is added, or -1: not measured
-  int64_t stretches;
+  const int64_t* ends;    // [segments] the token after a segment's last
+  const int64_t* groups;  // [segments] the position of its group's sum, from 0, each the one before or one more
+  const int64_t* samples;  // [segments] where in sample_sq its squared norm is added, or -1: not measured
+  int64_t segments;
   float* sums;        // [groups, d_out, d_in] the groups' sums if sums_kept, else [1, d_out, d_in]: the last group's
   bool sums_kept;
-  float* open;        // [d_out, d_in] scratch
+  float* open;        // [d_out, d_in] workspace
   float* total;       // [d_out, d_in] the sum over the groups, or null
-  double* sample_sq;  // [measured stretches] added to
+  double* sample_sq;  // [measured segments] added to
   double* group_sq;   // [groups] added to
   void* workspace;    // segmented_wgrad_workspace() bytes
   int isa;            // position in BuildInfo::cpu_isas
