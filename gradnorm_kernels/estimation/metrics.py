@@ -7,7 +7,7 @@ application and the TRL integration write these keys, and whatever reads a log t
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from .estimator import RunningEstimate, TaskGradient
@@ -40,6 +40,17 @@ def gradient_metrics(task: Hashable, gradient: TaskGradient, prefix: str = "") -
     return {task_key(task, prefix + key): getattr(gradient, field) for field, key in GRADIENT_FIELDS.items()}
 
 
+def pooled_metrics(task: Hashable, estimate: RunningEstimate) -> dict[str, float]:
+    """A task's estimate pooled over steps, by the same keys: U, its standard error, the noise scale and n."""
+    values = {
+        "sq_norm": estimate.value,
+        "std_error": estimate.std_error,
+        "noise_scale": estimate.noise_scale,
+        "n": estimate.n,
+    }
+    return {task_key(task, GRADIENT_FIELDS[field]): value for field, value in values.items()}
+
+
 def read_gradient(line: Mapping[str, Any], task: Hashable, prefix: str = "") -> TaskGradient | None:
     """The inverse of :func:`gradient_metrics`: None where the line has no estimate of the task; null becomes NaN."""
     values = {field: line.get(task_key(task, prefix + key)) for field, key in GRADIENT_FIELDS.items()}
@@ -50,7 +61,7 @@ def read_gradient(line: Mapping[str, Any], task: Hashable, prefix: str = "") -> 
     return TaskGradient(**numbers, n=int(n or 0), std_error_method="none")
 
 
-def pool(lines: list[Mapping[str, Any]], task: Hashable, prefix: str = "") -> RunningEstimate:
+def pool(lines: Sequence[Mapping[str, Any]], task: Hashable, prefix: str = "") -> RunningEstimate:
     """A task's estimates over log lines: numerators and denominators are summed apart, U is their ratio."""
     estimate = RunningEstimate()
     for line in lines:

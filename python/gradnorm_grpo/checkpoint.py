@@ -1,7 +1,7 @@
-"""Checkpoints: everything a run needs to go on, written beside its name and then renamed into place.
+"""Checkpoints: everything a run needs to continue, written under a temporary name and then renamed into place.
 
-On a CPU a resumed run repeats the uninterrupted one bit for bit. On a GPU it goes on from the same weights and random
-states, but some of torch's kernels add in an order that changes, so that the last digits differ from run to run.
+On a CPU a resumed run repeats the uninterrupted one bit for bit. On a GPU it continues from the same weights and random
+states, but some of torch's kernels add in an order that changes, so the last digits differ from run to run.
 
 A checkpoint is a folder ``checkpoint-<step>`` that transformers can load as a model, with ``state.pt`` (optimizer,
 schedule, random states, sampler, tracker, data positions) and ``manifest.json`` (size and SHA-256 of every file) in it.
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import StorageError, UserError
-from .metrics import write_json
+from .runlog import write_json
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -40,7 +40,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators where :func:`random_state` found them; a GPU's only if the run was on a GPU then, too."""
+    """Restore the generators from :func:`random_state`; a GPU's only if the run was on a GPU then, too."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -54,15 +54,12 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:120]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_310(file)
-
-
-def _digest_310(file: Any) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -87,7 +84,7 @@ def save_checkpoint(folder: Path, step: int, model: Any, tokenizer: Any, state: 
         files = sorted(path for path in temporary.iterdir() if path.is_file())
         for path in files:
             _flush_to_disk(path)
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
         write_json(temporary / "manifest.json", {"step": step, "files": manifest})
         _flush_to_disk(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -126,7 +123,7 @@ def fault(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if _digest(file) != entry["sha256"]:
+        if sha256(file) != entry["sha256"]:
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
 

@@ -17,11 +17,11 @@ from .errors import UserError, one_of
 USAGE = """\
 usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {presets}
        train_grpo.py train  --config FILE [--setting value ...]   train with a YAML file
-       train_grpo.py train  --resume RUN_DIR|CHECKPOINT|auto      go on where a run stopped
+       train_grpo.py train  --resume RUN_DIR|CHECKPOINT|auto      continue an interrupted run
        train_grpo.py probe  --preset NAME [--setting value ...]   measure every task without training
        train_grpo.py study  --preset NAME [--seeds 1 2 3] [--arms uniform ...] [--jobs 2] [--setting value ...]
-                                                                  every arm and seed, and the answers; goes on where
-                                                                  it stopped
+                                                                  every arm and seed, and the answers; continues an
+                                                                  interrupted study
        train_grpo.py estimators --preset NAME [--setting value ...]  the estimators side by side on stored rollouts
        train_grpo.py report DIR                                   a run's table and HTML report, or a study's answers
 
@@ -69,7 +69,7 @@ def _run(arguments: list[str], console: Console) -> int:
         return _report(arguments, console)
     _quiet()
     if command == "study":
-        from .study.command import study
+        from .study.run import study
 
         return study(arguments, console)
     if command == "estimators":
@@ -112,7 +112,7 @@ def _report(arguments: list[str], console: Console) -> int:
         raise UserError("report needs one argument, the folder of a run or of a study")
     folder = Path(arguments[0])
     if (folder / "study.json").is_file():
-        from .study.command import conclude
+        from .study.run import conclude
 
         conclude(folder, console)
         return 0
@@ -130,13 +130,13 @@ def _saved_settings(arguments: list[str]) -> dict[str, Any] | None:
     place = options.get("--output_dir", "") if wanted == "auto" else wanted
     if not place:
         raise UserError("--preset NAME, --config FILE or --resume RUN_DIR is needed; see --help")
-    from .folder import read_run
+    from .runlog import RUN_FILE, read_info
     from .settings import Settings
 
     path = Path(place)
     if not path.is_dir():
         raise UserError(f"there is nothing to resume from: {path} does not exist")
-    config: dict[str, Any] = read_run(path if (path / "run.json").is_file() else path.parent)["config"]
+    config: dict[str, Any] = read_info(path if (path / RUN_FILE).is_file() else path.parent)["config"]
     known = {spec.name for spec in dataclasses.fields(Settings)}
     return {key: value for key, value in config.items() if key in known and key != "resume_from_checkpoint"}
 
@@ -162,7 +162,7 @@ def _print_help() -> None:
 
 
 def _quiet() -> None:
-    """Loading bars and notices of the libraries would bury the run's own lines."""
+    """Silence loading bars and notices of the libraries, which would bury the run's own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging

@@ -1,10 +1,9 @@
-"""A run's folder: its name, run.json, and what of it a resumed run reads back."""
+"""A run's folder: its name, and what run.json says about the run and its machine."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -18,7 +17,7 @@ import torch
 from gradnorm_kernels.__main__ import commit
 
 from .errors import UserError
-from .metrics import write_json
+from .runlog import RUN_FILE
 from .settings import Settings
 
 _PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "reasoning_gym", "math_verify", "numpy")
@@ -28,7 +27,7 @@ def new_folder(settings: Settings, name: str) -> Path:
     """The folder of a new run: ``output_dir``, or the first free one of runs/<name>, runs/<name>-2, ..."""
     if settings.output_dir:
         folder = Path(settings.output_dir)
-        if (folder / "run.json").exists():
+        if (folder / RUN_FILE).exists():
             raise UserError(
                 f"output_dir {folder} already holds a run: go on with --resume {folder}, or name another folder"
             )
@@ -49,25 +48,16 @@ def newest_folder(settings: Settings, name: str) -> Path:
     """The folder that `--resume auto` means: ``output_dir``, or the latest of the runs with that name."""
     if settings.output_dir:
         return Path(settings.output_dir)
-    found = [path for path in (Path("runs") / name, *Path("runs").glob(f"{name}-*")) if (path / "run.json").is_file()]
+    found = [path for path in (Path("runs") / name, *Path("runs").glob(f"{name}-*")) if (path / RUN_FILE).is_file()]
     if not found:
         raise UserError(
             f"--resume auto finds no run named {name!r} under runs/: start one without --resume, or give its folder"
         )
-    return max(found, key=lambda path: (path / "run.json").stat().st_mtime_ns)
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The content of run.json."""
-    try:
-        run: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a run's folder: its run.json is missing or not readable") from error
-    return run
+    return max(found, key=lambda path: (path / RUN_FILE).stat().st_mtime_ns)
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages a run depends on."""
+    """The versions of Python and the packages a run depends on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -84,7 +74,7 @@ def device_name(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a run runs on; ``device``: the model's."""
+    """The machine of a run; ``device``: the model's."""
     found = {
         "platform": platform.platform(),
         "processors": os.cpu_count(),
@@ -103,7 +93,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """The version of the GPU's driver as nvidia-smi has it; None where that cannot be asked."""
+    """The version of the GPU's driver from nvidia-smi; None where it cannot be run."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()
@@ -126,8 +116,3 @@ def describe_run(command: str, settings: Settings, model: Any, tracked: list[str
         "parameters": sum(p.numel() for p in model.parameters()),
         "tracked_layers": tracked,
     }
-
-
-def write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Write run.json."""
-    write_json(folder / "run.json", run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 import time
@@ -17,19 +18,20 @@ from transformers import get_scheduler
 
 from gradnorm_kernels import GradNormTracker, StepStats, TaskSampler
 from gradnorm_kernels.control.balancer import TaskBalancer
+from gradnorm_kernels.estimation.metrics import gradient_metrics, task_key
 
 from .errors import UserError
-from .metrics import Line
 from .models import mixed_precision
 from .objective import advantages, row_weights, token_losses
 from .rollout import Prompter, Rollouts, completion_logprobs, completion_texts, generate
+from .runlog import FULL, Line, pair_metrics, task_metrics
 from .settings import Settings
 from .tasks import Example, Task
 
 
 @dataclass
 class Batch:
-    """The rollouts of one step, scored; one entry a prompt in the lists, [n, G] in the tensors."""
+    """The rollouts of one step, scored; one entry per prompt in the lists, [n, G] in the tensors."""
 
     tasks: list[str]
     examples: list[Example]
@@ -38,6 +40,11 @@ class Batch:
     advantages: Tensor
     sampling: dict[str, float]
     weights: dict[str, float] | None = None  # the factors of the tasks' advantages in the loss; None: 1 for all
+
+
+def _estimates(stats: StepStats, prefix: str = "") -> Line:
+    """Every task's gradient statistics by metric key."""
+    return {key: value for task, found in stats.items() for key, value in gradient_metrics(task, found, prefix).items()}
 
 
 class Grpo:
@@ -117,10 +124,10 @@ class Grpo:
                 lr = self.scheduler.get_last_lr()[0]
                 line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **self.describe(batch, stats)}
                 if full and self.full_tracker is not None:
-                    line |= self._estimates(self.full_tracker.step(), "full_")
+                    line |= _estimates(self.full_tracker.step(), FULL)
                 self.sampler.update(stats)
                 if self.balancer is not None:
-                    rewards = {task: line[f"tasks/{task}/reward"] for task in dict.fromkeys(batch.tasks)}
+                    rewards = {task: line[task_key(task, "reward")] for task in dict.fromkeys(batch.tasks)}
                     self.balancer.update(stats, rewards)
             self.optimizer.step()
             self.scheduler.step()
@@ -234,40 +241,28 @@ class Grpo:
             "truncated": 1.0 - float(rollouts.ended.float().mean()),
         }
         for name, probability in batch.sampling.items():
-            key, at = f"tasks/{name}", [i for i, task in enumerate(batch.tasks) if task == name]
-            line[f"{key}/sampling_prob"] = probability
+            values, at = {"sampling_prob": probability}, [i for i, task in enumerate(batch.tasks) if task == name]
             if batch.weights is not None:
-                line[f"{key}/loss_weight"] = batch.weights[name]
-            if not at:
-                continue
-            line[f"{key}/prompts"] = len(at)
-            line[f"{key}/reward"] = float(batch.rewards[at].mean())
-            line[f"{key}/reward_std"] = float(batch.rewards[at].std(1).mean())
-            line[f"{key}/abs_advantage"] = float(batch.advantages[at].abs().mean())
-            line[f"{key}/prompt_length"] = sum(prompt_lengths[i] for i in at) / len(at)
-            line[f"{key}/response_length"] = sum(response_lengths[i] for i in at) / len(at)
-        line |= self._estimates(stats)
+                values["loss_weight"] = batch.weights[name]
+            if at:
+                values |= {
+                    "prompts": len(at),
+                    "reward": float(batch.rewards[at].mean()),
+                    "reward_std": float(batch.rewards[at].std(1).mean()),
+                    "abs_advantage": float(batch.advantages[at].abs().mean()),
+                    "prompt_length": sum(prompt_lengths[i] for i in at) / len(at),
+                    "response_length": sum(response_lengths[i] for i in at) / len(at),
+                }
+            line |= task_metrics(name, values)
+        line |= _estimates(stats)
         order = {task: i for i, task in enumerate(stats.tasks)} if stats else {}
-        names = [name for name in self.tasks if name in order]
-        for i, a in enumerate(names):
-            for b in names[i + 1 :]:
-                line[f"tasks/cosine/{a}/{b}"] = float(stats.cosines[order[a], order[b]])
-                line[f"tasks/inner_product/{a}/{b}"] = float(stats.inner_products[order[a], order[b]])
-        return line
-
-    @staticmethod
-    def _estimates(stats: StepStats, prefix: str = "") -> Line:
-        """Every task's gradient statistics by metric key, ``prefix`` before the last part of each."""
-        line: Line = {}
-        for name, g in stats.items():
-            key = f"tasks/{name}/{prefix}"
-            line |= {f"{key}grad_norm_sq": g.sq_norm, f"{key}grad_norm_sq_se": g.std_error}
-            line |= {f"{key}noise_scale": g.noise_scale, f"{key}plug_in": g.plug_in, f"{key}n": g.n}
-            line |= {f"{key}mean_sq_norm": g.mean_sq_norm, f"{key}pair_weight": g.pair_weight}
+        for a, b in itertools.combinations([name for name in self.tasks if name in order], 2):
+            tables = {"cosine": stats.cosines, "inner_product": stats.inner_products}
+            line |= pair_metrics(a, b, {name: float(table[order[a], order[b]]) for name, table in tables.items()})
         return line
 
     def close(self) -> None:
-        """Take the trackers' hooks out of the model."""
+        """Remove the trackers' hooks from the model."""
         for tracker in (self.tracker, self.full_tracker):
             if tracker is not None:
                 tracker.close()
@@ -287,7 +282,7 @@ class Grpo:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`."""
         self.step_number = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

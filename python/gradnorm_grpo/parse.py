@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from trl import TrlParser
 
 from .errors import UserError, one_of
 from .settings import Settings
@@ -19,11 +17,29 @@ from .study.spec import StudySpec, read_spec, take_options
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
 
-class _Parser(TrlParser):
-    """TRL's parser, with argparse's usage text and exit replaced by one sentence."""
+class _Parser(argparse.ArgumentParser):
+    """argparse with one sentence in place of its usage text and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+def _parser() -> _Parser:
+    """An option per setting, in both spellings; options not given stay out of the result. Settings checks values."""
+    parser = _Parser(prog="train_grpo.py", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+
+    def add(name: str, *aliases: str, **more: Any) -> None:
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), *aliases, **more)
+
+    for spec in dataclasses.fields(Settings):
+        kind = str(spec.type)
+        if kind == "bool":
+            add(spec.name, nargs="?", const=True)
+            if spec.default is True:
+                add(f"no_{spec.name}", dest=spec.name, action="store_false")
+        elif spec.name != "tasks":  # lists of mappings are for YAML
+            add(spec.name, *spec.metadata["aliases"], dest=spec.name, nargs="+" if kind.startswith("list") else None)
+    return parser
 
 
 def preset_names() -> list[str]:
@@ -46,8 +62,10 @@ def parse_settings(arguments: list[str], saved: dict[str, Any] | None = None) ->
 
 
 def parse_study(arguments: list[str]) -> tuple[Settings, StudySpec, str]:
-    """The settings that all runs of a study share, the study, and its name; `study: settings:` goes over the preset's
-    own settings, and the options over both."""
+    """The settings that all runs of a study share, the study, and its name.
+
+    `study: settings:` overrides the preset's own settings, and the options override both.
+    """
     given, rest = take_options(arguments)
     rest, config = _take_config(rest)
     if config is None:
@@ -72,18 +90,12 @@ def _settings(values: dict[str, Any], arguments: list[str], config: Path | None)
     for key in values:
         if key not in known:
             raise one_of(f"a key of {config}", key, known)
-    parser = _Parser(dataclass_types=[Settings], prog="train_grpo.py", allow_abbrev=False)
-    # Lists of mappings are for YAML: argparse would have to guess how to read them.
-    tasks = values.pop("tasks", [])
-    parser.set_defaults_with_config(**values)
-    taken = io.StringIO()
-    with contextlib.redirect_stderr(taken):
-        settings, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
+    given, unknown = _parser().parse_known_args(arguments)
     if unknown:
         option = next((text for text in unknown if text.startswith("--")), unknown[0])
         raise one_of("an option", option.split("=")[0], [f"--{name}" for name in known])
+    tasks = values.pop("tasks", [])
+    settings = Settings(**{**values, **vars(given)})
     return dataclasses.replace(settings, tasks=_select(tasks, settings.only_tasks))
 
 

@@ -17,12 +17,12 @@ from rich.console import Console
 from transformers import set_seed
 
 from .errors import UserError
-from .folder import describe_run, new_folder, write_run
+from .folder import describe_run, new_folder
 from .loop import Grpo
-from .metrics import Line, RunLog, report_trackers, write_json
 from .models import load_model
 from .progress import Display
 from .rollout import Prompter
+from .runlog import RUN_FILE, SUMMARY_FILE, Line, RunLog, report_trackers, write_json
 from .settings import Settings
 from .summary import summarize
 from .tasks import build_tasks
@@ -64,7 +64,7 @@ def probe(settings: Settings, name: str, console: Console) -> Path:
     folder = new_folder(settings, f"{name}-probe")
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    write_run(folder, describe_run(command, settings, model, grpo.tracker.layers))
+    write_json(folder / RUN_FILE, describe_run(command, settings, model, grpo.tracker.layers))
     log = RunLog(folder, report_trackers(settings.report_to, folder, {}))
 
     def record(line: Line, display: Display) -> None:
@@ -92,5 +92,5 @@ def probe(settings: Settings, name: str, console: Console) -> Path:
     finally:
         log.close()
         grpo.close()
-    write_json(folder / "summary.json", summarize(log.lines, names, settings.gain_window, time.monotonic() - started))
+    write_json(folder / SUMMARY_FILE, summarize(log.lines, names, settings.gain_window, time.monotonic() - started))
     return folder

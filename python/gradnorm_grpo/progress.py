@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar and a live line for every task on a terminal, one line a step elsewhere."""
+"""What a run shows while it works: a bar and a live line per task on a terminal, one line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .metrics import Line
+from .runlog import Line, task_values
 
 
 def _number(value: Any, form: str) -> str:
@@ -63,8 +63,7 @@ class Display:
         self._bar.update(self._id, completed=line["step"])
         parts = []
         for task in self._tasks:
-            prefix = f"tasks/{task}/"
-            own = {key[len(prefix) :]: value for key, value in line.items() if key.startswith(prefix)}
+            own = task_values(line, task)
             if "reward" in own:
                 self._latest[task] = own
                 parts.append(f"{task} {own['reward']:.2f} (U {_number(own.get('grad_norm_sq'), '.1e')})")

@@ -1,5 +1,4 @@
-"""Prompts and completions: rendering questions, sampling groups with `generate`, log-probabilities of the sampled
-tokens.
+"""Prompts and completions: rendering questions, sampling groups, log-probabilities, and held-out evaluation.
 
 A prompt runs once for its whole group wherever that is possible: its keys and values are computed once and repeated. In
 `generate` that saves the prefill, in training it saves forward and backward of all but one copy of the prompt.
@@ -8,6 +7,7 @@ A prompt runs once for its whole group wherever that is possible: its keys and v
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .models import mixed_precision
+from .runlog import Line, eval_metrics
 from .settings import Settings
 from .tasks import Example, Task
 
@@ -54,8 +55,7 @@ class Prompter:
         if len(ids) > self.settings.max_prompt_length:
             raise UserError(
                 f"a prompt of task {task!r} has {len(ids)} tokens, more than "
-                f"max_prompt_length={self.settings.max_prompt_length}: "
-                "raise it, or lower few_shot or the task's config"
+                f"max_prompt_length={self.settings.max_prompt_length}: raise it, or lower few_shot or the task's config"
             )
         if len(ids) < 2:
             raise UserError(f"a prompt of task {task!r} has {len(ids)} tokens; at least 2 are needed")
@@ -110,7 +110,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _prompt_cache(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, group: int) -> Any:
-    """Keys and values of all prompt tokens but the last, once a prompt, repeated for its group."""
+    """Keys and values of all prompt tokens but the last, computed once per prompt and repeated for its group."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -205,24 +205,12 @@ def completion_logprobs(
     if share_prompt:
         cache = _prompt_cache(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.group)
         ids = torch.cat([prompts[:, -1:], rollouts.completion_ids[:, :-1]], 1)
-        with contextlib.nullcontext() if pad_logits else _only_at(model, counted):
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=_positions(mask)[:, -width:],
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
+        how = {"position_ids": _positions(mask)[:, -width:], "past_key_values": cache, "use_cache": True}
     else:
         ids = torch.cat([prompts, rollouts.completion_ids], 1)[:, :-1]
-        with contextlib.nullcontext() if pad_logits else _only_at(model, counted):
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=_positions(mask),
-                use_cache=False,
-                logits_to_keep=width,
-            ).logits
+        how = {"position_ids": _positions(mask), "use_cache": False, "logits_to_keep": width}
+    with contextlib.nullcontext() if pad_logits else _only_at(model, counted):
+        logits = model(input_ids=ids, attention_mask=mask, **how).logits
     chosen = rollouts.completion_ids[counted]
     # log p = logit - logsumexp: half the memory of a log_softmax over the vocabulary.
     logits = logits.reshape(len(chosen), -1).float() / temperature
@@ -235,3 +223,22 @@ def completion_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
     rows = zip(rollouts.completion_ids.tolist(), rollouts.completion_mask.sum(1).tolist(), strict=True)
     decoded: list[str] = [tokenizer.decode(ids[: int(n)], skip_special_tokens=True) for ids, n in rows]
     return decoded
+
+
+def evaluate(model: Any, tokenizer: Any, tasks: Sequence[Task], prompter: Prompter, settings: Settings) -> Line:
+    """Reward of one greedy completion per held-out question: mean, ``sqrt(var / n)`` and n per task, by key."""
+    line: Line = {}
+    rows = settings.generation_batch_size or settings.completions_per_step
+    for task in tasks:
+        rewards: list[float] = []
+        for first in range(0, len(task.held_out), rows):
+            examples = task.held_out[first : first + rows]
+            prompts = [prompter.ids(task.name, example) for example in examples]
+            rollouts = generate(model, tokenizer, prompts, 1, settings, greedy=True)
+            texts = completion_texts(tokenizer, rollouts)
+            rewards += [task.score(text, example) for text, example in zip(texts, examples, strict=True)]
+        if n := len(rewards):
+            mean = sum(rewards) / n
+            variance = sum((reward - mean) ** 2 for reward in rewards) / (n - 1) if n > 1 else math.nan
+            line |= eval_metrics(task.name, {"reward": mean, "reward_se": math.sqrt(variance / n), "n": n})
+    return line

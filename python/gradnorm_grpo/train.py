@@ -21,15 +21,24 @@ from transformers import set_seed
 
 from .checkpoint import find_checkpoint, load_state, random_state, restore_random_state, save_checkpoint
 from .errors import UserError
-from .evaluate import evaluate
-from .folder import describe_run, device_name, new_folder, newest_folder, read_run, write_run
+from .folder import describe_run, device_name, new_folder, newest_folder
 from .loop import Grpo
-from .metrics import Line, RunLog, report_trackers, write_json
 from .models import load_model
 from .progress import Display
-from .rollout import Prompter
+from .rollout import Prompter, evaluate
+from .runlog import (
+    RUN_FILE,
+    SUMMARY_FILE,
+    Line,
+    RunLog,
+    read_info,
+    report_trackers,
+    task_column,
+    task_metrics,
+    write_json,
+)
 from .settings import Settings
-from .summary import gain_at, series, summarize
+from .summary import gain_at, summarize
 from .tasks import build_tasks
 from .warm_start import warm_start
 
@@ -146,7 +155,7 @@ class Training:
         if not self.interrupted:
             names = [task.name for task in self.tasks]
             summary = summarize(self.log.lines, names, self.settings.gain_window, self.seconds)
-            write_json(self.folder / "summary.json", summary)
+            write_json(self.folder / SUMMARY_FILE, summary)
         return self.folder
 
     @property
@@ -163,7 +172,7 @@ class Training:
         tracked = self.grpo.tracker.layers if self.grpo.tracker else []
         run = describe_run(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), self.settings, self.model, tracked)
         if self.state is not None:
-            before = read_run(self.folder)
+            before = read_info(self.folder)
             changed = [
                 f"{key} {before['config'].get(key)!r} -> {value!r}"
                 for key, value in run["config"].items()
@@ -182,7 +191,7 @@ class Training:
                 )
             resumed = [*before.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
             run |= {"started": before["started"], "command": before["command"], "resumed": resumed}
-        write_run(self.folder, run)
+        write_json(self.folder / RUN_FILE, run)
 
     def _warm_start(self) -> None:
         steps = self.settings.warm_start_steps
@@ -237,9 +246,9 @@ class Training:
         steps = [*(earlier for earlier in self.log.lines if earlier["kind"] == "train"), line]
         window = self.settings.gain_window
         for task in self.tasks:
-            gain = gain_at(series(steps, task.name, "reward"), len(steps) - window, window)
+            gain = gain_at(task_column(steps, task.name, "reward").tolist(), len(steps) - window, window)
             if not math.isnan(gain):
-                line[f"tasks/{task.name}/learning_gain"] = gain
+                line |= task_metrics(task.name, {"learning_gain": gain})
 
     def _evaluate(self, step: int, kind: str = "eval") -> None:
         """``kind``: "eval_base" for the model as it was given, before the warm start."""

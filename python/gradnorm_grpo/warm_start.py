@@ -1,6 +1,6 @@
 """A short supervised warm start: a model that fails everything has groups of equal rewards and nothing to learn from.
 
-The result is kept in a cache, under a hash of all that it depends on.
+The result is cached under a hash of everything it depends on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SETTINGS = (
 
 
 def cache_file(settings: Settings, model: Any) -> Path | None:
-    """Where the warm-started weights of these settings belong; None when nothing is kept."""
+    """The cache file of the warm-started weights of these settings; None when nothing is cached."""
     if not settings.cache_dir:
         return None
     import reasoning_gym
@@ -107,7 +107,7 @@ def warm_start(
 
 
 def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """Index batches that pass through all examples in a new order each time round."""
+    """Batches of indices that go through all examples, in a new order in each epoch."""
     rng = random.Random(seed)
     indices: list[int] = []
     while len(indices) < size * steps:
@@ -119,7 +119,7 @@ def _answer_loss(model: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_i
     """Mean over the examples of the mean cross-entropy of the answer's tokens."""
     width = max(len(answer) for _, answer in pairs)
     ids, mask = pad([prompt + answer for prompt, answer in pairs], pad_id, "left", model.device)
-    # Padded on the left but for the answers, which end together: the logits that count are the last ones.
+    # Padded on the left, so that the answers end together: the logits that count are the last ones.
     logits = model(
         input_ids=ids[:, :-1],
         attention_mask=mask[:, :-1],
@@ -135,7 +135,7 @@ def _answer_loss(model: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_i
 
 
 def _store(model: Any, path: Path) -> None:
-    """The trained weights only, written beside the name and renamed; a failure leaves no half file."""
+    """Write the trained weights under a temporary name and rename it; a failure leaves no partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}

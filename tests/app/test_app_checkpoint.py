@@ -25,7 +25,7 @@ from gradnorm_grpo.checkpoint import (
     save_checkpoint,
 )
 from gradnorm_grpo.errors import StorageError, UserError
-from gradnorm_grpo.metrics import RunLog, read_lines
+from gradnorm_grpo.runlog import RunLog, read_log
 from gradnorm_grpo.tiny import tiny_model, tiny_tokenizer
 
 
@@ -132,7 +132,7 @@ def test_a_failed_log_line_leaves_the_earlier_ones_whole(tmp_path: Path) -> None
     with pytest.raises(OSError, match="No space left"):
         log.write({"kind": "train", "step": 2})
     assert log.path.stat().st_size == size
-    assert read_lines(log.path) == [{"kind": "train", "step": 1, "loss": None}]
+    assert read_log(log.path)[0] == [{"kind": "train", "step": 1, "loss": None}]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
@@ -148,27 +148,30 @@ def test_a_really_full_device(tmp_path: Path) -> None:
 
 def test_resuming_moves_later_lines_aside(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
-    log.write({"step": 1})
+    log.write({"kind": "train", "step": 1})
     size = log.size
-    log.write({"step": 2})
+    log.write({"kind": "train", "step": 2})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "torn')
     again = RunLog(tmp_path, keep_bytes=size)
-    assert again.lines == [{"step": 1}] and again.size == size
-    again.write({"step": 2, "again": True})
+    assert again.lines == [{"kind": "train", "step": 1}] and again.size == size
+    again.write({"kind": "train", "step": 2, "again": True})
     again.close()
-    assert [line["step"] for line in read_lines(again.path)] == [1, 2]
+    assert [line["step"] for line in read_log(again.path)[0]] == [1, 2]
     aside = (tmp_path / "metrics.superseded.jsonl").read_text()
-    assert json.loads(aside.split("\n")[0]) == {"step": 2} and aside.endswith("torn")
+    assert json.loads(aside.split("\n")[0]) == {"kind": "train", "step": 2} and aside.endswith("torn")
     with pytest.raises(UserError, match="was cut or replaced"):
         RunLog(tmp_path, keep_bytes=10_000)
 
 
 def test_a_torn_last_line_is_left_out_and_a_bad_one_named(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"a": 1}\n{"b"')
-    assert read_lines(path) == [{"a": 1}]
-    path.write_text('{"a": 1}\nnonsense\n{"b": 2}\n')
+    first, last = '{"kind": "train", "step": 1}\n', '{"kind": "train", "step": 2}\n'
+    path.write_text(first + '{"b"')
+    assert read_log(path) == ([{"kind": "train", "step": 1}], 2)
+    path.write_text(first + "nonsense\n" + last)
     with pytest.raises(UserError, match="line 2"):
-        read_lines(path)
+        read_log(path)
+    path.write_text(first + last)
+    assert [line["step"] for line in read_log(path)[0]] == [1, 2]

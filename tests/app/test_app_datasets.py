@@ -17,10 +17,10 @@ pytest.importorskip("reasoning_gym")
 import datasets
 
 from gradnorm_grpo.errors import UserError
-from gradnorm_grpo.hub_formats import BadRow, boxed, countdown_solution, fill, render_table
 from gradnorm_grpo.parse import PRESETS
 from gradnorm_grpo.tasks import Task, build_tasks
-from gradnorm_grpo.verifiers import arithmetic_value
+from gradnorm_grpo.tasks.formats import BadRow, boxed, countdown_solution, fill, render_table
+from gradnorm_grpo.tasks.verifiers import arithmetic_value
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"

@@ -13,12 +13,11 @@ pytest.importorskip("trl")
 pytest.importorskip("reasoning_gym")
 
 from gradnorm_grpo.errors import UserError
-from gradnorm_grpo.evaluate import evaluate
 from gradnorm_grpo.loop import Grpo
-from gradnorm_grpo.metrics import report_trackers
 from gradnorm_grpo.models import load_model
 from gradnorm_grpo.parse import parse_settings
-from gradnorm_grpo.rollout import Prompter
+from gradnorm_grpo.rollout import Prompter, evaluate
+from gradnorm_grpo.runlog import report_trackers
 from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.summary import gain_at, summarize
 from gradnorm_grpo.tasks import build_tasks

@@ -12,7 +12,7 @@ pytest.importorskip("reasoning_gym")
 
 from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.tasks import build_tasks
-from gradnorm_grpo.verifiers import (
+from gradnorm_grpo.tasks.verifiers import (
     OWN_SCORE,
     VERIFIERS,
     arithmetic_value,

@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 
 from ...errors import StorageError, UserError
 from ...loop import Batch, Grpo
-from ...metrics import write_json
 from ...rollout import Rollouts
+from ...runlog import write_json
 from ...settings import Settings
 from ...tasks import Example
 
