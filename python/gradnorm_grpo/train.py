@@ -104,18 +104,23 @@ def check_resume(before: dict[str, Any], settings: Settings) -> list[str]:
         before: the content of run.json.
         settings: those of the resumed run.
     """
-    used, unused = [], []
+    refused: list[tuple[str, str]] = []
+    used: list[str] = []
+    unused: list[str] = []
     for spec in dataclasses.fields(settings):
         old, new = before["config"].get(spec.name, dataclasses.MISSING), getattr(settings, spec.name)
         if old is dataclasses.MISSING or old == new or spec.name in ("resume_from_checkpoint", "output_dir"):
             continue
-        policy = spec.metadata["resume"]
+        policy, change = spec.metadata["resume"], f"{spec.name} {old!r} -> {new!r}"
         if policy not in ("used", ""):
-            raise UserError(
-                f"{spec.name} cannot change from {old!r} to {new!r} in a resumed run: {policy}; resume without it, or "
-                "start a new run"
-            )
-        (used if policy else unused).append(f"{spec.name} {old!r} -> {new!r}")
+            refused.append((spec.name if spec.name == "tasks" else change, policy))
+        else:
+            (used if policy else unused).append(change)
+    if refused:
+        raise UserError(
+            f"a resumed run cannot change {'; '.join(f'{change} ({policy})' for change, policy in refused)}: resume "
+            "without the change, or start a new run"
+        )
     # Only the schedules that are a factor of the step can be computed again for other settings.
     schedule = settings.lr_scheduler_type
     if schedule in ("reduce_lr_on_plateau", "greedy") and any(text.startswith("learning_rate ") for text in used):
@@ -230,7 +235,7 @@ class Training:
             devices = [content.get("machine", {}).get("device") for content in (self.before, run)]
             if devices[0] != devices[1]:
                 self._remark(
-                    f"the run was on {devices[0]!r} and continues on {devices[1]!r}: from the same state, but with other "
+                    f"the run was on {devices[0]!r} and goes on on {devices[1]!r}: from the same state, but with other "
                     "random draws and rounding"
                 )
             resumed = [*self.before.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
@@ -279,9 +284,8 @@ class Training:
                 line = grpo.step()
                 self._add_gains(line)
                 display.show(self._log(line))
-                if not told and (
-                    long := [task.name for task in self.tasks if task.questions is None and task.left_out]
-                ):
+                long = [task.name for task in self.tasks if task.questions is None and task.left_out]
+                if long and not told:
                     told = True
                     self._remark(f"generated questions longer than max_prompt_length are left out: {', '.join(long)}")
                 step, out_of_time = grpo.step_number, 0 < 60 * settings.max_minutes <= self.seconds

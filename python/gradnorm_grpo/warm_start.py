@@ -41,10 +41,9 @@ def cache_file(settings: Settings, model: Any) -> Path | None:
     import reasoning_gym
     import transformers
 
-    folder = Path(settings.model)
-    files = (
-        [smollm2_file()] if settings.model == "smollm2" else sorted(path for path in folder.glob("*") if path.is_file())
-    )
+    files = [smollm2_file()] if settings.model == "smollm2" else []
+    if settings.model not in ("smollm2", "tiny"):
+        files = sorted(path for path in Path(settings.model).glob("*") if path.is_file())
     parts = {
         "format": _FORMAT,
         "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name in _SETTINGS},

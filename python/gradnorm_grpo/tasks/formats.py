@@ -63,7 +63,7 @@ def _text(row: Row, *names: str) -> str:
 def read_math(row: Row) -> Parts:
     """A problem of MATH; its answer is the one in the box."""
     answer = own_text(row, "answer").strip() if isinstance(row.get("answer"), (str, int, float)) else ""
-    answer = answer or boxed(_text(row, "solution")) or ""
+    answer = answer or boxed(_text(row, "solution"))
     if not answer:
         raise BadRow(f"has no \\boxed{{...}} in its solution: {_text(row, 'solution')[-60:]!r}")
     found = re.search(r"\d+", str(row.get("level", "")))
