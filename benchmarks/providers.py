@@ -115,7 +115,11 @@ def _ours(backend: str, algorithm: str, weight_grad: bool) -> Provider:
         return run
 
     def unable(batch: Batch) -> str | None:
-        return None if backend == "auto" else backends.unable(backend, batch.x.device.type, batch.x.dtype)
+        return (
+            None
+            if backend == "auto"
+            else backends.unavailable_reason(backend, "fused_grad_norm", batch.x.device.type, batch.x.dtype)
+        )
 
     def ran(batch: Batch) -> dict[str, object]:
         plan = dispatch.explain(

@@ -55,20 +55,20 @@ def _compiled() -> str:
     """What the compiled module was built with, or why there is none."""
     info = native.build_info()
     if info is None:
-        return f"none: {native.unable()}"
+        return f"none: {native.unavailable_reason()}"
     return ", ".join(f"{key} {value}" for key, value in info.items())
 
 
 def _tuned() -> str:
     """How many tuned configs this machine's GPU has, and where."""
     if not torch.cuda.is_available():
-        return f"none: there is no GPU (they would lie in {tuning.tuned_folder()})"
+        return f"none: there is no GPU (they would be in {tuning.tuned_folder()})"
     chip = tuning.chip(torch.device("cuda", torch.cuda.current_device()))
     return f"{len(tuning.tuned(chip.gpu))} configs for {chip.gpu} in {tuning.tuned_folder()}"
 
 
 def describe() -> str:
-    """The text this module prints: one "name: value" a line, then one line a backend."""
+    """The text this module prints: one "name: value" per line, then one line per backend."""
     facts = {"gradnorm_kernels": __version__, "commit": commit(), "python": platform.python_version()}
     facts |= {"platform": platform.platform(), "torch": torch.__version__, "triton": _version_of("triton")}
     facts |= {"cuda (torch built for)": torch.version.cuda or "none: a CPU build", "gpu": _gpus()}

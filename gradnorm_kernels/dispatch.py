@@ -1,8 +1,9 @@
 """Which algorithm on which backend for a call: a cost model over the call's shape, and ``explain()`` to say why.
 
 The model sees sizes, dtype and device only, never tensor data: it costs no synchronisation, and the same shapes always
-run the same way. It knows three prices (:mod:`gradnorm_kernels.tuning.costs`): a stop at a sample's end in the
-weight-gradient pass, a short sample's Gram, and the tiles over all pairs of tokens.
+run the same way. It knows three costs (:mod:`gradnorm_kernels.tuning.costs`): the end of a sample in segmented wgrad, a
+short sample's Gram, and the tiles over all pairs of tokens. Which backends it may choose from is what they declare
+(:mod:`gradnorm_kernels.backends.base`).
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, checks
-from .backends import Plan
+from .backends import Backend, Plan
+from .batch import GradBatch
 from .tuning import costs as tuning
 from .tuning.costs import Chip
 
+# Operators that the cost model chooses an algorithm for; the others have one.
+_WITH_ALGORITHMS = ("fused_grad_norm", "grad_gram", "grad_dot")
 # More tokens than any sample can have: every norm from a Gram.
 ALL_TOKENS = 1 << 62
 
@@ -36,11 +41,15 @@ class Problem:
     weight_grad: bool = False
     group_gram: bool = False
     dtype: torch.dtype = torch.float32
+    op: str = "fused_grad_norm"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan for a call, why its backend, and what the two ways were reckoned to cost, in multiply-adds of a GEMM."""
+    """The plan for a call, why its backend, and the estimated cost of the two algorithms, in multiply-adds of a GEMM.
+
+    Operators with one algorithm have no estimate: both costs are 0.
+    """
 
     plan: Plan
     why: str
@@ -50,7 +59,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run, why, and of each backend why it cannot serve this call (None if it can).
+    """What would run, why, and for each backend why it cannot serve this call (None if it can).
 
     ``str()`` is for people.
     """
@@ -71,7 +80,11 @@ class Explanation:
 def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> Choice:
     """The plan for a call. Raises RuntimeError if an explicit ``backend`` cannot run."""
     name, why = _backend(problem, backend)
-    prices = tuning.costs(problem.chip, name, problem.dtype.itemsize, problem.d_in, problem.d_out)
+    # An embedding has no d_in: its costs are those of a square layer.
+    d_in = problem.d_in if problem.op in _WITH_ALGORITHMS else problem.d_out
+    prices = tuning.costs(problem.chip, name, problem.dtype.itemsize, d_in, problem.d_out)
+    if problem.op not in _WITH_ALGORITHMS:
+        return Choice(Plan(name, 0, "wgrad", prices.slab, prices.tile), why, 0.0, 0.0)
     weight, tokens = problem.d_in * problem.d_out, problem.tokens
     width = problem.d_in + problem.d_out
     samples, groups = max(problem.samples, 1), max(problem.groups, 1)
@@ -81,7 +94,7 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
     mean = tokens / samples
     norm_cost = min(prices.boundary * weight, (prices.gram * mean + prices.gram_token) * mean * width)
     if groups >= samples:
-        # Every sample is a group of its own: its slab is formed anyway, and with it the norm.
+        # Every sample is a group of its own: its sum is formed anyway, and with it the norm.
         gram_tokens, norm_cost = 0, prices.boundary * weight
     wgrad_cost = tokens * weight + norm_cost * samples + (groups * groups * weight if problem.group_gram else 0)
     pairs = tokens * tokens if problem.group_gram else tokens * tokens / groups
@@ -96,42 +109,46 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
 
 def _backend(problem: Problem, asked: str) -> tuple[str, str]:
     """(the backend that serves the call, why it). Raises RuntimeError if the one that was asked for cannot."""
-    kind = problem.chip.type
+    kind, op, dtype = problem.chip.type, problem.op, problem.dtype
     if asked != "auto":
-        reason = backends.unable(asked, kind, problem.dtype)
+        reason = backends.unavailable_reason(asked, op, kind, dtype)
         if reason is not None:
             raise RuntimeError(f"backend={asked!r} cannot run: {reason}")
         return asked, "is asked for"
-    for name, why in _preferred(problem):
-        if backends.unable(name, kind, problem.dtype) is None:
-            return name, why
-    return "torch", "is the only one that can serve this call"
+    candidates = _candidates(kind)
+    measured = tuning.faster(problem.chip, dtype.itemsize, problem.d_in, problem.d_out)
+    fastest, where = measured if measured is not None and op in _WITH_ALGORITHMS else ("", "")
+    candidates.sort(key=lambda candidate: candidate.name != fastest)
+    able = [backends.supports(candidate.name, op, kind, dtype) for candidate in candidates]
+    if True not in able:
+        raise RuntimeError(f"no backend can run {op} for {dtype} on {kind!r}")
+    place = able.index(True)
+    name, why = candidates[place].name, candidates[place].why
+    others = [other for other in backends.NAMES if other != name]
+    later = [c.name for c in candidates[place + 1 :] if c.devices is not None and backends.implements(c.name, op)]
+    if name == fastest:
+        why = f"was measured fastest at the nearest shape, on {where}"
+    elif not any(backends.supports(other, op, kind, dtype) for other in others):
+        why = "is the only one that can serve this call"
+    elif later:
+        before = " and ".join(map(repr, later))
+        why = f"is taken before {before}: no measurement of both on {problem.chip.gpu or 'this device'} is frozen"
+    elif place:
+        why += f", and {' and '.join(c.name for c in candidates[:place])} cannot serve this call"
+    return name, why
 
 
-def _preferred(problem: Problem) -> list[tuple[str, str]]:
-    """The compiled backends for a kind of device, each with why it goes before the next."""
-    kind, size = problem.chip.type, problem.dtype.itemsize
-    if kind == "cpu":
-        order = [("cpu", "is compiled for this CPU"), ("torch", "runs everywhere")]
-    elif kind == "cuda":
-        unmeasured = f"is taken before 'cuda': no measurement of both on {problem.chip.gpu or 'this GPU'} is frozen"
-        order = [("triton", unmeasured), ("cuda", "is compiled for this GPU, and triton cannot serve this call")]
-    else:
-        return []
-    found = tuning.faster(problem.chip, size, problem.d_in, problem.d_out)
-    if found is not None:
-        first, where = found
-        order = [
-            (first, f"was measured fastest at the nearest shape, on {where}"),
-            *(o for o in order if o[0] != first),
-        ]
-    return order
+def _candidates(kind: str) -> list[Backend]:
+    """The backends that "auto" considers on a type of device, the preferred one first."""
+    declared = [backend for backend in map(backends.declared, backends.NAMES) if backend is not None]
+    fitting = [backend for backend in declared if backend.devices is None or kind in backend.devices]
+    return sorted(fitting, key=lambda backend: -backend.priority)
 
 
 def _crossover(prices: tuning.Costs, ratio: float) -> int:
-    """The longest sample whose Gram costs no more than a stop at its end; ``ratio`` is d_in d_out / (d_in + d_out).
+    """The longest sample whose Gram costs no more than its end in segmented wgrad.
 
-    Solves ``gram L^2 + gram_token L = boundary ratio``.
+    ``ratio`` is d_in d_out / (d_in + d_out). Solves ``gram L^2 + gram_token L = boundary ratio``.
     """
     half = prices.gram_token / (2 * prices.gram)
     return int(math.sqrt(half * half + prices.boundary * ratio / prices.gram) - half)
@@ -141,61 +158,55 @@ def _reasons(problem: Problem, algorithm: str, choice: Choice) -> tuple[str, ...
     plan, plain = choice.plan, max(problem.tokens * problem.d_in * problem.d_out, 1)
     wgrad, gram = (f"{cost / plain:.2f} of a plain GEMM" for cost in (choice.wgrad_cost, choice.gram_cost))
     first = f"backend {plan.backend!r} {choice.why}"
-    if plan.sums == "gram":
-        return (
-            first,
-            f"norms and sums from all pairs of tokens ({gram}), not from slabs of the weight's gradient ({wgrad})",
-        )
+    if plan.group_sums == "gram":
+        return first, f"norms and sums from all pairs of tokens ({gram}), not from segmented wgrad ({wgrad})"
     why = "the weight's gradient is wanted" if problem.weight_grad else f"all pairs of tokens: {gram}"
-    sums = f"sums from slabs of the weight's gradient ({wgrad}; {why})"
+    sums = f"sums from segmented wgrad ({wgrad}; {why})"
     if plan.gram_tokens >= ALL_TOKENS:
         norms = "samples' norms from Grams: algorithm='gram'"
     elif plan.gram_tokens == 0:
-        norms = "samples' norms from the slabs" + (": algorithm='wgrad'" if algorithm == "wgrad" else "")
+        norms = "samples' norms from segmented wgrad" + (": algorithm='wgrad'" if algorithm == "wgrad" else "")
     else:
-        norms = f"samples of at most {plan.gram_tokens} tokens: norm from the Gram; longer ones: from the slabs"
+        norms = f"samples of at most {plan.gram_tokens} tokens: norm from the Gram; longer ones: from segmented wgrad"
     return first, sums, norms
 
 
-def explain(
-    x: Tensor,
-    dy: Tensor,
-    cu_seqlens: Tensor | None = None,
-    *,
-    sample_ids: Tensor | None = None,
-    group_ids: Tensor | None = None,
-    weight_grad: bool = False,
-    group_gram: bool = False,
-    algorithm: str = "auto",
-    backend: str = "auto",
-    num_samples: int | None = None,
-    num_groups: int | None = None,
-) -> Explanation:
-    """What ``fused_grad_norm`` would run for these arguments (tensors on "meta" will do), and why. Reads no data.
+def explain(x: Tensor, dy: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Explanation:
+    """What ``fused_grad_norm`` would run for these arguments, and why. Reads no data.
+
+    The arguments are those of :func:`gradnorm_kernels.fused_grad_norm`; tensors on the device "meta" will do.
 
     Raises what ``fused_grad_norm`` would raise.
     """
-    sizes = checks.fused_grad_norm(
-        x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
+    batch = checks.fused_grad_norm(x, dy, cu_seqlens, **options, backends=backends.NAMES)
+    problem = problem_of(batch)
+    choice = choose(problem, batch.algorithm, batch.backend)
+    kind = problem.chip.type
+    reasons = {name: backends.unavailable_reason(name, batch.op, kind, problem.dtype) for name in backends.NAMES}
+    return Explanation(choice.plan, _reasons(problem, batch.algorithm, choice), reasons)
+
+
+def plan(batch: GradBatch) -> Plan:
+    """How a checked call runs. Raises RuntimeError if its explicit ``backend`` cannot run."""
+    return choose(problem_of(batch), batch.algorithm, batch.backend).plan
+
+
+def problem_of(batch: GradBatch) -> Problem:
+    """The problem of a checked call; sizes that only the ids' values determine are taken from the segments."""
+    samples = batch.segments if batch.samples is None else batch.samples
+    pairwise = batch.op == "grad_gram"  # each sample is a group of its own
+    dtype = batch.dy.dtype
+    if batch.op == "tied_grad_gram":
+        dtype = torch.promote_types(batch.x.dtype, dtype)
+    return Problem(
+        tuning.chip(batch.dy.device),
+        batch.tokens,
+        batch.d_in,
+        batch.d_out,
+        samples,
+        samples if pairwise else 1 if batch.groups is None else batch.groups,
+        batch.weight_grad,
+        batch.group_gram or pairwise,
+        dtype,
+        batch.op,
     )
-    problem = problem_of(sizes, x, weight_grad, group_gram)
-    choice = choose(problem, algorithm, backend)
-    unable = {name: backends.unable(name, problem.chip.type, problem.dtype) for name in backends.NAMES}
-    return Explanation(choice.plan, _reasons(problem, algorithm, choice), unable)
-
-
-def problem_of(
-    sizes: checks.Sizes,
-    x: Tensor,
-    weight_grad: bool = False,
-    group_gram: bool = False,
-    pairwise: bool = False,
-) -> Problem:
-    """The problem that checked arguments make; sizes that only the ids' values tell are taken from the segments.
-
-    ``pairwise`` is for ``grad_gram``: each sample is a group of its own.
-    """
-    samples = sizes.segments if sizes.samples is None else sizes.samples
-    groups = samples if pairwise else 1 if sizes.groups is None else sizes.groups
-    shape = (tuning.chip(x.device), sizes.tokens, sizes.d_in, sizes.d_out)
-    return Problem(*shape, samples, groups, weight_grad, group_gram or pairwise, x.dtype)

@@ -1,8 +1,9 @@
 """The operators and the public functions: schemas, kernels, fakes.
 
 Each op is a ``torch.library`` operator in the namespace ``gradnorm_kernels``, made with ``torch.library.Library``
-(``custom_op`` costs microseconds more a call). The kernel validates, asks dispatch for a plan and calls the backend;
-the fake validates the same way and returns the shapes. The ops measure and are not differentiable: the kernels
+(``custom_op`` costs microseconds more per call). The kernel turns its arguments into a checked
+:class:`~gradnorm_kernels.batch.GradBatch`, asks dispatch for a plan and calls the backend; the fake runs the same check
+and returns the shapes. The ops measure and are not differentiable: the kernels
 detach their inputs, and what they return carries no graph.
 
 Under ``torch.compile`` shapes must not depend on data: where ``sample_ids`` come without ``group_ids`` pass
@@ -12,12 +13,13 @@ graph break, or with sizes known only at run time under ``torch._dynamo.config.c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, checks, dispatch
+from .batch import GradBatch
 
 _LIBRARY = torch.library.Library("gradnorm_kernels", "DEF")
 _LIBRARY.define(
@@ -36,6 +38,18 @@ _LIBRARY.define(
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    "embedding_grad_norm(Tensor ids, Tensor dy, Tensor? cu_seqlens, Tensor? sample_ids, Tensor? group_ids, "
+    "SymInt? num_samples, SymInt? num_groups, bool group_gram, str backend) "
+    "-> (Tensor sample_sq_norms, Tensor group_sq_norms, Tensor group_gram)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "tied_grad_gram(Tensor x, Tensor dy, Tensor ids, Tensor e, Tensor? cu_seqlens, Tensor? e_cu_seqlens, "
+    "Tensor? sample_ids, Tensor? e_sample_ids, Tensor? group_ids, SymInt? num_samples, SymInt? num_groups, "
+    "str backend) -> (Tensor sample_dots, Tensor group_gram)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 class FusedGradNorm(NamedTuple):
@@ -45,6 +59,21 @@ class FusedGradNorm(NamedTuple):
     group_sq_norms: Tensor
     weight_grad: Tensor | None
     group_gram: Tensor | None
+
+
+class EmbeddingGradNorm(NamedTuple):
+    """What :func:`embedding_grad_norm` returns."""
+
+    sample_sq_norms: Tensor
+    group_sq_norms: Tensor
+    group_gram: Tensor | None
+
+
+class TiedGradGram(NamedTuple):
+    """What :func:`tied_grad_gram` returns."""
+
+    sample_dots: Tensor
+    group_gram: Tensor
 
 
 def fused_grad_norm(
@@ -77,18 +106,18 @@ def fused_grad_norm(
         group_ids: [N] int, the group of each sample. Default: one group.
         weight_grad: also return the sum of all G_i.
         group_gram: also return the inner products of the groups' sums.
-        algorithm: "wgrad" (norms from slabs of the weight's gradient), "gram" (norms from inner products of tokens;
-            loses digits where a sample's tokens cancel; sums of groups come from slabs where those are cheaper) or
-            "auto" (per sample, by its length).
+        algorithm: "wgrad" (norms from segmented wgrad), "gram" (norms from inner products of tokens; loses digits where
+            a sample's tokens cancel; sums of groups come from segmented wgrad where that is cheaper) or "auto" (per
+            sample, by its length).
         backend: "torch" (any device and dtype), "cpu" (C++, for CPU tensors), "triton" or "cuda" (for GPU tensors), or
             "auto": the one expected to be fastest of those that can serve the call. Only "torch" takes float64.
-            :func:`gradnorm_kernels.dispatch.explain` says which it is, and why not the others.
-        num_samples: N, where ``sample_ids`` alone do not tell (the last samples may have no segment). Default: the
+            :func:`gradnorm_kernels.dispatch.explain` says which one runs, and why the others do not.
+        num_samples: N, where ``sample_ids`` do not determine it (the last samples may have no segment). Default: the
             length of ``group_ids``, or else the largest sample id plus one.
         num_groups: K. Default: the largest group id plus one.
 
     The integer tensors are on x's device or on the CPU. On a GPU, where reading them would wait for it, the triton and
-    cuda backends raise nothing for values out of range: the results are then NaN (of ``weight_grad`` the first row).
+    cuda backends do not raise for values out of range: the results are then NaN (in ``weight_grad``, the first row).
 
     Returns:
         ``sample_sq_norms`` [N] float64; ``group_sq_norms`` [K] float64; ``weight_grad`` [d_out, d_in] in x's dtype,
@@ -98,7 +127,8 @@ def fused_grad_norm(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is not as above.
-        RuntimeError: an explicit ``backend`` cannot run here or not take such tensors; the text says why.
+        RuntimeError: an explicit ``backend`` cannot run here, cannot take such tensors or lacks the operator; the text
+            says why.
     """
     checks.tensors(x=x, dy=dy, cu_seqlens=cu_seqlens, sample_ids=sample_ids, group_ids=group_ids)
     sample_sq, group_sq, total, gram = torch.ops.gradnorm_kernels.fused_grad_norm(
@@ -157,26 +187,117 @@ def grad_dot(
     return dots
 
 
-def _fused_grad_norm(
+def embedding_grad_norm(
+    ids: Tensor,
+    dy: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    group_gram: bool = False,
+    backend: str = "auto",
+    num_samples: int | None = None,
+    num_groups: int | None = None,
+) -> EmbeddingGradNorm:
+    """Squared norms of the per-sample gradients of an embedding matrix and of their sums over groups.
+
+    ``G_i = sum over the tokens t of sample i of one_hot(id_t) dy_t^T``; results as in :func:`fused_grad_norm`. No
+    ``G_i`` is ever stored.
+
+    Args:
+        ids: the token ids, [T] packed or [B, L], int32 or int64. A token whose id is below 0 (padding) is left out,
+            whatever its dy holds. The number of rows of the matrix is not needed.
+        dy: the gradients of the embedding's outputs, [T, d] or [B, L, d], on the device of ``ids``.
+        cu_seqlens, sample_ids, group_ids, group_gram, backend, num_samples, num_groups: as in
+            :func:`fused_grad_norm`. "torch" and "triton" have this operator.
+
+    Returns:
+        ``sample_sq_norms`` [N], ``group_sq_norms`` [K], ``group_gram`` [K, K] or None: float64, without an autograd
+        graph.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fused_grad_norm`.
+    """
+    checks.tensors(ids=ids, dy=dy, cu_seqlens=cu_seqlens, sample_ids=sample_ids, group_ids=group_ids)
+    sample_sq, group_sq, gram = torch.ops.gradnorm_kernels.embedding_grad_norm(
+        ids, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, group_gram, backend
+    )
+    return EmbeddingGradNorm(sample_sq, group_sq, gram if group_gram else None)
+
+
+def tied_grad_gram(
     x: Tensor,
     dy: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    group_ids: Tensor | None,
-    num_samples: int | None,
-    num_groups: int | None,
-    weight_grad: bool,
-    group_gram: bool,
-    algorithm: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = checks.fused_grad_norm(
-        x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
+    ids: Tensor,
+    e: Tensor,
+    cu_seqlens: Tensor | None = None,
+    e_cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    e_sample_ids: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    backend: str = "auto",
+    num_samples: int | None = None,
+    num_groups: int | None = None,
+) -> TiedGradGram:
+    """Inner products of the two gradients of one matrix that is both a linear layer's weight and an embedding.
+
+    ``H_i = sum over the head's tokens t of sample i of dy_t x_t^T``,
+    ``G_i = sum over the embedding's tokens s of sample i of one_hot(id_s) e_s^T``;
+    ``sample_dots[i] = <H_i, G_i>``, ``group_gram[a, b] = <sum of H_i over group a, sum of G_i over group b>``.
+    The squared norm of the whole gradient is then ``||H_i||^2 + ||G_i||^2 + 2 <H_i, G_i>``.
+
+    Args:
+        x, dy: the head's inputs [T, d] or [B, L, d] and the gradients of its outputs [T, V] or [B, L, V], which may be
+            of another floating dtype.
+        ids, e: the embedding's token ids [T'] or [B', L'] below V, and the gradients of its outputs, [T', d] or
+            [B', L', d], of x's dtype. A token whose id is below 0 is left out.
+        cu_seqlens, sample_ids: the segments of the head's tokens and their samples, as in :func:`fused_grad_norm`.
+        e_cu_seqlens, e_sample_ids: the same for the embedding's tokens. Both sides have the same N samples.
+        group_ids, backend, num_samples, num_groups: as in :func:`fused_grad_norm`. "torch" and "triton" have this
+            operator.
+
+    Returns:
+        ``sample_dots`` [N], ``group_gram`` [K, K], not symmetric: float64, without an autograd graph.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fused_grad_norm`. On a GPU the triton backend does not raise for
+        ids of V or more: the results are then NaN.
+    """
+    checks.tensors(
+        x=x,
+        dy=dy,
+        ids=ids,
+        e=e,
+        cu_seqlens=cu_seqlens,
+        e_cu_seqlens=e_cu_seqlens,
+        sample_ids=sample_ids,
+        e_sample_ids=e_sample_ids,
+        group_ids=group_ids,
     )
-    plan = dispatch.choose(dispatch.problem_of(sizes, x, weight_grad, group_gram), algorithm, backend).plan
-    sample_sq, group_sq, total, gram = backends.load(plan.backend).fused_grad_norm(
-        x.detach(), dy.detach(), cu_seqlens, sample_ids, group_ids, sizes, plan, weight_grad, group_gram
+    dots, gram = torch.ops.gradnorm_kernels.tied_grad_gram(
+        x,
+        dy,
+        ids,
+        e,
+        cu_seqlens,
+        e_cu_seqlens,
+        sample_ids,
+        e_sample_ids,
+        group_ids,
+        num_samples,
+        num_groups,
+        backend,
     )
+    return TiedGradGram(dots, gram)
+
+
+# The kernels and fakes take the operators' arguments in the order of the schemas above; the checks name them.
+
+
+def _fused_grad_norm(x: Tensor, dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = checks.fused_grad_norm(x.detach(), dy.detach(), *arguments, backends=backends.NAMES)
+    sample_sq, group_sq, total, gram = _run(batch)
     # A schema has no optional results: what was not asked for is an empty tensor.
     return (
         sample_sq,
@@ -186,92 +307,75 @@ def _fused_grad_norm(
     )
 
 
-def _fused_grad_norm_fake(
-    x: Tensor,
-    dy: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    group_ids: Tensor | None,
-    num_samples: int | None,
-    num_groups: int | None,
-    weight_grad: bool,
-    group_gram: bool,
-    algorithm: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = checks.fused_grad_norm(
-        x, dy, cu_seqlens, sample_ids, group_ids, num_samples, num_groups, algorithm, backend, backends.NAMES
-    )
-    samples, groups = _known(sizes.samples), _known(sizes.groups)
+def _fused_grad_norm_fake(x: Tensor, dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = checks.fused_grad_norm(x, dy, *arguments, backends=backends.NAMES)
+    samples, groups = _known(batch.samples), _known(batch.groups)
     return (
         x.new_empty(samples, dtype=torch.float64),
         x.new_empty(groups, dtype=torch.float64),
-        x.new_empty((sizes.d_out, sizes.d_in) if weight_grad else (0,)),
-        x.new_empty((groups, groups) if group_gram else (0,), dtype=torch.float64),
+        x.new_empty((batch.d_out, batch.d_in) if batch.weight_grad else (0,)),
+        x.new_empty((groups, groups) if batch.group_gram else (0,), dtype=torch.float64),
     )
 
 
-def _grad_gram(
-    x: Tensor,
-    dy: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    num_samples: int | None,
-    algorithm: str,
-    backend: str,
-) -> Tensor:
-    sizes = checks.grad_gram(x, dy, cu_seqlens, sample_ids, num_samples, algorithm, backend, backends.NAMES)
-    plan = dispatch.choose(dispatch.problem_of(sizes, x, pairwise=True), algorithm, backend).plan
-    gram: Tensor = backends.load(plan.backend).grad_gram(x.detach(), dy.detach(), cu_seqlens, sample_ids, sizes, plan)
+def _grad_gram(x: Tensor, dy: Tensor, *arguments: Any) -> Tensor:
+    gram: Tensor = _run(checks.grad_gram(x.detach(), dy.detach(), *arguments, backends=backends.NAMES))
     return gram
 
 
-def _grad_gram_fake(
-    x: Tensor,
-    dy: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    num_samples: int | None,
-    algorithm: str,
-    backend: str,
-) -> Tensor:
-    sizes = checks.grad_gram(x, dy, cu_seqlens, sample_ids, num_samples, algorithm, backend, backends.NAMES)
-    samples = _known(sizes.samples)
+def _grad_gram_fake(x: Tensor, dy: Tensor, *arguments: Any) -> Tensor:
+    samples = _known(checks.grad_gram(x, dy, *arguments, backends=backends.NAMES).samples)
     return x.new_empty(samples, samples, dtype=torch.float64)
 
 
-def _grad_dot(
-    x: Tensor,
-    dy: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    num_samples: int | None,
-    backend: str,
-) -> Tensor:
-    sizes = checks.grad_dot(x, dy, v, cu_seqlens, sample_ids, num_samples, backend, backends.NAMES)
-    plan = dispatch.choose(dispatch.problem_of(sizes, x), backend=backend).plan
-    dots: Tensor = backends.load(plan.backend).grad_dot(
-        x.detach(), dy.detach(), v.detach(), cu_seqlens, sample_ids, sizes, plan
-    )
+def _grad_dot(x: Tensor, dy: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    batch = checks.grad_dot(x.detach(), dy.detach(), v, *arguments, backends=backends.NAMES)
+    dots: Tensor = _run(batch, v.detach())
     return dots
 
 
-def _grad_dot_fake(
-    x: Tensor,
-    dy: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    num_samples: int | None,
-    backend: str,
-) -> Tensor:
-    sizes = checks.grad_dot(x, dy, v, cu_seqlens, sample_ids, num_samples, backend, backends.NAMES)
-    return x.new_empty(_known(sizes.samples), dtype=torch.float64)
+def _grad_dot_fake(x: Tensor, dy: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    batch = checks.grad_dot(x, dy, v, *arguments, backends=backends.NAMES)
+    return x.new_empty(_known(batch.samples), dtype=torch.float64)
+
+
+def _embedding_grad_norm(ids: Tensor, dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch = checks.embedding_grad_norm(ids, dy.detach(), *arguments, backends=backends.NAMES)
+    sample_sq, group_sq, gram = _run(batch)
+    return sample_sq, group_sq, dy.new_empty(0, dtype=torch.float64) if gram is None else gram
+
+
+def _embedding_grad_norm_fake(ids: Tensor, dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch = checks.embedding_grad_norm(ids, dy, *arguments, backends=backends.NAMES)
+    samples, groups = _known(batch.samples), _known(batch.groups)
+    return (
+        dy.new_empty(samples, dtype=torch.float64),
+        dy.new_empty(groups, dtype=torch.float64),
+        dy.new_empty((groups, groups) if batch.group_gram else (0,), dtype=torch.float64),
+    )
+
+
+def _tied_grad_gram(x: Tensor, dy: Tensor, ids: Tensor, e: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    detached = x.detach(), dy.detach(), ids, e.detach()
+    head, embedding = checks.tied_grad_gram(*detached, *arguments, backends=backends.NAMES)
+    found: tuple[Tensor, Tensor] = _run(head, embedding)
+    return found
+
+
+def _tied_grad_gram_fake(x: Tensor, dy: Tensor, ids: Tensor, e: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    head, _ = checks.tied_grad_gram(x, dy, ids, e, *arguments, backends=backends.NAMES)
+    samples, groups = _known(head.samples), _known(head.groups)
+    return x.new_empty(samples, dtype=torch.float64), x.new_empty(groups, groups, dtype=torch.float64)
+
+
+def _run(batch: GradBatch, *others: Any) -> Any:
+    """The result of the backend that dispatch chooses; ``others``: what its function takes between batch and plan."""
+    plan = dispatch.plan(batch)
+    return backends.operator(plan.backend, batch.op)(batch, *others, plan)
 
 
 def _known(size: int | None) -> int | torch.SymInt:
-    """A size for a fake's result: one that only the ids' values tell becomes a symbol of its own."""
+    """A size for a fake's result: one that only the ids' values determine becomes a symbol of its own."""
     return torch.library.get_ctx().new_dynamic_size() if size is None else size
 
 
@@ -279,9 +383,11 @@ for _name, _kernel, _fake in (
     ("fused_grad_norm", _fused_grad_norm, _fused_grad_norm_fake),
     ("grad_gram", _grad_gram, _grad_gram_fake),
     ("grad_dot", _grad_dot, _grad_dot_fake),
+    ("embedding_grad_norm", _embedding_grad_norm, _embedding_grad_norm_fake),
+    ("tied_grad_gram", _tied_grad_gram, _tied_grad_gram_fake),
 ):
-    # disable: after a graph break Dynamo would else trace the kernel's Python. fallthrough: no graph, and no warning
-    # that there is none.
+    # disable: after a graph break Dynamo would otherwise trace the kernel's Python. fallthrough: no graph, and no
+    # warning that there is none.
     _LIBRARY.impl(_name, torch.compiler.disable(_kernel), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"gradnorm_kernels::{_name}", _fake, lib=_LIBRARY)

@@ -1,9 +1,14 @@
-"""Where each sample's rows are, as tensors on x's device: what the GPU backends read instead of numbers on the host.
+"""The table of segments: which rows belong to which sample and group.
 
-Values that lie on the CPU are checked there and raise. Values on a GPU are never read back: they are clamped so that no
-kernel leaves its arrays, and ``Segments.valid`` turns every result into NaN where they were wrong (dW in its first
-row). Only sizes that nothing but the values tell (N from ``sample_ids`` alone, K from ``group_ids``) are read, which
-synchronises.
+A segment is a run of consecutive rows of x and dy; ``cu_seqlens``, ``sample_ids`` and ``group_ids`` describe all of
+them. The table has two forms:
+
+- :class:`HostSegments`, Python numbers, for backends that walk the samples on the host. Making it reads the integer
+  tensors, which synchronises where they are on a GPU.
+- :class:`Segments`, tensors on x's device, for backends whose kernels read it. Values that are on the CPU are checked
+  there and raise. Values on a GPU are never read back: they are clamped so that no kernel leaves its arrays, and
+  ``Segments.valid`` turns every result into NaN where they were wrong (dW in its first row). Only sizes that nothing
+  but the values determine (N from ``sample_ids`` alone, K from ``group_ids``) are read, which synchronises.
 """
 
 from __future__ import annotations
@@ -11,22 +16,60 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .layout import to_device
+from .batch import GradBatch
+
+
+class Segment(NamedTuple):
+    """Rows ``start`` to ``end`` belong to ``sample``, whose group is ``group``."""
+
+    start: int
+    end: int
+    sample: int
+    group: int
+
+    @property
+    def tokens(self) -> int:
+        """The number of rows."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class HostSegments:
+    """The host form: one segment per sample that has rows, the samples of a group together, covering all rows in order.
+
+    ``order`` [T] int64 on the CPU is the reordering of the input's rows that makes this so, or None if they already lie
+    that way. ``samples`` N, ``groups`` K.
+    """
+
+    segments: list[Segment]
+    order: Tensor | None
+    samples: int
+    groups: int
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """``tensor`` [T, d] or [B, L, d] as [T, d] in the table's order, rows contiguous; copied only where needed."""
+        tensor = tensor.flatten(0, -2)
+        if self.order is not None:
+            return tensor.index_select(0, to_device(self.order, tensor.device))
+        dense = tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
+        return tensor if dense else tensor.contiguous()
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Rows ``start[s]`` to ``end[s]`` belong to ``sample[s]``, which is of ``group[s]``.
+    """The device form: rows ``start[s]`` to ``end[s]`` belong to ``sample[s]``, which belongs to ``group[s]``.
 
-    The order is that of (group, sample), and of the rows' order in cu_seqlens within a sample: a sample's segments are
-    neighbours, and so are a group's samples. Segments may be empty; samples and groups may have none.
+    The order is that of (group, sample), and that of the rows within a sample: a sample's segments are neighbours, and
+    so are a group's samples. Segments may be empty; samples and groups may have none.
 
-    ``start``, ``end``: [S] int64, ``sample``, ``group``: [S] int32, all contiguous on x's device. Each begins at a
+    ``start``, ``end``: [S] int64, ``sample``, ``group``: [S] int32, all contiguous on x's device. Each starts at a
     multiple of 16 bytes, whatever the sizes: Triton compiles a kernel anew for pointers that do not.
     ``valid``: bool [], False where values on the device were out of range; None where they were checked on the host.
     """
@@ -44,7 +87,7 @@ class Segments:
         return result if self.valid is None else torch.where(self.valid, result, torch.nan)
 
     def guard_weight_grad(self, weight_grad: Tensor) -> Tensor:
-        """The same for dW, in place and in its first row alone: all of it would cost one more pass over it."""
+        """The same for dW, in place and in its first row only: all of it would cost one more pass over dW."""
         if self.valid is not None:
             weight_grad[:1].masked_fill_(~self.valid, torch.nan)
         return weight_grad
@@ -63,45 +106,93 @@ class Segments:
         start, end, sample = self.start[order], self.end[order], self.sample[order]
         return Segments(start, end, sample, sample, self.samples, self.samples, self.valid)
 
+    def groups_as_samples(self) -> Segments:
+        """The same segments with every group as one sample."""
+        return Segments(self.start, self.end, self.group, self.group, self.groups, self.groups, self.valid)
 
-def prepare(
-    x: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    group_ids: Tensor | None,
-    sizes: checks.Sizes,
-) -> Segments:
-    """The segments of a call whose shapes :mod:`gradnorm_kernels.checks` has passed.
+    def by_token(self, of_segment: Tensor, tokens: int) -> Tensor:
+        """``of_segment`` [S] (``sample`` or ``group``) for each of the ``tokens`` rows of x: [T]."""
+        if not len(of_segment):
+            return of_segment.new_zeros(tokens)
+        order = torch.argsort(self.start, stable=True)
+        lengths = (self.end - self.start)[order]
+        return torch.repeat_interleave(of_segment[order], lengths, output_size=tokens)
+
+
+def host_segments(batch: GradBatch) -> HostSegments:
+    """The host form for a checked call; a synchronisation where the integer tensors are on a GPU.
+
+    Raises ValueError for values that do not ascend from 0 to T or are out of range.
+    """
+    rows_of, offsets_name, samples_name = batch.names
+    if batch.cu_seqlens is not None:
+        offsets = checks.read_offsets(batch.cu_seqlens, batch.tokens, offsets_name, rows_of)
+    elif batch.dy.dim() == 2:
+        offsets = [0, batch.tokens]
+    else:
+        offsets = [row * batch.dy.shape[1] for row in range(batch.segments + 1)]
+    if batch.sample_ids is None and batch.group_ids is None:
+        own = [Segment(start, end, sample, 0) for sample, (start, end) in enumerate(pairwise(offsets)) if end > start]
+        return HostSegments(own, None, batch.segments, 1)
+    sample_of, samples = list(range(batch.segments)), batch.segments
+    if batch.sample_ids is not None:
+        sample_of, samples = checks.read_ids(samples_name, batch.sample_ids, batch.samples, "samples")
+    group_of, groups = [0] * samples, 1
+    if batch.group_ids is not None:
+        group_of, groups = checks.read_ids("group_ids", batch.group_ids, batch.groups, "groups")
+
+    # Groups and samples keep the order in which they first appear: a batch that is already sorted is not copied.
+    rows_by_sample: dict[int, dict[int, list[tuple[int, int]]]] = {}
+    for segment, sample in enumerate(sample_of):
+        start, end = offsets[segment], offsets[segment + 1]
+        if end > start:
+            rows_by_sample.setdefault(group_of[sample], {}).setdefault(sample, []).append((start, end))
+    segments, ranges, at, in_place = [], [], 0, True
+    for group, members in rows_by_sample.items():
+        for sample, own_rows in members.items():
+            first = at
+            for start, end in own_rows:
+                in_place &= start == at
+                ranges.append((start, end))
+                at += end - start
+            segments.append(Segment(first, at, sample, group))
+    order = None if in_place else torch.cat([torch.arange(start, end, device="cpu") for start, end in ranges])
+    return HostSegments(segments, order, samples, groups)
+
+
+def device_segments(batch: GradBatch) -> Segments:
+    """The device form for a checked call.
 
     Raises ValueError for values on the CPU that do not ascend from 0 to T or are out of range.
     """
-    given = [tensor for tensor in (cu_seqlens, sample_ids, group_ids) if tensor is not None]
+    given = [tensor for tensor in (batch.cu_seqlens, batch.sample_ids, batch.group_ids) if tensor is not None]
     # Without any, or with values already there, everything is made on x's device; else on the host, and copied once.
-    device = x.device if not given or any(tensor.device == x.device for tensor in given) else given[0].device
+    target = batch.dy.device
+    device = target if not given or any(tensor.device == target for tensor in given) else given[0].device
     checked = _on_host(device)
-    tokens, count = sizes.tokens, sizes.segments
+    count = batch.segments
     flags: list[Tensor] = []
 
-    sample, samples = _ids("sample_ids", sample_ids, sizes.samples, "samples", device, flags)
-    group, groups = _ids("group_ids", group_ids, sizes.groups, "groups", device, flags)
-    samples = count if sample_ids is None else samples
-    groups = 1 if group_ids is None else groups
+    sample, samples = _ids(batch.names[2], batch.sample_ids, batch.samples, "samples", device, flags)
+    group, groups = _ids("group_ids", batch.group_ids, batch.groups, "groups", device, flags)
+    samples = count if batch.sample_ids is None else samples
+    groups = 1 if batch.group_ids is None else groups
     if (count and not samples) or (samples and not groups):
         # Segments of no sample, or samples of no group: their ids cannot have been in range.
         count = 0
         flags.append(torch.zeros((), dtype=torch.bool, device=device))
-    start, end = _rows(x, cu_seqlens, tokens, sizes.segments, device, flags)
+    start, end = _rows(batch, device, flags)
     start, end = start[:count], end[:count]
     sample = torch.arange(count, dtype=torch.int32, device=device) if sample is None else sample[:count]
     of = torch.zeros_like(sample) if group is None else group[sample] if count else sample
-    if sample_ids is not None or group_ids is not None:
+    if batch.sample_ids is not None or batch.group_ids is not None:
         order = torch.argsort(of.long() * samples + sample, stable=True)
         start, end, sample, of = start[order], end[order], sample[order], of[order]
 
-    if device != x.device:
+    if device != target:
         # One copy for all four; a stream takes it from memory that is not pinned without being waited for.
         parts = [torch.nn.functional.pad(part, (0, -count % 4)).view(torch.int32) for part in (start, end, sample, of)]
-        packed = to_device(torch.cat(parts), x.device)
+        packed = to_device(torch.cat(parts), target)
         start, end, sample, of = packed.split([len(part) for part in parts])
         start, end = (part.view(torch.int64)[:count] for part in (start, end))
         sample, of = sample[:count], of[:count]
@@ -111,12 +202,34 @@ def prepare(
     return Segments(start, end, sample, of, samples, groups, valid)
 
 
+def one_sample_per_group(batch: GradBatch) -> bool:
+    """Whether group k is known, without reading a device, to hold sample k and no other."""
+    ids = batch.group_ids
+    if ids is None or not _on_host(ids.device) or batch.groups != len(ids):
+        return False
+    return torch.equal(ids, torch.arange(len(ids), dtype=ids.dtype, device=ids.device))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor from the host's memory on ``device``, in the order of the device's stream.
+
+    CUDA takes a copy of pageable memory before it returns, so that not waiting is safe. A graph would keep the address
+    and read there again at every replay: that is refused.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and the segments are known on the host only: put cu_seqlens, "
+            "sample_ids and group_ids on x's device, and pass num_samples and num_groups"
+        )
+    return tensor.to(device, non_blocking=True)
+
+
 def vectors(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Vectors of these sizes in one allocation, not initialised, each from a multiple of 16 bytes on."""
+    """Vectors of these sizes in one allocation, not initialised, each starting at a multiple of 16 bytes."""
     step = 16 // dtype.itemsize
-    rooms = [-(-size // step) * step for size in sizes]
-    whole = torch.empty(sum(rooms), dtype=dtype, device=device)
-    return [room[:size] for room, size in zip(whole.split(rooms), sizes, strict=True)]
+    padded = [-(-size // step) * step for size in sizes]
+    whole = torch.empty(sum(padded), dtype=dtype, device=device)
+    return [part[:size] for part, size in zip(whole.split(padded), sizes, strict=True)]
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -142,16 +255,16 @@ def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     return to_device(tensor.to(dtype, copy=device.type != "cpu"), device)
 
 
-def _rows(
-    x: Tensor, cu_seqlens: Tensor | None, tokens: int, count: int, device: torch.device, flags: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+def _rows(batch: GradBatch, device: torch.device, flags: list[Tensor]) -> tuple[Tensor, Tensor]:
     """(start, end) of each segment, [S] int64 each."""
+    cu_seqlens, tokens, count = batch.cu_seqlens, batch.tokens, batch.segments
     if cu_seqlens is None:
-        length = tokens if x.dim() == 2 else x.shape[1]
+        length = tokens if batch.dy.dim() == 2 else batch.dy.shape[1]
         start = torch.arange(count, dtype=torch.int64, device=device) * length
         return start, start + length
     if _on_host(cu_seqlens.device):
-        checks.read_offsets(cu_seqlens, tokens)
+        rows_of, name, _ = batch.names
+        checks.read_offsets(cu_seqlens, tokens, name, rows_of)
         offsets = _moved(cu_seqlens, torch.int64, device)
     else:
         given = cu_seqlens.long()
@@ -164,7 +277,7 @@ def _rows(
             flags.append((offsets == given).all())
         else:  # rows, and no segment for them
             flags.append(torch.zeros((), dtype=torch.bool, device=device))
-    # A copy, because a view would begin 8 bytes later.
+    # A copy, because a view would start 8 bytes later.
     return offsets[:-1], offsets[1:].clone()
 
 

@@ -1,7 +1,7 @@
 """The inputs that catch implementations out, as one list, and one check of a backend against the float64 reference.
 
-Every backend passes these same cases: torch and cpu in ``test_ops.py``, triton in ``interpreted/test_ops.py`` and on a
-GPU, cuda in ``gpu/``. Cases are built on the CPU from a fixed seed and moved; what is compared is always float64.
+Every backend passes these same cases: torch and cpu in ``ops/``, triton in ``interpreted/test_ops.py`` and on a GPU,
+cuda in ``gpu/``. Cases are built on the CPU from a fixed seed and moved; what is compared is always float64.
 """
 
 from __future__ import annotations

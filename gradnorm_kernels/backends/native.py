@@ -38,7 +38,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
-def unable() -> str | None:
+def unavailable_reason() -> str | None:
     """Why there is no compiled module, as the end of a sentence; None where there is one."""
     return _load()[1]
 
@@ -61,11 +61,11 @@ def build_info() -> dict[str, Any] | None:
     return None if loaded is None else dict(loaded.build_info())
 
 
-def cuda_unable() -> str | None:
+def cuda_unavailable_reason() -> str | None:
     """Why the CUDA kernels are not there, as the end of a sentence; None where they are. Says nothing about a GPU."""
     info = build_info()
     if info is None:
-        return unable()
+        return unavailable_reason()
     if info["cuda"] is None:
         return (
             "gradnorm_kernels was built without its CUDA kernels (no nvcc, or GRADNORM_BUILD_CUDA=0); put nvcc on PATH "

@@ -1,1 +1,1 @@
-"""What acts on the estimates: task sampler, loss balancer, order of draws. No trainer is imported here."""
+"""What acts on the estimates: the task sampler, the row draws and the loss balancer. Nothing here imports a trainer."""

@@ -1,6 +1,8 @@
-"""Loss weights from the tasks' measured gradients: equal pull, GradNorm, FAMO, and torchjd's weightings of a Gramian.
+"""Loss weights from the tasks' measured gradients: equal pull, GradNorm, FAMO, Nash-MTL, and torchjd's weightings.
 
-Framework-free. The weights multiply a task's loss, or its advantages, which is the same for a policy gradient.
+An aggregation such as PCGrad or MGDA combines the rows of a Jacobian with weights that depend on its Gram matrix alone,
+so the K x K matrix of the tasks' inner products is all it needs. The weights multiply a task's loss, or its advantages,
+which is the same for a policy gradient.
 """
 
 from __future__ import annotations
@@ -14,23 +16,99 @@ import torch
 from torch import Tensor
 
 from ..tracking.tracker import StepStats
-from .gramian import GRAMIAN_METHODS, OWN_METHODS, psd_projection, weigh
 from .sampler import LOWER_CLAMP
 
-#: Strategies that look at norms or rewards only, and those that are fed the tasks' rewards.
+#: Strategy -> the class in torchjd.aggregation, and the options without which it cannot be built.
+GRAMIAN_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pcgrad": ("PCGradWeighting", {}),
+    "mgda": ("MGDAWeighting", {}),
+    "imtl_g": ("IMTLGWeighting", {}),
+    "aligned_mtl": ("AlignedMTLWeighting", {}),
+    "upgrad": ("UPGradWeighting", {}),
+    "dualproj": ("DualProjWeighting", {}),
+    "cagrad": ("CAGradWeighting", {"c": 0.5}),
+    "fairgrad": ("FairGradWeighting", {"alpha": 1.0}),
+}
+#: Solved here: torchjd's Nash-MTL starts from equal weights, and returns them where they hurt a task.
+OWN_METHODS = ("nash_mtl",)
+#: Added to the diagonal of a Gram matrix scaled to a largest diagonal of one, so that cancelling tasks have a solution.
+RIDGE = 1e-6
+
+#: Strategies that need norms or rewards only, and those that need the tasks' rewards.
 OWN = ("equal_pull", "gradnorm", "famo")
-FED_REWARDS = ("gradnorm", "famo")
+NEED_REWARDS = ("gradnorm", "famo")
 STRATEGIES = (*OWN, *OWN_METHODS, *GRAMIAN_METHODS)
-#: A loss below this is taken to be this: FAMO and GradNorm divide by losses.
+#: Losses are clamped to at least this, because FAMO and GradNorm divide by them.
 LOWEST_LOSS = 1e-2
 
 
+def psd_projection(gram: Tensor) -> Tensor:
+    """[K, K] float64: the nearest positive semidefinite matrix in Frobenius norm; negative eigenvalues become zero."""
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    projected = (vectors * values.clamp(min=0.0)) @ vectors.T
+    return (projected + projected.T) / 2
+
+
+def bargain(gram: Tensor, iterations: int = 60) -> Tensor:
+    """[K] float64 with ``a_k (gram a)_k = 1``: Nash-MTL's solution (Navon et al. 2022).
+
+    It minimises ``a^T gram a / 2 - sum log a_k``, which is convex and self-concordant for a positive semidefinite gram:
+    Newton steps damped by ``1 / (1 + decrement)`` stay positive and converge from anywhere.
+    """
+    gram = gram + RIDGE * torch.eye(gram.shape[0], dtype=gram.dtype)
+    a = gram.diagonal().rsqrt()
+    for _ in range(iterations):
+        gradient = gram @ a - 1 / a
+        direction = torch.linalg.solve(gram + torch.diag(a**-2), gradient)
+        decrement = float((gradient @ direction).clamp(min=0.0).sqrt())
+        a = a - direction / (1 + decrement if decrement > 0.25 else 1.0)
+        if decrement < 1e-12:
+            break
+    return a
+
+
+def weigh(method: str, gram: Tensor, seed: int, options: Mapping[str, Any]) -> Tensor:
+    """[K] float64: the weights of the tasks' gradients, on the method's own scale.
+
+    Args:
+        method: a key of ``GRAMIAN_METHODS``, or of ``OWN_METHODS``.
+        gram: [K, K] float64.
+        seed: for methods that visit the tasks in random order; the global random state is restored.
+        options: of torchjd's class.
+
+    Raises:
+        ImportError: torchjd or a package that the method needs is not installed.
+        ValueError: options that the method does not take.
+    """
+    # Scaled, so that the solvers' absolute tolerances do not depend on the gradients' unit.
+    largest = float(gram.diagonal().max())
+    scaled = gram / largest if largest > 0 else gram
+    if method == "nash_mtl":
+        if options:
+            raise ValueError(f"strategy 'nash_mtl' takes no options, got {sorted(options)}")
+        return bargain(psd_projection(scaled))
+    try:
+        from torchjd import aggregation
+    except ImportError as error:
+        raise ImportError(
+            f"strategy {method!r} is computed by torchjd, which is not installed: pip install torchjd (0.18 was tested)"
+        ) from error
+    name, defaults = GRAMIAN_METHODS[method]
+    settings = {**defaults, **options}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        try:
+            return torch.as_tensor(getattr(aggregation, name)(**settings)(scaled)).double()
+        except TypeError as error:
+            raise ValueError(f"strategy {method!r} was given options that torchjd does not take: {error}") from error
+
+
 class RunningGram:
-    """The tasks' inner products pooled over steps, numerators and pair weights apart: [K, K], unbiased entry by entry.
+    """The tasks' inner products pooled over steps, ``M_ab = sum_t num_ab / sum_t weight_ab``: unbiased entry by entry.
 
     Args:
         tasks: the K tasks, the order of the matrix.
-        decay: in (0, 1), the factor by which the past fades at each update; None pools all steps alike.
+        decay: in (0, 1), the factor by which the past fades at each update; None weights all steps equally.
     """
 
     def __init__(self, tasks: Sequence[Hashable], decay: float | None) -> None:
@@ -38,75 +116,80 @@ class RunningGram:
         self._num, self._den = torch.zeros(2, len(self.tasks), len(self.tasks), dtype=torch.float64)
 
     def update(self, stats: StepStats) -> None:
-        """Add one step; pairs of tasks without an estimate in it keep what they had."""
+        """Add one step. Pairs of tasks without an estimate in it are unchanged."""
         fade = 1.0 if self.decay is None else self.decay
-        place = {task: i for i, task in enumerate(self.tasks)}
-        known = [(i, task) for i, task in enumerate(stats.tasks) if task in place]
+        index = {task: i for i, task in enumerate(self.tasks)}
+        known = [(i, task) for i, task in enumerate(stats.tasks) if task in index]
         for i, a in known:
             for j, b in known:
-                # Pairs of two tasks are about the geometric mean of their own pairs; any weight keeps it unbiased.
+                # About the number of pairs between the two tasks; U is unbiased under any weight.
                 weight = math.sqrt(stats[a].pair_weight * stats[b].pair_weight)
                 value = float(stats.inner_products[i, j])
                 if math.isfinite(value) and weight > 0:
-                    at = place[a], place[b]
+                    at = index[a], index[b]
                     self._num[at] = fade * self._num[at] + value * weight
                     self._den[at] = fade * self._den[at] + weight
 
     def adopt(self, other: RunningGram) -> None:
-        """Take over the sums of a matrix of some of the same tasks, in any order."""
-        place = torch.tensor([self.tasks.index(task) for task in other.tasks])
-        self._num[place[:, None], place] += other._num
-        self._den[place[:, None], place] += other._den
+        """Add the sums of a matrix of some of the same tasks, in any order."""
+        index = torch.tensor([self.tasks.index(task) for task in other.tasks])
+        self._num[index[:, None], index] += other._num
+        self._den[index[:, None], index] += other._den
 
     @property
     def matrix(self) -> Tensor:
         """[K, K] float64; NaN where nothing was seen. The diagonal is U."""
         return torch.where(self._den > 0, self._num / self._den, math.nan)
 
+    @property
+    def pair_weights(self) -> Tensor:
+        """[K, K] float64: the pooled weight of each entry; 0 where nothing was seen."""
+        return self._den.clone()
+
     def state_dict(self) -> dict[str, Any]:
-        """As plain lists that JSON can hold."""
+        """The sums, as lists that JSON can hold."""
         return {"num": self._num.tolist(), "den": self._den.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`."""
         self._num = torch.tensor(state["num"], dtype=torch.float64)
         self._den = torch.tensor(state["den"], dtype=torch.float64)
 
 
 class TaskBalancer:
-    """Weights w_k of the tasks' losses, ``w_k = a_k / share_k``: a_k is the part the strategy gives task k's gradient.
+    """Weights of the tasks' losses, ``w_k = a_k / share_k``, with a_k the strategy's weight of task k's gradient.
 
-    share_k is the task's share of the samples, so that the update is along ``sum_k a_k E[G_k]`` however often a task
-    is drawn, and ``sum_k share_k w_k = 1``: the mean weight over samples is one, which leaves the learning rate alone.
-    With s_k the running U of task k, clamped below at a hundredth of the largest:
+    share_k is the task's share of the samples: the update is along ``sum_k a_k E[G_k]`` however often a task is drawn.
+    ``sum_k share_k w_k = 1``: the mean weight over samples is one, so the learning rate keeps its meaning. With s_k the
+    running U of task k, clamped to at least a hundredth of the largest:
 
     - "equal_pull": ``a_k ~ 1 / sqrt(s_k)``: every task pulls with the same norm.
-    - "gradnorm": ``a_k ~ r_k^alpha / sqrt(s_k)``, r_k the task's loss relative to its first one, over the tasks' mean
-      (Chen et al. 2018; solved for the weights instead of descended). Option alpha (1.5).
+    - "gradnorm": ``a_k ~ r_k^alpha / sqrt(s_k)``, r_k the task's loss relative to its first one, divided by the tasks'
+      mean (Chen et al. 2018; solved for the weights instead of descending to them). Option alpha (1.5).
     - "famo": ``a_k ~ z_k / l_k``, z = softmax(xi), ``xi -= beta (J_z (log l_before - log l_now) + gamma xi)`` (Liu et
       al. 2023). Options beta (0.025) and gamma (0.001).
     - "nash_mtl": ``a_k (M a)_k = 1`` with M the tasks' Gram matrix (Navon et al. 2022).
     - "pcgrad", "mgda", "imtl_g", "aligned_mtl", "upgrad", "dualproj", "cagrad", "fairgrad": torchjd's weighting of M,
-      with torchjd's options. The last four need further packages, which torchjd's error names.
+      with torchjd's options. The last four need more packages, which torchjd's error names.
 
-    A GRPO loss is about zero, so "gradnorm" and "famo" take ``l_k = reward_max - reward`` (a running mean).
-    A task that has no estimate has a_k = 1/K, and the others share the rest.
+    A GRPO loss is about zero, so "gradnorm" and "famo" use ``l_k = reward_max - reward`` (a running mean).
+    A task without an estimate has a_k = 1/K, and the others share the rest.
 
     Args:
         tasks: the K task names, each once.
         strategy: one of the above.
-        decay: in (0, 1), how the running averages forget; None averages everything.
-        bounds: (lowest, highest) weight before they are brought to mean one. The lowest must be above zero: a weight of
-            zero could not be divided out of the measurement again, and the task would never be seen to change.
-        psd: project the Gram matrix on the positive semidefinite ones first (an unbiased estimate need not be one, and
-            the Gramian methods are made for those).
+        decay: in (0, 1), the factor by which the past fades in the running averages; None averages everything.
+        bounds: (lowest, highest) weight before the weights are scaled to mean one. The lowest must be above zero: a
+            weight of zero could not be divided out of the measurement, so the task could never be measured again.
+        psd: project the Gram matrix onto the positive semidefinite ones first. The unbiased estimate need not be one,
+            and the Gram methods assume it.
         reward_max: the reward at which a task's loss is zero.
-        seed: of "pcgrad"'s order of tasks; the global random state is left alone.
+        seed: of the order in which "pcgrad" visits the tasks; the global random state is unchanged.
         options: of the strategy.
 
     Raises:
-        ValueError: a name, a number or an option outside what is said above.
-        ImportError: a torchjd method whose packages are not installed; it names them.
+        ValueError: a name, a number or an option outside the above.
+        ImportError: a torchjd method whose packages are not installed; the message names them.
     """
 
     def __init__(
@@ -147,16 +230,20 @@ class TaskBalancer:
             weigh(strategy, torch.eye(len(self.tasks), dtype=torch.float64), seed, self.options)
 
     def update(self, stats: StepStats, rewards: Mapping[Any, float] | None = None) -> None:
-        """Take in one step: what ``GradNormTracker.step()`` returned, and the tasks' mean rewards for the two that
-        need them.
+        """Add one step.
+
+        Args:
+            stats: what ``GradNormTracker.step()`` returned.
+            rewards: the mean reward of each task in the step, for "gradnorm" and "famo". A task that is left out keeps
+                its running mean.
 
         Raises:
             TypeError: stats is not a StepStats.
-            ValueError: no rewards where the strategy is fed them.
+            ValueError: no rewards, and the strategy needs them.
         """
         if not isinstance(stats, StepStats):
             raise TypeError(f"stats must be what GradNormTracker.step() returned, got {type(stats).__name__}")
-        if self.strategy in FED_REWARDS and rewards is None:
+        if self.strategy in NEED_REWARDS and rewards is None:
             raise ValueError(f"strategy {self.strategy!r} needs rewards=, the mean reward of each task of the step")
         fade = 1.0 if self.decay is None else self.decay
         self.gram.update(stats)
@@ -176,7 +263,7 @@ class TaskBalancer:
         self._weights = None
 
     def _descend(self, before: Mapping[Hashable, float]) -> None:
-        """FAMO's step on xi: weight moves to the tasks whose log-loss fell least."""
+        """FAMO's step on xi: it moves weight to the tasks whose log-loss fell least."""
         z = torch.tensor(list(self._xi.values()), dtype=torch.float64).softmax(0)
         fall = [math.log(before[task] / self._losses[task]) if task in before else 0.0 for task in self.tasks]
         delta = torch.tensor(fall, dtype=torch.float64)
@@ -236,15 +323,15 @@ class TaskBalancer:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"strategy {self.strategy!r} finds no direction that serves the tasks from the present Gram matrix:"
-                    " they are weighted alike until it does",
+                    f"strategy {self.strategy!r} finds no direction that helps the tasks in the current Gram matrix: "
+                    "the tasks are weighted equally until it does",
                     stacklevel=4,
                 )
             raw = torch.ones_like(raw)
         return dict(zip(measured, (raw / raw.sum()).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to go on with the same weights, as plain lists and numbers that JSON can hold."""
+        """What a resumed run needs to continue with the same weights, as lists and numbers that JSON can hold."""
         return {
             "tasks": list(self.tasks),
             "strategy": self.strategy,
@@ -257,10 +344,10 @@ class TaskBalancer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is that of other tasks or another strategy; nothing was taken in.
+            ValueError: the state is that of other tasks or another strategy; the balancer is unchanged.
         """
         for name, own in (("tasks", list(self.tasks)), ("strategy", self.strategy)):
             if state[name] != own:

@@ -1,4 +1,4 @@
-"""Which rows of a data set come next, when a TaskSampler says which tasks they come from."""
+"""Rows of a data set, drawn by the tasks that a TaskSampler chooses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .sampler import TaskSampler
 
 
 class TaskDraws:
-    """Rows of a data set, drawn by task: the task from ``sampler``, the row from a shuffled pass over the task's rows.
+    """Draws rows by task: the task from ``sampler``, the row from a shuffled pass over the task's rows.
 
-    A task's rows are used once each before any comes again. The passes are shuffled by a generator of their own; the
-    global random state is neither read nor changed, so every process that holds the same sampler draws the same rows.
+    Each row of a task is used once before any is used again. The passes have a random generator of their own, and the
+    global random state is neither read nor changed: every process that holds the same sampler draws the same rows.
 
     Args:
-        row_tasks: [rows] the task of every row of the data set.
-        sampler: draws the tasks; every task it knows must have a row.
+        row_tasks: [rows] the task of every row of the data set. Rows of tasks that the sampler lacks are never drawn.
+        sampler: draws the tasks; each of its tasks must have a row.
         seed: int >= 0 of the shuffling.
 
     Raises:
@@ -44,21 +44,21 @@ class TaskDraws:
 
     def _next(self, task: Hashable) -> int:
         rows, used = self._rows[task], self._used[task]
-        number, place = divmod(used, len(rows))
+        number, position = divmod(used, len(rows))
         if self._passes.get(task, (-1, []))[0] != number:
             generator = torch.Generator().manual_seed(
                 (self._seed * 1_000_003 + list(self._rows).index(task)) * 1_000_003 + number
             )
             self._passes[task] = (number, torch.randperm(len(rows), generator=generator).tolist())
         self._used[task] = used + 1
-        return rows[self._passes[task][1][place]]
+        return rows[self._passes[task][1][position]]
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to go on draw for draw, sampler included, as plain lists and numbers that JSON can hold."""
+        """What a resumed run needs to continue draw for draw, the sampler included, as JSON can hold it."""
         return {"seed": self._seed, "used": list(self._used.values()), "sampler": self.sampler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`. Raises ValueError where the sampler's state does not fit (see there)."""
+        """Continue from :meth:`state_dict`. Raises ValueError where :meth:`TaskSampler.load_state_dict` does."""
         self.sampler.load_state_dict(state["sampler"])
         self._seed, self._passes = state["seed"], {}
         self._used = dict(zip(self._rows, state["used"], strict=True))

@@ -1,4 +1,4 @@
-"""Which task the next prompts come from: draw probabilities that follow the tasks' running gradient norms."""
+"""Task sampler: draws the tasks of the next prompts by a power of their running gradient norms."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STRATEGIES: dict[str, float | None] = {
     "power": None,
 }
 
-#: With a negative exponent no running U counts as less than this share of the largest one.
+#: With a negative exponent, each running U counts as at least this share of the largest one.
 LOWER_CLAMP = 1e-2
 
 
 def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
-    """bool is an int to Python, and never a number a caller meant to give here."""
+    """Whether ``value`` is of one of the kinds; a bool, which Python counts as an int, is not."""
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
@@ -38,26 +38,25 @@ class TaskSampler(Generic[Task]):
     unbiased estimate of its squared gradient norm), clamped for this use only:
 
     - ``a > 0``: ``s_k = max(U_k, 0)``. A task with U <= 0 keeps ``floor/K``.
-    - ``a < 0``: ``s_k = max(U_k, LOWER_CLAMP * max_j U_j)``. A task with U near or below zero is a quiet task, not an
-      infinitely quiet one: before the floor it is drawn at most ``LOWER_CLAMP^(a/2)`` times as often as the loudest
-      (10 times for "inverse").
-    - Where no measured task has U > 0 there is nothing to follow, and the measured tasks share alike.
+    - ``a < 0``: ``s_k = max(U_k, LOWER_CLAMP * max_j U_j)``. Before the floor, a task with U near or below zero is
+      drawn at most ``LOWER_CLAMP^(a/2)`` times as often as the task with the largest U (10 times for "inverse").
+    - Where no measured task has U > 0, the measured tasks have equal probabilities.
 
-    A task that has no estimate yet is given the uniform 1/K. The measured tasks divide what is left between them by the
-    formula above, so a new task neither starves nor takes over.
+    A task without an estimate has the uniform probability 1/K. The measured tasks share the rest by the formula above,
+    so a new task neither starves nor dominates.
 
     Args:
         tasks: the K task names, ints or strings, each once. Their order is the order of ``probabilities``.
         strategy: "uniform" (a = 0), "proportional" (a = 1, by norm), "proportional_sq" (a = 2, by squared norm),
             "inverse" (a = -1) or "power" (a = ``exponent``).
         exponent: a, a finite number; with strategy="power" only.
-        floor: in [0, 1], the share of the draws that is spread evenly over all tasks. With 0 and a > 0 a task measured
-            at U <= 0 is never drawn again.
+        floor: in [0, 1], the share of the draws that is spread evenly over all tasks. With 0 and a > 0, a task whose
+            running U is at most 0 is never drawn again.
         decay: in (0, 1), the factor by which a task's past fades with each of its updates; None averages all of them.
         seed: int >= 0 for the sampler's own generator. The global random state is neither read nor changed.
 
     Raises:
-        TypeError, ValueError: an argument outside what is said above.
+        TypeError, ValueError: an argument outside the above.
 
     Source: sampling in proportion to the tasks' gradient norms is the intervention studied by Wu et al. 2025
     (arXiv 2510.19178).
@@ -104,12 +103,12 @@ class TaskSampler(Generic[Task]):
         self._warned = False
 
     def update(self, stats: Mapping[Any, TaskGradient | float]) -> None:
-        """Take in one step's estimates.
+        """Add one step's estimates.
 
-        A :class:`TaskGradient` enters with the weight of its pairs (``pair_weight``), a bare number U with weight one;
-        a sampler takes one kind or the other, because their weights do not compare. A task left out of ``stats`` keeps
-        what it had. NaN means that the step has no estimate for the task (fewer than two samples) and changes nothing.
-        An infinite U, as an overflowed fp16 backward gives, changes nothing either and is warned about once.
+        A :class:`TaskGradient` enters with the weight of its pairs (``pair_weight``), a plain number U with weight one.
+        A sampler accepts only one of the two kinds, because their weights do not compare. A task that is not in
+        ``stats`` is unchanged. NaN means that the step has no estimate for the task (fewer than two samples), and the
+        task is unchanged. So it is for an infinite U, as an overflowed fp16 backward gives; a warning says so once.
 
         Args:
             stats: task -> TaskGradient or U, U in the squared unit of the gradient and of either sign. What
@@ -118,7 +117,7 @@ class TaskSampler(Generic[Task]):
         Raises:
             ValueError: a task this sampler does not have, or numbers given after TaskGradients or the reverse.
             TypeError: stats is not a mapping, or a value is neither a TaskGradient nor a number.
-            In either case nothing was taken in.
+            In either case the sampler is unchanged.
         """
         if not isinstance(stats, Mapping):
             raise TypeError(f"stats must map tasks to TaskGradients or numbers, got {type(stats).__name__}")
@@ -145,15 +144,15 @@ class TaskSampler(Generic[Task]):
             if math.isinf(sq_norm) and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"the squared gradient norm of task {task!r} is {sq_norm}: that step does not count for sampling, "
-                    "and later ones like it are left out without another warning",
+                    f"the squared gradient norm of task {task!r} is {sq_norm}: that step does not count for sampling; "
+                    "later ones like it are left out without another warning",
                     stacklevel=2,
                 )
             self._estimates[task].update(value if isinstance(value, TaskGradient) else _bare(sq_norm))
 
     @property
     def sq_norms(self) -> dict[Task, float]:
-        """Task -> running average of U, not clamped; NaN for a task that was not measured yet."""
+        """Task -> running average of U, not clamped; NaN for a task without an estimate."""
         return {task: estimate.value for task, estimate in self._estimates.items()}
 
     @property
@@ -166,7 +165,7 @@ class TaskSampler(Generic[Task]):
         return {task: (1.0 - self.floor) * shares.get(task, 1.0 / count) + self.floor / count for task in self.tasks}
 
     def _weights(self, measured: Mapping[Task, float]) -> dict[Task, float]:
-        """``(s_k / max s)^(a/2)``: dividing by the largest first keeps tiny and huge U from under- and overflowing."""
+        """``(s_k / max s)^(a/2)``; the division prevents underflow and overflow for very small and very large U."""
         largest = max(measured.values(), default=0.0)
         if self.exponent == 0.0 or largest <= 0.0:
             return dict.fromkeys(measured, 1.0)
@@ -174,9 +173,9 @@ class TaskSampler(Generic[Task]):
         return {task: max(value / largest, lowest) ** (self.exponent / 2) for task, value in measured.items()}
 
     def draw(self, n: int) -> list[Task]:
-        """Draw n tasks independently with the present ``probabilities``.
+        """Draw n tasks independently with the current ``probabilities``.
 
-        Each draw takes one uniform number from the sampler's generator, so ``draw(2) + draw(3)`` equals ``draw(5)``.
+        Each draw uses one uniform number of the sampler's generator, so ``draw(2) + draw(3)`` equals ``draw(5)``.
 
         Args:
             n: int >= 0, how many.
@@ -192,7 +191,7 @@ class TaskSampler(Generic[Task]):
         cumulative = torch.tensor(list(self.probabilities.values()), dtype=torch.float64).cumsum(0)
         uniform = torch.rand(n, generator=self._generator, dtype=torch.float64)
         self._drawn += n
-        # The first task whose cumulative share exceeds u: never one of probability 0, and always one, as u < 1.
+        # The first task whose cumulative share exceeds u. It exists, as u < 1, and its probability is not 0.
         index = torch.searchsorted(cumulative / cumulative[-1], uniform, right=True)
         return [self.tasks[i] for i in index.tolist()]
 
@@ -200,7 +199,7 @@ class TaskSampler(Generic[Task]):
         return {"tasks": list(self.tasks), "exponent": self.exponent, "floor": self.floor, "decay": self.decay}
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes to go on draw for draw, as plain lists, strings and numbers that JSON can hold."""
+        """What a resumed run needs to continue draw for draw, as lists, strings and numbers that JSON can hold."""
         estimates = [estimate.state_dict() for estimate in self._estimates.values()]
         return {
             **self._settings(),
@@ -211,10 +210,10 @@ class TaskSampler(Generic[Task]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict()`` was taken: the same averages, and the same draws to come.
+        """Continue from :meth:`state_dict`: the same averages, and the same draws to come.
 
         Args:
-            state: what :meth:`state_dict` returned, also after a trip through JSON.
+            state: what :meth:`state_dict` returned, also after a round trip through JSON.
 
         Raises:
             ValueError: entries are missing or unknown, or the state is that of a sampler with other tasks, another
@@ -234,13 +233,13 @@ class TaskSampler(Generic[Task]):
             estimate.load_state_dict(saved)
         self._estimates, self._given = loaded, state["given"]
         self._seed, self._drawn = state["seed"], state["drawn"]
-        # One uniform a draw: passing over those already used puts the generator where it was.
+        # One uniform number per draw: skip those already used.
         self._generator.manual_seed(self._seed)
         torch.rand(self._drawn, generator=self._generator, dtype=torch.float64)
 
 
 def _bare(sq_norm: float) -> TaskGradient:
-    """A number without its statistics, as RunningEstimate takes it: weight one, nothing known about its spread."""
+    """A plain number as RunningEstimate takes it: weight one, no standard error."""
     return TaskGradient(
         sq_norm=sq_norm,
         std_error=math.nan,

@@ -40,6 +40,17 @@ def gradient_metrics(task: Hashable, gradient: TaskGradient, prefix: str = "") -
     return {task_key(task, prefix + key): getattr(gradient, field) for field, key in GRADIENT_FIELDS.items()}
 
 
+def pooled_metrics(task: Hashable, estimate: RunningEstimate) -> dict[str, float]:
+    """A task's estimate pooled over steps, by the same keys: U, its standard error, the noise scale and n."""
+    values = {
+        "sq_norm": estimate.value,
+        "std_error": estimate.std_error,
+        "noise_scale": estimate.noise_scale,
+        "n": estimate.n,
+    }
+    return {task_key(task, GRADIENT_FIELDS[field]): value for field, value in values.items()}
+
+
 def read_gradient(line: Mapping[str, Any], task: Hashable, prefix: str = "") -> TaskGradient | None:
     """The inverse of :func:`gradient_metrics`: None where the line has no estimate of the task; null becomes NaN."""
     values = {field: line.get(task_key(task, prefix + key)) for field, key in GRADIENT_FIELDS.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.torch.numerics import exact_matmuls
-from ..layout import to_device
+from ..segments import to_device
 from . import distributed
 from .uses import Use
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import to_device
+from ..segments import to_device
 
 
 def resident(tensor: Tensor) -> bool:

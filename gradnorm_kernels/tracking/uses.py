@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layout import to_device
 from ..ops import fused_grad_norm
+from ..segments import to_device
 from .layers import Layer
 from .owners import by_owner, resident
 from .rows import Rows

@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=_positive, help="try at most so many configs a kernel")
     chosen = parser.parse_args(arguments)
     dtype = DTYPES[chosen.dtype]
-    reason = backends.unable("triton", "cuda", dtype)
+    reason = backends.unavailable_reason("triton", "fused_grad_norm", "cuda", dtype)
     if reason is None and not torch.cuda.is_available():
         reason = "there is no GPU that torch can use"
     if reason is not None:

@@ -69,7 +69,7 @@ def _run(arguments: list[str], console: Console) -> int:
         return _report(arguments, console)
     _quiet()
     if command == "study":
-        from .study.command import study
+        from .study.run import study
 
         return study(arguments, console)
     if command == "estimators":
@@ -112,7 +112,7 @@ def _report(arguments: list[str], console: Console) -> int:
         raise UserError("report needs one argument, the folder of a run or of a study")
     folder = Path(arguments[0])
     if (folder / "study.json").is_file():
-        from .study.command import conclude
+        from .study.run import conclude
 
         conclude(folder, console)
         return 0

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -410,23 +410,32 @@ def read_run(run_dir: Path | str) -> Run:
     """
     path = Path(run_dir)
     info = read_info(path)
-    tasks = [str(task) for task in info["tasks"]]
-    notes: list[str] = []
     lines, torn = read_log(path / LOG_FILE)
+    run = run_of(lines, [str(task) for task in info["tasks"]], path, info)
+    steps, notes = step_lines(lines), run.notes
     if torn:
         notes.append(f"The last line of metrics.jsonl ({torn}) is torn, as a killed run leaves it, and left out.")
-    steps = step_lines(lines)
     if again := sum(line["kind"] in STEP_KINDS for line in lines) - len(steps):
         notes.append(f"The run was resumed: {again} logged steps were done again, and only the later ones are used.")
     summary = _read_summary(path / SUMMARY_FILE, notes)
-    probe = any(line["kind"] == "probe" for line in steps)
+    limit, wanted = run.config.get("max_minutes"), run.config.get("max_steps")
+    if summary is not None and limit and steps and isinstance(wanted, int) and steps[-1]["step"] < wanted:
+        notes.append(f"max_minutes {limit} ended the run after {steps[-1]['step']} of {wanted} steps.")
+    if run.probe:
+        notes.append("A probe: the model was measured, not trained, so rewards early and late differ by chance alone.")
+    return replace(run, summary=summary)
+
+
+def run_of(lines: Sequence[Line], tasks: Sequence[str], path: Path | None = None, info: Line | None = None) -> Run:
+    """The lines of a log as a Run without a summary and without notes; ``path`` and ``info`` are kept in it."""
+    steps = step_lines(lines)
     pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1 :]]
     warm = {line["step"]: line for line in lines if line["kind"] == WARM_START}
     warm_lines = [warm[step] for step in sorted(warm)]
-    run = Run(
-        path=path,
-        info=info,
-        tasks=tasks,
+    return Run(
+        path=path or Path(),
+        info=info or {},
+        tasks=list(tasks),
         steps=column(steps, "step"),
         totals={name: column(steps, name) for name in STEP_METRICS},
         series={task: {name: task_column(steps, task, name) for name in TASK_METRICS} for task in tasks},
@@ -435,16 +444,9 @@ def read_run(run_dir: Path | str) -> Run:
         evals={task: eval_points(lines, task) for task in tasks},
         base={task: eval_points(lines, task, "eval_base") for task in tasks},
         warm_start=(column(warm_lines, "step"), column(warm_lines, "loss")),
-        summary=summary,
-        probe=probe,
-        notes=notes,
+        summary=None,
+        probe=any(line["kind"] == "probe" for line in steps),
     )
-    limit, wanted = run.config.get("max_minutes"), run.config.get("max_steps")
-    if summary is not None and limit and steps and isinstance(wanted, int) and steps[-1]["step"] < wanted:
-        notes.append(f"max_minutes {limit} ended the run after {steps[-1]['step']} of {wanted} steps.")
-    if probe:
-        notes.append("A probe: the model was measured, not trained, so rewards early and late differ by chance alone.")
-    return run
 
 
 def _read_summary(file: Path, notes: list[str]) -> dict[str, Any] | None:

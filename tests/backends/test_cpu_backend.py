@@ -14,12 +14,15 @@ import torch
 
 import gradnorm_kernels as gk
 from gradnorm_kernels import backends, dispatch
-from gradnorm_kernels.backends import cpu, native
-from gradnorm_kernels.backends.torch.wgrad import Step, slab_pass
+from gradnorm_kernels.backends import native
+from gradnorm_kernels.backends.cpu import wgrad
+from gradnorm_kernels.backends.torch.wgrad import Span, segmented_wgrad
 from tests import traps
 from tests.tolerances import NORMS, WEIGHT_GRAD
 
-pytestmark = pytest.mark.skipif(native.unable() is not None, reason=f"no compiled module: {native.unable()}")
+pytestmark = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=f"no compiled module: {native.unavailable_reason()}"
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = native.build_info()
@@ -28,15 +31,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 isas = pytest.mark.parametrize("isa", ISAS, ids=lambda i: INFO["cpu_isas"][i])
 
 
-def runs_of(lengths: list[list[int]], every: int = 3) -> list[list[Step]]:
-    """Groups of steps; every third is not measured."""
+def runs_of(lengths: list[list[int]], every: int = 3) -> list[list[Span]]:
+    """Groups of spans; every third is not measured."""
     count = iter(range(10**6))
-    return [[Step(length, next(count) % every != 2) for length in group] for group in lengths]
+    return [[Span(length, next(count) % every != 2) for length in group] for group in lengths]
 
 
-def batch(runs: list[list[Step]], d_in: int, d_out: int, dtype: torch.dtype = torch.float32):
+def batch(runs: list[list[Span]], d_in: int, d_out: int, dtype: torch.dtype = torch.float32):
     generator = torch.Generator().manual_seed(d_in + d_out)
-    tokens = sum(step.rows for run in runs for step in run)
+    tokens = sum(span.tokens for run in runs for span in run)
     return tuple(torch.randn(tokens, d, generator=generator).to(dtype) for d in (d_in, d_out))
 
 
@@ -48,7 +51,7 @@ def test_the_machine_has_an_instruction_set_and_the_best_is_taken():
 @isas
 @pytest.mark.parametrize("trap", traps.TRAPS, ids=str)
 def test_traps(trap: traps.Trap, isa: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu, "slab_pass", functools.partial(cpu.slab_pass, isa=isa))
+    monkeypatch.setattr(wgrad, "segmented_wgrad", functools.partial(wgrad.segmented_wgrad, isa=isa))
     traps.check(trap.build(torch.float32), "cpu", "wgrad")
     for dtype in DTYPES:
         traps.check(trap.build(dtype), "cpu", "wgrad", runs=1, weight_grad=True, group_gram=True)
@@ -56,7 +59,7 @@ def test_traps(trap: traps.Trap, isa: int, monkeypatch: pytest.MonkeyPatch):
 
 @isas
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("slab", [1, 3000, 1 << 30])
+@pytest.mark.parametrize("workspace", [1, 3000, 1 << 30])
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -68,17 +71,17 @@ def test_traps(trap: traps.Trap, isa: int, monkeypatch: pytest.MonkeyPatch):
     ],
     ids=str,
 )
-def test_slab_pass(lengths: list[list[int]], slab: int, dtype: torch.dtype, isa: int):
-    """Blocks that are cut inside a sample, groups of one, slabs of one row, with and without each output."""
+def test_segmented_wgrad(lengths: list[list[int]], workspace: int, dtype: torch.dtype, isa: int):
+    """Blocks that are cut inside a sample, groups of one, blocks of one row, with and without each output."""
     runs = runs_of(lengths)
     d_in, d_out = 71, 38
     x, dy = batch(runs, d_in, d_out, dtype)
     right = torch.empty(d_out, d_in, dtype=torch.float64)
-    expected = slab_pass(x.double(), dy.double(), runs, 1 << 30, right, True)
+    expected = segmented_wgrad(x.double(), dy.double(), runs, 1 << 30, right, True)
     for weight_grad, group_gram in ((True, True), (True, False), (False, True), (False, False)):
         with traps.poisoned_memory():
             total = torch.empty(d_out, d_in, dtype=dtype) if weight_grad else None
-            found = cpu.slab_pass(x, dy, runs, slab, total, group_gram, isa, 2)
+            found = wgrad.segmented_wgrad(x, dy, runs, workspace, total, group_gram, isa, 2)
         torch.testing.assert_close(found.sample_sq, expected.sample_sq, rtol=NORMS[dtype], atol=0)
         torch.testing.assert_close(found.group_sq, expected.group_sq, rtol=NORMS[dtype], atol=0)
         if total is not None:
@@ -97,7 +100,7 @@ def test_the_same_bits_for_any_number_of_threads_and_every_time(isa: int):
     for threads in (1, 2, 3, 2, 16):
         with traps.poisoned_memory():
             total = torch.empty(333, 200)
-            found = cpu.slab_pass(x, dy, runs, 20_000, total, False, isa, threads)
+            found = wgrad.segmented_wgrad(x, dy, runs, 20_000, total, False, isa, threads)
         results = (found.sample_sq, found.group_sq, total)
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True)), f"{threads} threads"
@@ -106,9 +109,9 @@ def test_the_same_bits_for_any_number_of_threads_and_every_time(isa: int):
 def test_calls_from_several_threads_at_once():
     runs = runs_of([[32] * 30, [900]])
     x, dy = batch(runs, 160, 128)
-    alone = cpu.slab_pass(x, dy, runs, 1 << 20, None, False)
+    alone = wgrad.segmented_wgrad(x, dy, runs, 1 << 20, None, False)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: cpu.slab_pass(x, dy, runs, 1 << 20, None, False), range(12)))
+        found = list(pool.map(lambda _: wgrad.segmented_wgrad(x, dy, runs, 1 << 20, None, False), range(12)))
     assert all(torch.equal(sums.sample_sq, alone.sample_sq) for sums in found)
 
 
@@ -118,7 +121,7 @@ def test_every_half_precision_number_is_read_exactly(dtype: torch.dtype, isa: in
     """One token times one: the weight's gradient is x itself, subnormals, infinities and NaN among it."""
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)[None]
     total = torch.empty(1, 1 << 16, dtype=torch.float32)
-    cpu.slab_pass(x, torch.ones(1, 1, dtype=dtype), [[Step(1, True)]], 1 << 20, total, False, isa, 1)
+    wgrad.segmented_wgrad(x, torch.ones(1, 1, dtype=dtype), [[Span(1, True)]], 1 << 20, total, False, isa, 1)
     assert torch.equal(total.nan_to_num(nan=-7.0), x.float().nan_to_num(nan=-7.0))
 
 
@@ -134,20 +137,22 @@ def test_what_it_cannot_take_is_refused():
     x = torch.randn(3, 2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run: .*not float64.*backend='torch'"):
         gk.fused_grad_norm(x, x, backend="cpu")
-    assert "on the CPU, not on 'cuda'" in str(backends.unable("cpu", "cuda", torch.float32))
-    assert backends.unable("cpu", "cpu", torch.float32) is None
+    assert "on the CPU, not on 'cuda'" in str(
+        backends.unavailable_reason("cpu", "fused_grad_norm", "cuda", torch.float32)
+    )
+    assert backends.unavailable_reason("cpu", "fused_grad_norm", "cpu", torch.float32) is None
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_no_second_openmp_runtime_is_loaded():
     program = """
     import re, torch
-    from gradnorm_kernels.backends import cpu
-    from gradnorm_kernels.backends.torch.wgrad import Step
+    from gradnorm_kernels.backends.cpu import wgrad
+    from gradnorm_kernels.backends.torch.wgrad import Span
     torch.set_num_threads(2)
     x = torch.randn(1000, 400)
     (x @ x.T).sum()
-    cpu.slab_pass(x, x, [[Step(1000, True)]], 1 << 20, None, False, threads=2)
+    wgrad.segmented_wgrad(x, x, [[Span(1000, True)]], 1 << 20, None, False, threads=2)
     maps = open("/proc/self/maps").read()
     print(len(set(re.findall(r"\\S*/lib(?:gomp|omp|iomp5)[-.\\w]*", maps))), open("/proc/self/status").read())
     """

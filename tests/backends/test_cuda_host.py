@@ -202,8 +202,8 @@ def test_a_failed_launch_says_which(machine: HostMachine) -> None:
 
 
 def test_without_a_device_a_launch_says_which() -> None:
-    if native.cuda_unable() is not None or torch.cuda.is_available():
-        pytest.skip(native.cuda_unable() or "there is a device")
+    if native.cuda_unavailable_reason() is not None or torch.cuda.is_available():
+        pytest.skip(native.cuda_unavailable_reason() or "there is a device")
     with pytest.raises(RuntimeError, match="^column_sums: "):
         native.module().column_sums(partial=0, rows=1, columns=1, out=0, stream=0)
 
@@ -276,8 +276,10 @@ def test_how_many_splits() -> None:
     ],
 )
 def test_what_it_does_not_take(device: str, dtype: torch.dtype, text: str) -> None:
-    assert text in str(cuda.unsupported(device, dtype))
-    assert cuda.unsupported("cuda", BF16) is None and cuda.unsupported("cuda", FP16) is None
+    assert text in str(cuda.BACKEND.unsupported_reason(device, dtype))
+    assert (
+        cuda.BACKEND.unsupported_reason("cuda", BF16) is None and cuda.BACKEND.unsupported_reason("cuda", FP16) is None
+    )
 
 
 def test_more_tokens_than_can_be_counted() -> None:

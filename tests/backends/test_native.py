@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Where pip puts cmake and ninja, then the rest.
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 COMPILER = os.environ.get("CXX") or "c++"
-built = pytest.mark.skipif(native.unable() is not None, reason=f"no compiled module: {native.unable()}")
+built = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=f"no compiled module: {native.unavailable_reason()}"
+)
 buildable = pytest.mark.skipif(
     not all(shutil.which(tool, path=TOOLS) for tool in ("cmake", "ninja", COMPILER)),
     reason="needs cmake, ninja and a C++ compiler",
@@ -50,9 +52,9 @@ def test_build_info():
     assert info["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", info["commit"])
     if info["cuda"] is None:
         assert info["architectures"] == [] and info["cuda_compiler"] is None
-        assert "GRADNORM_BUILD_CUDA" in str(native.cuda_unable())
+        assert "GRADNORM_BUILD_CUDA" in str(native.cuda_unavailable_reason())
     else:
-        assert info["architectures"] == ["sm_80", "sm_90a"] and native.cuda_unable() is None
+        assert info["architectures"] == ["sm_80", "sm_90a"] and native.cuda_unavailable_reason() is None
 
 
 @built
@@ -116,7 +118,7 @@ import torch
 from gradnorm_kernels import backends, dispatch, ops
 from gradnorm_kernels.backends import native
 x = torch.randn(5, 3)
-print(backends.unable("cpu", "cpu", torch.float32))
+print(backends.unavailable_reason("cpu", "fused_grad_norm", "cpu", torch.float32))
 print(native.build_info(), dispatch.explain(x, x).plan.backend, ops.fused_grad_norm(x, x).sample_sq_norms.shape[0])
 try:
     ops.fused_grad_norm(x, x, backend="cpu")

@@ -106,7 +106,9 @@ def test_batches_of_another_size_do_not_mix_in(tmp_path):
 
 
 def test_dispatch_then_stands_on_the_right_side_of_the_crossover(tmp_path, shipped, monkeypatch):
-    monkeypatch.setattr(backends, "unable", lambda name, *_: None if name in ("torch", "triton") else "not here")
+    monkeypatch.setattr(
+        backends, "unavailable_reason", lambda name, *_: None if name in ("torch", "triton") else "not here"
+    )
     planted = dataclasses.replace(PLANTED, boundary=90.0)
     shipped(frozen(tmp_path, rows(planted=planted)))
     decided = 0
@@ -286,7 +288,9 @@ def test_faster_passes_over_a_shape_with_wrong_rows(tmp_path, capsys, shipped, m
     assert [entry["d_in"] for entry in content["faster"]["entries"]] == [2048, 4096]
     assert "nothing is said of 576 x 576" in capsys.readouterr().out
     shipped(content)
-    monkeypatch.setattr(backends, "unable", lambda name, *_: None if name in ("triton", "cuda") else "not here")
+    monkeypatch.setattr(
+        backends, "unavailable_reason", lambda name, *_: None if name in ("triton", "cuda") else "not here"
+    )
     choice = choose(Problem(CHIP, 8192, 4096, 4096, 8, 1, True, False, torch.bfloat16))
     assert choice.plan.backend == "cuda" and "was measured fastest" in choice.why
 

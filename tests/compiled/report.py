@@ -201,7 +201,7 @@ def cuda_lines() -> list[dict[str, Any]]:
     """The kernels of ``gradnorm_kernels._C``; none where it was built without CUDA."""
     from gradnorm_kernels.backends import native
 
-    if native.cuda_unable() is not None:
+    if native.cuda_unavailable_reason() is not None:
         return []
     lines = inspect_binary(native.module().__file__)
     return [{"kernel": _demangled(line["function"]), **line} for line in lines]

@@ -146,7 +146,7 @@ def test_it_can_fail() -> None:
 
 
 def test_kernels_of_the_compiled_module() -> None:
-    reason = native.cuda_unable()
+    reason = native.cuda_unavailable_reason()
     if reason is not None:
         pytest.skip(f"no CUDA kernels to look at: {reason}")
     lines = report.cuda_lines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -45,7 +45,10 @@ def install(monkeypatch: pytest.MonkeyPatch, machine: HostMachine) -> None:
     def here(device: torch.device) -> Iterator[Machine]:
         yield machine
 
-    before = backends.missing
-    monkeypatch.setattr(backends, "missing", lambda name: None if name == "cuda" else before(name))
-    monkeypatch.setattr(cuda, "unsupported", lambda device_type, dtype: None)
+    anywhere = replace(
+        cuda.BACKEND, unavailable_reason=lambda: None, unsupported_reason=lambda device_type, dtype: None
+    )
+    monkeypatch.setattr(cuda, "BACKEND", anywhere)
+    before = backends._process_reason
+    monkeypatch.setattr(backends, "_process_reason", lambda name: None if name == "cuda" else before(name))
     monkeypatch.setattr(cuda, "machine", here)

@@ -29,7 +29,7 @@ from gradnorm_grpo.models import load_model
 from gradnorm_grpo.parse import parse_settings
 from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.study.estimators import compare
-from gradnorm_grpo.study.estimators.settings import EstimatorSettings
+from gradnorm_grpo.study.spec import EstimatorSettings
 from gradnorm_grpo.tasks import Example, Task
 from gradnorm_grpo.train import Training
 from tests.fake_cuda.device import CudaTensor, FakeCuda

@@ -131,7 +131,7 @@ def test_slips_in_the_library_are_found(fake: FakeCuda, monkeypatch: pytest.Monk
     with fake.forbidding(capture=True, any_order=True):
         fused(fake)
     plain, build = segments.rows, triton.wgrad.build
-    planted(triton.layout, "rows", read, Waited, "reads a value")
+    planted(triton.table, "rows", read, Waited, "reads a value")
     planted(triton.wgrad, "build", on_host, AssertionError, "table_kernel: group_ptr is on cpu")
     planted(segments.Segments, "_lengths", property(float_lengths), Unordered, "no fixed order")
     away = lambda tensor: torch.cuda.device(1)  # noqa: E731

@@ -67,10 +67,11 @@ def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, host: Host | 
     monkeypatch.setattr(triton, "_interpreted", lambda: False)
     _triton(monkeypatch, fake)
     if host is not None:
-        monkeypatch.setattr(native, "cuda_unable", lambda: None)
+        monkeypatch.setattr(native, "cuda_unavailable_reason", lambda: None)
         monkeypatch.setattr(native, "module", lambda: host.module)
         _cuda(monkeypatch, fake, host)
-    for cached in (backends.missing, launch.missing, tuning.chip):
+    backends.forget()
+    for cached in (launch.unavailable_reason, tuning.chip):
         cached.cache_clear()
     return fake
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import gradnorm_kernels as gk
-from gradnorm_kernels.tracking import recorder, vocabulary
+from gradnorm_kernels import backends
+from gradnorm_kernels.tracking import recorder
 from tests.fake_cuda.device import FakeCuda
 from tests.fake_cuda.launches import other_defaults
 from tests.tracking import brute_force
@@ -76,9 +77,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
-    """The threads and devices of hooks, and whether an embedding's tokens were paired."""
-    seen: dict[str, set[Any]] = {"threads": set(), "devices": set(), "paired": set()}
-    make, run = recorder.make_use, vocabulary._paired
+    """The threads and devices of hooks, and the backends that took an embedding's tokens."""
+    seen: dict[str, set[Any]] = {"threads": set(), "devices": set(), "embedding": set()}
+    make, operator = recorder.make_use, backends.operator
 
     def made(*args: Any) -> Any:
         seen["threads"].add(threading.get_ident())
@@ -86,7 +87,13 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
         return make(*args)
 
     monkeypatch.setattr(recorder, "make_use", made)
-    monkeypatch.setattr(vocabulary, "_paired", lambda *args: seen["paired"].add(True) or run(*args))
+
+    def chosen(name: str, op: str) -> Callable[..., Any]:
+        if op == "embedding_grad_norm":
+            seen["embedding"].add(name)
+        return operator(name, op)
+
+    monkeypatch.setattr(backends, "operator", chosen)
     return seen
 
 
@@ -107,7 +114,7 @@ def test_nothing_waits(fake: FakeCuda, hooks: dict[str, set[Any]], name: str, dt
     # Autograd has a thread for each device; none of the hooks ran on this one.
     assert len(hooks["threads"]) == 1 and threading.get_ident() not in hooks["threads"]
     assert hooks["devices"] == {int(device[-1])} and torch.cuda.current_device() == 0
-    assert bool(hooks["paired"]) == (options["layers"] == "all")
+    assert hooks["embedding"] == ({"triton"} if options["layers"] == "all" else set())
     assert {kernel[1:] for kernel in fake.launches} == {(int(device[-1]), int(device[-1]) + 1 << 16)}
 
 

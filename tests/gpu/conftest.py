@@ -27,7 +27,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     """A backend that can run here; the others are skipped with their reason (``test_backends_can_run`` fails then)."""
     name: str = request.param
-    reason = backends.missing(name) or backends.unable(name, device.type, torch.float16)
+    reason = backends.unavailable_reason(name, "fused_grad_norm", device.type, torch.float16)
     if reason is not None:
         pytest.skip(f"backend {name!r} cannot run: {reason}")
     return name
@@ -37,7 +37,7 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 def dtype(request: pytest.FixtureRequest, backend: str, device: torch.device) -> torch.dtype:
     """A dtype that the backend takes here."""
     dtype = DTYPES[request.param]
-    reason = backends.unable(backend, device.type, dtype)
+    reason = backends.unavailable_reason(backend, "fused_grad_norm", device.type, dtype)
     if reason is not None:
         pytest.skip(f"backend {backend!r}: {reason}")
     return dtype

@@ -19,8 +19,8 @@ LIBRARY = "gradnorm_kernels"
 #: From the top down. A room may import from itself and from the rooms before it.
 ROOMS = (
     "reference",
+    "batch",
     "checks",
-    "layout",
     "segments",
     "tuning.costs",  # with configs/, which holds JSON and no code
     "backends",

@@ -17,5 +17,5 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "tests/interpreted needs TRITON_INTERPRET=1 set before Python starts: run `make test-interpreted`, "
         "or TRITON_INTERPRET=1 python -m pytest tests/interpreted"
     )
-if (reason := backends.missing("triton")) is not None:
+if (reason := backends.unavailable_reason("triton")) is not None:
     raise pytest.UsageError(f"tests/interpreted: {reason}")

@@ -21,8 +21,8 @@ LENGTHS = [5, 1, 70, 0, 33, 32, 9]
 
 def prepared(case: Case) -> tuple[Tensor, Tensor, Segments]:
     arguments = (case.cu_seqlens, case.sample_ids, case.group_ids)
-    sizes = checks.fused_grad_norm(case.x, case.dy, *arguments, None, None, "auto", "auto", ("torch",))
-    return case.x, case.dy, segments.prepare(case.x, *arguments, sizes)
+    batch = checks.fused_grad_norm(case.x, case.dy, *arguments, backends=("torch",))
+    return case.x, case.dy, segments.device_segments(batch)
 
 
 def truth(case: Case) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,7 @@ def test_dtypes_that_are_refused(dtype: torch.dtype) -> None:
 
 def test_auto_does_not_interpret() -> None:
     """CPU tensors go to the interpreter only when it is asked for by name."""
-    assert backends.unable("triton", "cpu", torch.float32) is None
+    assert backends.unavailable_reason("triton", "fused_grad_norm", "cpu", torch.float32) is None
     from gradnorm_kernels import dispatch
 
     case = ODD.build(torch.float32)

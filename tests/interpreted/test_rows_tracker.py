@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 import gradnorm_kernels as gk
+from gradnorm_kernels import ops
 from gradnorm_kernels.tracking import owners, uses, vocabulary
 from tests.tracking.brute_force import batch, row_losses, sample_gradients, small_model, u_statistic
 
@@ -17,7 +20,7 @@ FACTORS = [1.0, 2.0, 0.5, 1.5, 1.0, 0.25, 0.75]
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the GPU's paths on the CPU."""
-    for module in (owners, uses, vocabulary):
+    for module in (owners, uses):
         monkeypatch.setattr(module, "resident", lambda tensor: True)
 
 
@@ -34,9 +37,11 @@ def test_all_parameters(
     name: str, blocks: int, factors: list[float], resident: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Embeddings, tied and not, biases and norms, by samples and by folds."""
-    paired = []
-    run = vocabulary._paired
-    monkeypatch.setattr(vocabulary, "_paired", lambda *args: paired.append(1) or run(*args))
+    interpreted = []
+    for name in ("embedding_grad_norm", "tied_grad_gram"):
+        run = functools.partial(getattr(ops, name), backend="triton")
+        call = lambda *args, run=run, **options: interpreted.append(1) or run(*args, **options)  # noqa: E731
+        monkeypatch.setattr(vocabulary, name, call)
     monkeypatch.setattr("gradnorm_kernels.tracking.tracker.MAX_BLOCKS", blocks)
     model = small_model(name, torch.float32)
     ids, mask = batch(len(TASKS), 7, "left")
@@ -46,7 +51,7 @@ def test_all_parameters(
         (row_losses(model, ids, mask) * scale).mean().backward()
     stats = tracker.step()
     tracker.close()
-    assert paired
+    assert interpreted
     model = model.double()
     parameters = [p for p in model.parameters() if p.requires_grad]
     truth = sample_gradients(row_losses(model, ids, mask), SAMPLES, parameters)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_kernels import checks, reference
-from gradnorm_kernels import segments as layout
+from gradnorm_kernels import segments as table
 from gradnorm_kernels.backends.triton import wgrad
 from gradnorm_kernels.tuning.costs import KernelConfig
 
@@ -63,8 +63,7 @@ def run(
     group_gram: bool = True,
 ) -> wgrad.Wgrad:
     ids = [None if value is None else torch.tensor(value) for value in (sample_ids, group_ids)]
-    sizes = checks.fused_grad_norm(x, dy, cu_seqlens, *ids, None, None, "auto", "auto", ("triton",))
-    segments = layout.prepare(x, cu_seqlens, *ids, sizes)
+    segments = table.device_segments(checks.fused_grad_norm(x, dy, cu_seqlens, *ids, backends=("triton",)))
     launch = wgrad.Launch(config, programs, splits)
     return wgrad.wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, slab, launch)
 
@@ -234,7 +233,7 @@ def test_the_same_bits_again(config: KernelConfig, splits: int) -> None:
 
 def test_values_that_were_not_checked_stay_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the offsets are wrong, and nothing may be read that is not there."""
-    monkeypatch.setattr(layout, "_on_host", lambda device: False)
+    monkeypatch.setattr(table, "_on_host", lambda device: False)
     x, dy, _ = inputs([50], 24, 16)
     for offsets in ([0, 60, 20], [-5, 70, 90], [0, 0, 0], [7, 3, 50]):
         found = run(x, dy, torch.tensor(offsets), splits=2)

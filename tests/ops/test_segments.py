@@ -12,15 +12,12 @@ from gradnorm_kernels import checks, segments
 
 
 def prepare(
-    x: Tensor, cu_seqlens: object = None, sample_ids: object = None, group_ids: object = None, **counts: int
+    x: Tensor, cu_seqlens: object = None, sample_ids: object = None, group_ids: object = None, **counts: int | None
 ) -> segments.Segments:
     values = (cu_seqlens, sample_ids, group_ids)
     tensors = [torch.tensor(v, dtype=torch.int64) if isinstance(v, list) else v for v in values]
     dy = x.new_empty(*x.shape[:-1], 2)
-    names = ("torch",)
-    samples, groups = counts.get("num_samples"), counts.get("num_groups")
-    sizes = checks.fused_grad_norm(x, dy, *tensors, samples, groups, "auto", "auto", names)
-    return segments.prepare(x, *tensors, sizes)
+    return segments.device_segments(checks.fused_grad_norm(x, dy, *tensors, **counts, backends=("torch",)))
 
 
 @pytest.fixture
@@ -188,3 +185,13 @@ def test_copies_from_the_host_do_not_wait_and_read_memory_of_their_own(on_device
     assert len(copies.found) == (1 if on_device == "none" else 2)
     assert not any(waits for waits, _ in copies.found)
     assert not {read for _, read in copies.found} & given
+
+
+def test_row_numbers_are_int64() -> None:
+    """Batches of more than 2^31 elements are a matter of row times width: rows are numbered in int64."""
+    cu_seqlens, samples = torch.tensor([0, 2, 5, 9], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32)
+    x = torch.randn(9, 2)
+    batch = checks.grad_gram(x, x, cu_seqlens, samples, None, "auto", "auto", backends=())
+    found = segments.host_segments(batch)
+    assert found.order is not None and found.order.dtype == torch.int64
+    assert found.order.tolist() == [0, 1, 5, 6, 7, 8, 2, 3, 4]

@@ -11,12 +11,13 @@ import matplotlib
 import numpy as np
 import pytest
 
+from gradnorm_grpo.plots import PALETTE
 from gradnorm_grpo.report import page, write_report
-from gradnorm_grpo.report.charts import _spread
-from gradnorm_grpo.report.reading import read_run
-from gradnorm_grpo.report.results import task_results
-from gradnorm_grpo.report.svg import NUM_COLOURS
-from gradnorm_grpo.report.table import footnotes, imbalance_sentence, table_rows
+from gradnorm_grpo.report.charts import spread
+from gradnorm_grpo.report.table import footnotes, table_rows
+from gradnorm_grpo.report.verdict import imbalance_sentence
+from gradnorm_grpo.runlog import read_run
+from gradnorm_grpo.summary import task_results
 from tests.report.test_report_synthetic import NAMES, write_synthetic_run
 
 HOSTILE = [
@@ -162,7 +163,7 @@ def test_names_from_the_data_stay_text(tmp_path: Path) -> None:
         assert name in parsed.text
     assert "</style></svg>" in unescape(parsed.text)
     swatches = [attrs for tag, attrs in parsed.tags if tag == "i" and "swatch" in attrs.get("class", "")]
-    assert {attrs["style"] for attrs in swatches} == {f"--c:var(--task-{i})" for i in range(NUM_COLOURS)}
+    assert {attrs["style"] for attrs in swatches} == {f"--c:var(--task-{i})" for i in range(len(PALETTE))}
     assert any("striped" in attrs["class"] for attrs in swatches)  # the palette has begun again
 
 
@@ -212,7 +213,7 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 
 
 def test_labels_keep_their_distance_and_order() -> None:
-    heights = _spread(np.array([0.9, 0.5, 0.02, 0.015, 0.01]), 0.1, 1.0)
+    heights = spread(np.array([0.9, 0.5, 0.02, 0.015, 0.01]), 0.1, 1.0)
     assert (np.diff(heights) <= -0.1 + 1e-12).all()
     assert heights.min() >= 0.05 and heights.max() <= 0.95
     assert heights[:2] == pytest.approx([0.9, 0.5])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gradnorm_grpo.report import print_table, write_report
-from gradnorm_grpo.report.reading import EvalPoint, read_run
+from gradnorm_grpo.runlog import EvalPoint, read_run
 from tests.report.test_report_synthetic import write_synthetic_run
 
 

@@ -123,7 +123,7 @@ def write_synthetic_run(
         if evals and step % 20 == 0 and step < steps:
             evaluate(step, level)
     train = [line for line in lines if line["kind"] == "train"]
-    for t in range(5, steps - 5):
+    for t in range(5, steps - 4):
         for i, name in enumerate(names):
             after, before = rewards[t : t + 5, i], rewards[t - 5 : t, i]
             if np.isfinite(after).any() and np.isfinite(before).any():

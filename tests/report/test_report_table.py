@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from gradnorm_grpo.numbers import clean, duration, fixed, percent, shorten, signed, significant, with_error
 from gradnorm_grpo.report import print_table, write_report
-from gradnorm_grpo.report.numbers import clean, duration, fixed, percent, shorten, signed, significant, with_error
-from gradnorm_grpo.report.reading import EvalPoint, read_run
-from gradnorm_grpo.report.results import TaskResult, cosines, imbalance, rank_correlation, task_results
-from gradnorm_grpo.report.table import footnotes, imbalance_sentence, table_rows
-from gradnorm_grpo.report.verdict import directions, learning, verdict
+from gradnorm_grpo.report.table import footnotes, table_rows
+from gradnorm_grpo.report.verdict import directions, imbalance, imbalance_sentence, learning, rank_correlation, verdict
+from gradnorm_grpo.runlog import EvalPoint, read_run
+from gradnorm_grpo.summary import TaskResult, cosines, task_results
 from tests.report.test_report_synthetic import NAMES, PULL, write_synthetic_run
 
 NAN = math.nan
@@ -61,7 +61,7 @@ def test_the_synthetic_truth_is_recovered_and_sorted(tmp_path: Path) -> None:
     assert sum(r.pull_share for r in results) == pytest.approx(1)
 
 
-def test_the_summary_counts_where_it_says_something(tmp_path: Path) -> None:
+def test_numbers_in_the_summary_take_precedence_over_the_log(tmp_path: Path) -> None:
     write_synthetic_run(tmp_path, ["a", "b"], steps=20)
     from_log = {r.name: r for r in task_results(read_run(tmp_path))}
     summary = {"tasks": {"a": {"grad_norm_sq": 0.777, "grad_norm_sq_se": None}}, "steps": 20, "seconds": 7270.0}
@@ -99,9 +99,9 @@ def test_imbalance_interval_covers_the_truth_as_often_as_it_says() -> None:
     ("results", "words"),
     [
         ([task()], "undecided, since there is only one task"),
-        ([task("a", 1, 0.1), task("b", 0.1, 0.1)], "undecided, since only a is told apart from zero"),
-        ([task("a", 1, NAN), task("b", NAN, NAN)], "undecided, since no task is told apart from zero"),
-        ([task("a", 1, 0.1, n=5), task("b", 1, 0.1, n=7)], "undecided, since no task is told apart"),
+        ([task("a", 1, 0.1), task("b", 0.1, 0.1)], "undecided, since only a is distinguishable from zero"),
+        ([task("a", 1, NAN), task("b", NAN, NAN)], "undecided, since no task is distinguishable from zero"),
+        ([task("a", 1, 0.1, n=5), task("b", 1, 0.1, n=7)], "undecided, since no task is distinguishable"),
         (
             [task("a", 9, 0.1), task("b", 1, 0.01), task("c", -1, 0.1)],
             "9.0 to 1 in squared norm .*3.0 to 1 in norm; 1 task is",
@@ -169,7 +169,7 @@ def test_the_verdict_names_what_changed_and_what_is_undecided() -> None:
     assert "undecided" in learning([task()])[0]
 
 
-def test_the_warm_start_is_told_apart_from_grpo() -> None:
+def test_the_warm_start_is_reported_apart_from_grpo() -> None:
     given, low = EvalPoint(0, 0.0, 0.0, 200), EvalPoint(0, 0.5, 0.035, 200)
     results = [task("up", base=given, before=low, after=replace(low, step=9)), task("b", before=low, after=low)]
     sentences = learning(results)
@@ -179,7 +179,7 @@ def test_the_warm_start_is_told_apart_from_grpo() -> None:
 
 
 def test_cosines_find_the_planted_conflict(tmp_path: Path) -> None:
-    """The generator lets isomorphic_strings pull against syllogism."""
+    """In the generator isomorphic_strings pulls against syllogism."""
     run = read_run(write_synthetic_run(tmp_path, steps=120, prompts=48))
     results = task_results(run)
     found = cosines(run, results)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from gradnorm_grpo.study.figures.data import IDS
+from gradnorm_grpo.study.questions import QUESTIONS as MODULES
 
+IDS = tuple(MODULES)
 SIX = ["copy", "reverse", "sort", "compare", "add", "maximum"]
 HOSTILE = [
     "<script>alert(1)</script>",

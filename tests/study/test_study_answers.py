@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradnorm_grpo.study.answers import answer, arms, explain, gain, imbalance, last_block
 from gradnorm_grpo.study.measurements import FIELDS, Measurements
+from gradnorm_grpo.study.questions import QUESTIONS, answer, gain
+from gradnorm_grpo.study.questions.common import over_seeds
 from tests.study.study_planted import planted
 
 U = (4.0, 2.0, 1.0, 0.5, 0.25, 0.15)
@@ -22,7 +23,7 @@ ARMS = ("uniform", "proportional", "inverse", "equal_pull")
 
 def one(m: Measurements, name: str) -> dict[str, Any]:
     """One of the answers."""
-    found: dict[str, Any] = next(a for a in answer(m, [])["answers"] if a["id"] == name)
+    found: dict[str, Any] = next(a for a in answer(m)["answers"] if a["id"] == name)
     return found
 
 
@@ -45,7 +46,7 @@ def test_planted_truths_are_found() -> None:
         statistics=lengths,
         arms=ARMS,
     )
-    found = {a["id"]: a for a in answer(m, [])["answers"]}
+    found = {a["id"]: a for a in answer(m)["answers"]}
     assert list(found) == IDS
     assert {name: found[name]["verdict"] for name in IDS[:5]} == dict.fromkeys(IDS[:5], "supported")
     ratio = value(found["imbalance"], "loudest / quietest, training")
@@ -88,14 +89,11 @@ def test_one_clear_pair_is_enough_against_the_rule() -> None:
 
 def test_null_data_stay_undecided() -> None:
     rng, wrong, studies = np.random.default_rng(3), Counter[str](), 40
-    questions: list[Callable[[Measurements], dict[str, Any]]] = [
-        q.answer for q in (imbalance, last_block, gain, explain, arms)
-    ]
+    questions = {name: QUESTIONS[name] for name in IDS[:5]}
     for _ in range(studies):
         m = planted(rng, [0.05] * 6, full=[0.5] * 6, steps=6, window=1, spread=0.0, full_noise=3.0)
-        for question in questions:
-            found = question(m)
-            wrong[found["id"]] += found["verdict"] != "undecided"
+        for name, question in questions.items():
+            wrong[name] += question.answer(m).verdict != "undecided"
     assert sum(wrong.values()) <= 0.08 * studies * len(questions), wrong
     assert max(wrong.values()) <= 0.15 * studies, wrong
 
@@ -120,7 +118,7 @@ def test_u_that_is_not_positive_is_counted_and_kept() -> None:
 
 def test_one_seed_decides_only_what_its_own_errors_can() -> None:
     m = planted(np.random.default_rng(6), U, gains=U, full=[9 * u for u in U], noise=0.1, better=0.2, seeds=(7,))
-    found = {a["id"]: a for a in answer(m, [])["answers"]}
+    found = {a["id"]: a for a in answer(m)["answers"]}
     assert found["imbalance"]["verdict"] == "supported" and "in the one seed" in found["imbalance"]["sentence"]
     for name in IDS[1:]:
         assert found[name]["verdict"] == "undecided" and "ndecided" in found[name]["sentence"]
@@ -134,7 +132,7 @@ def test_too_few_tasks_say_so() -> None:
         found = one(m, name)
         assert found["verdict"] == "undecided" and "perfect order" in found["sentence"]
     two = planted(np.random.default_rng(7), U[:1], full=U[:1])
-    assert {a["verdict"] for a in answer(two, [])["answers"]} == {"undecided"}
+    assert {a["verdict"] for a in answer(two)["answers"]} == {"undecided"}
 
 
 def test_an_unequal_budget_decides_nothing() -> None:
@@ -227,7 +225,7 @@ def test_every_answer_comes_whatever_is_missing(
 ) -> None:
     m = planted(np.random.default_rng(10), U, full=U, steps=steps, window=window, evaluations=(0.0, 1.0))
     damage(m)
-    found = answer(m, [])
+    found = answer(m)
     text = json.dumps(found, allow_nan=False)
     assert "nan" not in text.lower().replace("nans", "")
     assert [a["id"] for a in found["answers"]] == IDS
@@ -288,7 +286,8 @@ def _estimates(spread: float, sketches: int = 32) -> dict[str, Any]:
 )
 def test_sketches_are_judged_by_the_error_they_add(spread: float, sketches: int, verdict: str) -> None:
     m = planted(np.random.default_rng(11), U)
-    found = answer(m, [_estimates(spread, sketches)])["answers"][-1]
+    m.estimates = [_estimates(spread, sketches)]
+    found = answer(m)["answers"][-1]
     assert found["verdict"] == verdict
     assert "At 8 prompts a task the plug-in estimate is too large by 1.2 times U" in found["sentence"]
     assert found["data"]["sketches"][0]["seconds"] == 0.05 and found["data"]["sketches"][0]["exact_seconds"] == 0.2
@@ -302,8 +301,6 @@ def test_sketches_are_judged_by_the_error_they_add(spread: float, sketches: int,
 
 
 def test_the_interval_of_a_correlation_stays_within_one() -> None:
-    from gradnorm_grpo.study.answers.common import over_seeds
-
     values = [0.99, 0.9, 0.97]
     free, cut = over_seeds("slope", values), over_seeds("Pearson", values, correlation=True)
     assert free["high"] > 1 and cut["high"] == 1 and cut["low"] == free["low"] and cut["value"] == free["value"]

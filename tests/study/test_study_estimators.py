@@ -21,10 +21,11 @@ from gradnorm_grpo.loop import Batch, Grpo
 from gradnorm_grpo.probe import only_tracked
 from gradnorm_grpo.rollout import Prompter, completion_logprobs
 from gradnorm_grpo.settings import Settings
-from gradnorm_grpo.study.estimators import compare, estimators, statistics
+from gradnorm_grpo.study import stats as statistics
+from gradnorm_grpo.study.estimators import compare, estimators
 from gradnorm_grpo.study.estimators.gradients import capture, gram
 from gradnorm_grpo.study.estimators.rollouts import load, made_with, sample, store, stored_rollouts
-from gradnorm_grpo.study.estimators.settings import EstimatorSettings, read_options
+from gradnorm_grpo.study.spec import EstimatorSettings, read_options
 from gradnorm_grpo.tasks import Task, build_tasks
 from gradnorm_grpo.tiny import tiny_model, tiny_tokenizer
 

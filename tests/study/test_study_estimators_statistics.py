@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("trl")
 
 import gradnorm_kernels as gk
-from gradnorm_grpo.study.estimators import sketches, statistics
+from gradnorm_grpo.study import stats
+from gradnorm_grpo.study.estimators import sketches
 from gradnorm_grpo.study.estimators.cost import cost
 from gradnorm_grpo.study.estimators.gradients import Layer, gram
 
@@ -28,17 +29,17 @@ def test_expectations_over_all_subsets_are_the_closed_forms() -> None:
     for odd, prompts in ((0, 6), (1, 7)):
         g = _random_gram(prompts)
         orders = np.array(list(itertools.permutations(range(prompts))))
-        u, q = statistics.cross_product(g), float(np.diagonal(g).mean())
-        assert statistics.sizes(prompts) == [2, 4, 6]
+        u, q = stats.cross_product(g), float(np.diagonal(g).mean())
+        assert stats.subset_sizes(prompts) == [2, 4, 6]
         for n in (2, 4, 6):
-            found, _ = statistics.on_subsets(g, orders, n)
-            for estimator in statistics.ESTIMATORS:
-                expected = u + statistics.expected_bias(estimator, g, n)
+            found, _ = stats.on_subsets(g, orders, n)
+            for estimator in stats.ESTIMATORS:
+                expected = u + stats.expected_bias(estimator, g, n)
                 assert found[estimator].mean() == pytest.approx(expected, rel=1e-10)
             assert found["plug_in"].mean() - u == pytest.approx((q - u) / n)
             if n == 6 and not odd:
                 assert found["cross_product"].std() < 1e-12 < found["two_batch"].std()
-        rows = statistics.compare(g, orders)
+        rows = stats.compare_estimators(g, orders)
         assert [row["bias"] == 0 for row in rows] == [row["estimator"] != "plug_in" for row in rows]
         for row in rows:
             assert row["mean"] - u == pytest.approx(row["bias"], abs=1e-12)
@@ -47,10 +48,10 @@ def test_expectations_over_all_subsets_are_the_closed_forms() -> None:
 
 def test_a_subsets_numbers_are_those_of_its_own_gram() -> None:
     g = _random_gram(12)
-    orders = statistics.shuffles(12, 20, seed=1)
-    assert (np.sort(orders, 1) == np.arange(12)).all() and (statistics.shuffles(12, 20, 1) == orders).all()
-    assert (orders != statistics.shuffles(12, 20, 2)).any()
-    found, errors = statistics.on_subsets(g, orders, 8)
+    orders = stats.shuffles(12, 20, seed=1)
+    assert (np.sort(orders, 1) == np.arange(12)).all() and (stats.shuffles(12, 20, 1) == orders).all()
+    assert (orders != stats.shuffles(12, 20, 2)).any()
+    found, errors = stats.on_subsets(g, orders, 8)
     for r, order in enumerate(orders):
         own = torch.tensor(g[np.ix_(order[:8], order[:8])])
         expected = gk.cross_product(own.diagonal(), own.sum()[None], [0] * 8, own)
@@ -58,7 +59,7 @@ def test_a_subsets_numbers_are_those_of_its_own_gram() -> None:
         assert found["plug_in"][r] == pytest.approx(float(expected.plug_in), rel=1e-9)
         assert errors[r] == pytest.approx(float(expected.std_error), rel=1e-9)
         assert found["two_batch"][r] == pytest.approx(float(own[:4, 4:].mean()), rel=1e-9)
-    whole = statistics.reference(g)
+    whole = stats.reference(g)
     expected = gk.cross_product(np.diagonal(g).copy(), [g.sum()], [0] * 12, torch.tensor(g))
     assert whole["u"] == pytest.approx(float(expected.sq_norm)) and whole["u_se"] == pytest.approx(
         float(expected.std_error)
@@ -71,9 +72,9 @@ def test_spread_of_fresh_prompts() -> None:
     pools, drawn = [], []
     for seed in range(300):
         g = _random_gram(24, seed=seed)
-        pools.append(statistics.compare(g, statistics.shuffles(24, 200, seed)))
-        drawn.append(statistics.on_subsets(g, np.arange(24)[None], 16)[0])
-    for estimator in statistics.ESTIMATORS:
+        pools.append(stats.compare_estimators(g, stats.shuffles(24, 200, seed)))
+        drawn.append(stats.on_subsets(g, np.arange(24)[None], 16)[0])
+    for estimator in stats.ESTIMATORS:
         truth = np.std([one[estimator][0] for one in drawn])
         rows = [row for pool in pools for row in pool if row["n"] == 16 and row["estimator"] == estimator]
         fresh, given = (math.sqrt(np.mean([row[key] ** 2 for row in rows])) for key in ("sd_fresh", "sd"))
@@ -84,16 +85,16 @@ def test_spread_of_fresh_prompts() -> None:
         row["coverage_t"] for pool in pools for row in pool if row["n"] == 4 and row["estimator"] == "cross_product"
     ]
     assert 0.85 < np.mean(held) < 1.0
-    wide = [row["coverage"] for row in statistics.compare(_random_gram(24), statistics.shuffles(24, 200, 0), 0.5)]
+    wide = [row["coverage"] for row in stats.compare_estimators(_random_gram(24), stats.shuffles(24, 200, 0), 0.5)]
     assert np.nanmean(wide) < 0.8, "an interval of level 0.5 covers less"
 
 
 def test_what_fresh_prompts_add_is_the_jackknife_of_the_expectation() -> None:
     g, n = _random_gram(9), 4
     rest = [np.delete(np.delete(g, i, 0), i, 1) for i in range(9)]
-    rows = [row for row in statistics.compare(g, statistics.shuffles(9, 30, 0)) if row["n"] == n]
+    rows = [row for row in stats.compare_estimators(g, stats.shuffles(9, 30, 0)) if row["n"] == n]
     for row in rows:
-        means = [statistics.cross_product(one) + statistics.expected_bias(row["estimator"], one, n) for one in rest]
+        means = [stats.cross_product(one) + stats.expected_bias(row["estimator"], one, n) for one in rest]
         added = 8 / 9 * sum((mean - np.mean(means)) ** 2 for mean in means)
         assert row["sd_fresh"] ** 2 - row["sd"] ** 2 == pytest.approx(added)
         assert row["rmse"] ** 2 == pytest.approx(row["bias"] ** 2 + row["sd_fresh"] ** 2)
@@ -101,23 +102,23 @@ def test_what_fresh_prompts_add_is_the_jackknife_of_the_expectation() -> None:
 
 def test_micro_batches_see_fewer_pairs() -> None:
     g = _random_gram(6)
-    for row in statistics.in_microbatches(g, np.array(list(itertools.permutations(range(6)))), 4):
+    for row in stats.in_microbatches(g, np.array(list(itertools.permutations(range(6)))), 4):
         assert row["pairs"] == 4 * (row["size"] - 1)
     noise = _random_gram(512, mean=0.0, size=2000)
-    rows = statistics.in_microbatches(noise, statistics.shuffles(512, 1500, 0), statistics.pooled_size(512))
+    rows = stats.in_microbatches(noise, stats.shuffles(512, 1500, 0), stats.pooled_size(512))
     assert [row["size"] for row in rows] == [2, 4, 8, 16, 32, 64, 128] and rows[0]["n"] == 128
     for row in rows[:4]:  # of pure noise, the variance goes with one over the number of pairs
         assert row["variance_ratio"] == pytest.approx(127 / (row["size"] - 1), rel=0.25)
-    assert [statistics.pooled_size(n) for n in (8, 9, 96, 128, 256)] == [2, 2, 16, 32, 64]
+    assert [stats.pooled_size(n) for n in (8, 9, 96, 128, 256)] == [2, 2, 16, 32, 64]
 
 
 def test_numbers_that_do_not_exist_are_null() -> None:
-    zero = statistics.reference(np.zeros((8, 8)))
+    zero = stats.reference(np.zeros((8, 8)))
     assert (zero["u"], zero["u_se"], zero["significant"]) == (0.0, 0.0, False) and math.isnan(zero["noise_scale"])
-    rows = statistics.compare(np.zeros((8, 8)), statistics.shuffles(8, 10, 0))
+    rows = stats.compare_estimators(np.zeros((8, 8)), stats.shuffles(8, 10, 0))
     assert all(math.isnan(row["sd_rel"]) and row["sd"] == 0 for row in rows)
     negative = -_random_gram(8) + 20 * np.eye(8)
-    assert all(math.isnan(row["rmse_rel"]) for row in statistics.compare(negative, statistics.shuffles(8, 10, 0)))
+    assert all(math.isnan(row["rmse_rel"]) for row in stats.compare_estimators(negative, stats.shuffles(8, 10, 0)))
 
 
 # Sketches
@@ -186,7 +187,7 @@ def test_sketches_are_smaller_repeatable_and_exact_where_nothing_is_projected() 
 def test_what_sketches_keep_of_the_tasks() -> None:
     exact = {name: _random_gram(8, mean, seed=4) for name, mean in (("quiet", 0.6), ("loud", 3.0), ("middle", 1.5))}
     copies = {name: np.stack([one * 0.9, one, one * 1.1]) for name, one in exact.items()}
-    orders = statistics.shuffles(8, 50, 0)
+    orders = stats.shuffles(8, 50, 0)
     of_task = sketches.describe_task(exact["loud"], copies["loud"], 2.0, orders, 2)
     assert of_task["u_bias"] == pytest.approx(0) and of_task["u_sd_rel"] == pytest.approx(0.1)
     assert of_task["sq_sd_rel"] == pytest.approx(0.1) and of_task["u_sd_over_se"] == pytest.approx(of_task["u_sd"] / 2)

@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from gradnorm_grpo.plots import SHEET_WIDTH as WIDTH
+from gradnorm_grpo.plots import fit, text_width
 from gradnorm_grpo.study.figures import draw
-from gradnorm_grpo.study.figures.canvas import WIDTH, fit, text_width
-from gradnorm_grpo.study.figures.data import IDS
-from tests.study.study_made_up import FACTORS, HOSTILE, SIX, made_up
+from tests.study.study_made_up import FACTORS, HOSTILE, IDS, SIX, made_up
 
 SVG = "{http://www.w3.org/2000/svg}"
 FILES = [*(f"{name}.svg" for name in IDS), "overview.svg"]

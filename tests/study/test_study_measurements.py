@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gradnorm_grpo.errors import UserError
-from gradnorm_grpo.study.answers import answer
 from gradnorm_grpo.study.measurements import FIELDS, Measurements
+from gradnorm_grpo.study.questions import answer
 from tests.study.study_planted import planted, write_runs
 
 
@@ -44,7 +44,7 @@ def test_runs_and_csv_give_the_same_numbers_and_the_same_answers(tmp_path: Path)
                 np.testing.assert_array_equal(one, two)
             for one, two in zip(read.evaluation(*run, task), planned.evaluation(*run, task), strict=True):
                 np.testing.assert_allclose(one, two, rtol=1e-8)
-    assert json.dumps(answer(read, [])) == json.dumps(answer(again, []))
+    assert json.dumps(answer(read)) == json.dumps(answer(again))
     again.write_csv(tmp_path / "twice.csv")
     assert (tmp_path / "twice.csv").read_bytes() == (tmp_path / "measurements.csv").read_bytes()
 
@@ -73,7 +73,7 @@ def test_runs_that_are_missing_or_unfinished_are_named(tmp_path: Path) -> None:
     assert read.seeds == [1, 2, 3]
     read.write_csv(tmp_path / "m.csv")
     assert Measurements.from_csv(tmp_path / "m.csv").missing == read.missing
-    assert answer(read, [])["missing"] == read.missing
+    assert answer(read)["missing"] == read.missing
 
 
 def test_names_that_need_quoting_survive(tmp_path: Path) -> None:

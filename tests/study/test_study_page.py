@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from gradnorm_grpo.study.figures.data import IDS
 from gradnorm_grpo.study.page import code, escape, page
-from tests.study.study_made_up import HOSTILE, QUESTIONS, SIX, made_up
+from tests.study.study_made_up import HOSTILE, IDS, QUESTIONS, SIX, made_up
 
 
 def described(tasks: list[str] = SIX, **changes: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("trl")
 
-from gradnorm_grpo.study.answers import answer
 from gradnorm_grpo.study.figures import draw
 from gradnorm_grpo.study.measurements import Measurements, read_study
 from gradnorm_grpo.study.page import page
+from gradnorm_grpo.study.questions import answer
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/study.json"))
@@ -22,9 +22,9 @@ STUDIES = sorted(path.parent for path in (ROOT / "docs" / "study").glob("*/study
 def test_answers_figures_and_page_follow_from_the_measurements(folder: Path, tmp_path: Path) -> None:
     """To nine digits: another processor may sum in another order."""
     measured = Measurements.from_csv(folder / "measurements.csv")
-    estimators = [json.loads(path.read_text()) for path in sorted((folder / "estimators").glob("seed*.json"))]
-    found, kept = answer(measured, estimators), json.loads((folder / "answers.json").read_text())
-    assert measured.missing == [] and len(estimators) >= 1
+    measured.estimates = [json.loads(path.read_text()) for path in sorted((folder / "estimators").glob("seed*.json"))]
+    found, kept = answer(measured), json.loads((folder / "answers.json").read_text())
+    assert measured.missing == [] and len(measured.estimates) >= 1
     for new, old in zip(found["answers"], kept["answers"], strict=True):
         assert (new["id"], new["verdict"], new["sentence"]) == (old["id"], old["verdict"], old["sentence"])
         numbers = [[row["name"], row["how"]] for row in old["numbers"]]

@@ -21,7 +21,7 @@ from gradnorm_grpo import cli
 from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.parse import PRESETS, parse_settings, parse_study
 from gradnorm_grpo.settings import Settings
-from gradnorm_grpo.study import command, jobs
+from gradnorm_grpo.study import run
 from gradnorm_grpo.study.spec import ARMS, StudySpec, read_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def test_a_wrong_option_is_one_sentence(options: list[str], says: str, capsys: p
 def test_a_config_survives_the_file(tmp_path: Path) -> None:
     settings, spec, _ = parse_study(["--preset", "smollm2"])
     settings = spec.run_settings(settings, "equal_pull", 5, str(tmp_path / "run"))
-    jobs.write_config(tmp_path / "config.yaml", settings)
+    run.write_config(tmp_path / "config.yaml", settings)
     assert parse_settings(["--config", str(tmp_path / "config.yaml")])[0] == settings
 
 
@@ -105,18 +105,18 @@ def _settings(folder: Path) -> Settings:
 
 def test_what_an_unfinished_run_is_given_to_do(tmp_path: Path) -> None:
     folder = tmp_path / "uniform-seed1"
-    fresh = jobs.run_job("a", _settings(folder))
+    fresh = run.run_job("a", _settings(folder))
     assert fresh.arguments[:2] == ("train", "--config") and not fresh.done
     (folder / "run.json").write_text("{}")
     (folder / "metrics.jsonl").write_text('{"kind": "train"}\n')
-    again = jobs.run_job("a", _settings(folder))
+    again = run.run_job("a", _settings(folder))
     assert again.arguments[:2] == ("train", "--config") and again.progress == 0
     assert (tmp_path / "uniform-seed1.interrupted-1" / "metrics.jsonl").is_file(), "what it wrote is kept"
     (folder / "checkpoint-2").mkdir()
-    assert jobs.run_job("a", _settings(folder)).arguments == ("train", "--resume", str(folder))
+    assert run.run_job("a", _settings(folder)).arguments == ("train", "--resume", str(folder))
     (folder / "summary.json").write_text("{}")
-    assert jobs.run_job("a", _settings(folder)).done
-    jobs.drop_checkpoints(folder)
+    assert run.run_job("a", _settings(folder)).done
+    run.drop_checkpoints(folder)
     assert not (folder / "checkpoint-2").exists() and (folder / "config.yaml").is_file()
 
 
@@ -132,22 +132,22 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "if sys.argv[1] == 'slow':\n    print('waiting', flush=True)\n    time.sleep(60)\n"
         "pathlib.Path(sys.argv[2]).write_text('{}')\n"
     )
-    monkeypatch.setattr(jobs, "SCRIPT", path)
+    monkeypatch.setattr(run, "SCRIPT", path)
 
 
-def _job(folder: Path, name: str, what: str) -> jobs.Job:
+def _job(folder: Path, name: str, what: str) -> run.Job:
     place = folder / name
     place.mkdir()
-    return jobs.Job(name, (what, str(place / "result")), place, place / "result")
+    return run.Job(name, (what, str(place / "result")), place, place / "result")
 
 
 def test_a_failure_costs_the_others_nothing(tmp_path: Path, script: None, capsys: pytest.CaptureFixture[str]) -> None:
     work = [_job(tmp_path, "one", "ok"), _job(tmp_path, "two", "bad"), _job(tmp_path, "three", "ok")]
-    assert jobs.run_all(work, 2, Console()) == [work[1]]
+    assert run.run_all(work, 2, Console()) == [work[1]]
     assert work[0].done and work[2].done
     assert "two failed (no such luck)" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "one" / "result").write_text("before")
-    jobs.run_all([work[0]], 1, Console())
+    run.run_all([work[0]], 1, Console())
     assert (tmp_path / "one" / "result").read_text() == "before", "what is done is not run again"
 
 
@@ -163,29 +163,29 @@ def test_an_interruption_lets_the_running_ones_end(
             os.sched_yield()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs.time, "sleep", interrupt)
-    monkeypatch.setattr(jobs.os, "isatty", lambda _: False)  # no terminal that would have told them itself
+    monkeypatch.setattr(run.time, "sleep", interrupt)
+    monkeypatch.setattr(run.os, "isatty", lambda _: False)  # no terminal that would have told them itself
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_all(work, 1, Console())
+        run.run_all(work, 1, Console())
     assert (tmp_path / "one" / "result").read_text() == "stopped" and not work[1].done
 
 
 def test_a_folder_keeps_to_the_study_it_was_begun_with(tmp_path: Path) -> None:
     settings, spec, name = parse_study(SMALL)
-    first = command.describe(settings, spec, name, tmp_path)
+    first = run.describe(settings, spec, name, tmp_path)
     (tmp_path / "study.json").write_text(json.dumps(first))
     more = dataclasses.replace(spec, seeds=[1, 2, 3, 4])
-    again = command.describe(dataclasses.replace(settings, num_threads=2), more, name, tmp_path)
+    again = run.describe(dataclasses.replace(settings, num_threads=2), more, name, tmp_path)
     assert again["seeds"] == [1, 2, 3, 4] and again["started"] == first["started"] and again["continued"]
     with pytest.raises(UserError, match="max_steps 2 -> 3"):
-        command.describe(dataclasses.replace(settings, max_steps=3), spec, name, tmp_path)
+        run.describe(dataclasses.replace(settings, max_steps=3), spec, name, tmp_path)
     other = dataclasses.replace(spec, arms={"inverse": {**ARMS["inverse"], "sampling_floor": 0.9}})
     with pytest.raises(UserError, match="arm inverse"):
-        command.describe(settings, other, name, tmp_path)
+        run.describe(settings, other, name, tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="holds something that is no study"):
-        command.describe(settings, StudySpec(), name, tmp_path / "other")
+        run.describe(settings, StudySpec(), name, tmp_path / "other")
 
 
 @pytest.mark.slow

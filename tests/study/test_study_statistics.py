@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gradnorm_grpo.study.statistics import (
+from gradnorm_grpo.study.stats import (
     across,
     correlate,
     fieller,

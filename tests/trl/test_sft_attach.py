@@ -1,4 +1,4 @@
-"""attach() on SFTTrainer: every row is a sample; U against the rows' own losses, and training is left as it was."""
+"""attach() on SFTTrainer: every row is a sample; U against the rows' own losses; training is unchanged."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gradnorm_kernels.integrations.trl import attach
+from gradnorm_kernels.integrations.trl.sft import TASK
 from tests.trl import trl_tiny as tiny
 
 trl = pytest.importorskip("trl")
@@ -128,10 +129,10 @@ def test_watching_changes_no_bit_and_the_log_has_the_tasks(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
     assert resumed.state_dict() == attached.state_dict()
     row = dict(watched.train_dataset[0])
-    assert "gradnorm_task" in pickle.loads(pickle.dumps(watched.data_collator))([row])  # as a loader's worker does
-    assert "gradnorm_task" not in watched.data_collator([{**row, "task": "unheard of"}])
+    assert TASK in pickle.loads(pickle.dumps(watched.data_collator))([row])  # as in a loader's worker
+    assert TASK not in watched.data_collator([{**row, "task": "unheard of"}])
     attached.detach()
-    assert "gradnorm_task" not in watched.data_collator([row])
+    assert TASK not in watched.data_collator([row])
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_watching_changes_no_bit_and_the_log_has_the_tasks(tmp_path):
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
     ],
 )
-def test_what_is_refused(tmp_path, changes, options, message):
+def test_settings_that_are_refused(tmp_path, changes, options, message):
     trainer = sft(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         attach(trainer, **options)

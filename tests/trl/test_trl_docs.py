@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import gradnorm_kernels as gk
+from gradnorm_kernels.integrations.trl.loss_scale import AVERAGES, LOSS_TYPES
+from gradnorm_kernels.integrations.trl.validation import TASK_SAMPLING
 from tests.trl import trl_tiny as tiny
 
 accelerate = pytest.importorskip("accelerate")
@@ -33,6 +35,19 @@ def test_grpo(tmp_path, capsys):
     assert "task_sampling" in (text := PAGE.read_text(encoding="utf-8"))
     for key in space["attached"].metrics():
         assert key.rsplit("/", 1)[-1] in text
+
+
+def test_the_table_of_loss_types_is_that_of_the_code():
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `([^`]+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    printed = {loss: formula for losses, formula in rows for loss in re.findall(r"\w+", losses)}
+    assert {loss: printed.get(loss) for loss in LOSS_TYPES} == {
+        loss: AVERAGES[average].formula for loss, average in LOSS_TYPES.items()
+    }
+
+
+def test_the_words_of_task_sampling_are_on_the_page():
+    page = PAGE.read_text(encoding="utf-8")
+    assert all(f'"{word}"' in page for word in (*TASK_SAMPLING, "equal"))
 
 
 def test_sft(tmp_path, capsys, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gradnorm_kernels.integrations.trl import attach
-from gradnorm_kernels.integrations.trl.loss_scale import AVERAGES
+from gradnorm_kernels.integrations.trl.loss_scale import LOSS_TYPES
 from tests.trl import trl_tiny as tiny
 
 trl = pytest.importorskip("trl")
@@ -52,11 +52,11 @@ class Watched:
             loss = type(trainer)._compute_loss(trainer, trainer.model, alone)
         finally:
             trainer.current_gradient_accumulation_steps = steps
-        own = {"dr_grpo": trainer.max_completion_length / length, "luspo": 1 / length}
+        own = {"constant": trainer.max_completion_length / length, "sums": 1 / length}  # 1 for the other averages
         modules = dict(trainer.model.named_modules())
         parameters = [p for name in self.attached.tracker.layers for p in modules[name].parameters() if p.requires_grad]
         trainer.model.zero_grad()
-        (loss * own.get(trainer.loss_type, 1.0)).backward()
+        (loss * own.get(LOSS_TYPES[trainer.loss_type], 1.0)).backward()
         return torch.cat([p.grad.flatten() for p in parameters]).double()
 
     def parts(self) -> list[list[Part]]:
@@ -121,7 +121,7 @@ def stand_still(tmp_path: Any, **changes: Any) -> Any:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{loss: {"loss_type": loss} for loss in AVERAGES},
+    **{loss: {"loss_type": loss} for loss in LOSS_TYPES},
     "cispo unclamped": {"loss_type": "cispo", "epsilon_high": 5.0},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     "gspo dapo": {"loss_type": "dapo", "importance_sampling_level": "sequence"},
@@ -270,6 +270,19 @@ def test_a_loss_scale_is_divided_out(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_gmpo_averages_over_rows(tmp_path):
+    """Whatever its loss_type, which stays at GRPOConfig's "dapo"."""
+    from trl.experimental.gmpo import GMPOTrainer
+
+    watched = Watched(stand_still(tmp_path, kind=GMPOTrainer))
+    assert watched.trainer.loss_type == "dapo"
+    watched.trainer.train()
+    watched.check()
+    with pytest.raises(ValueError, match="Changed computes a loss of its own"):
+        attach(stand_still(tmp_path, kind=type("Changed", (GMPOTrainer,), {"_compute_loss": lambda *_: None})))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_loss_of_its_own_takes_its_own_row_scale(tmp_path):
     class Doubled(trl.GRPOTrainer):
         def _compute_loss(self, model: Any, inputs: Any) -> Any:
@@ -286,5 +299,5 @@ def test_a_loss_of_its_own_takes_its_own_row_scale(tmp_path):
     doubled.train()
     for task, gradient in plain.attached.last.items():
         assert own.last[task].sq_norm == pytest.approx(gradient.sq_norm, rel=1e-5, nan_ok=True)
-    with pytest.warns(UserWarning, match="Doubled computes a loss of its own"):
+    with pytest.raises(ValueError, match=r"Doubled computes a loss of its own .*pass row_scale=.*grpo_row_scale"):
         attach(stand_still(tmp_path, kind=Doubled))

@@ -1,4 +1,7 @@
-"""attach() on two gloo processes: one estimate over all rows, the same draws everywhere, a prompt split between."""
+"""attach() on two gloo processes: one estimate over all rows, the same draws everywhere, a prompt split between.
+
+Supervised fine-tuning and distillation as well, whose losses count the tokens of both processes or of each alone.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,20 @@ trl = pytest.importorskip("trl")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def worker(folder: str) -> None:
-    """What each process runs; an assertion that fails ends it with an error."""
+def everywhere(value: Any) -> list[Any]:
+    """What each process has, on all processes."""
     import torch.distributed as dist
 
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def grpo(folder: str) -> None:
+    """What each process runs; an assertion that fails ends it with an error."""
     from gradnorm_kernels.integrations.trl import attach
     from tests.trl import trl_tiny as tiny
     from tests.trl.test_trl_exact import Watched, many_ends, stand_still, u_of
-
-    def everywhere(value: Any) -> list[Any]:
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, value)
-        return found
 
     # With 6 rows a process in groups of 4 the second of the three prompts of a generation lies on both.
     for accumulate, rows in (("pairs", 6), ("exact", 8)):
@@ -76,12 +81,41 @@ def worker(folder: str) -> None:
         assert abs(mean - line["reward"]) < 1e-5
     states = everywhere((attached.state_dict(), {k: v.sum().item() for k, v in trainer.model.state_dict().items()}))
     assert states[0] == states[1]
-    dist.barrier()
-    if dist.get_rank() == 0:
-        Path(folder, "done").write_text("done")
 
 
-def test_two_processes(tmp_path):
+def supervised(folder: str) -> None:
+    """SFTTrainer divides its loss by the tokens of both processes or of each alone; GKDTrainer by another factor."""
+    from tests.trl import test_distillation as distillation
+    from tests.trl import test_sft_attach as sft
+    from tests.trl.test_trl_exact import u_of
+
+    for across in (True, False):
+        settings = {"average_tokens_across_devices": across, "learning_rate": 0.0, "max_steps": 1}
+        for build in (sft.sft, distillation.gkd):
+            seen = distillation.Seen(build(folder, ddp_backend="gloo", **settings))
+            trainer, layers = seen.trainer, seen.attached.tracker.layers
+            trainer.train()
+            parts = []
+            for at, (inputs, names) in enumerate(zip(seen.inputs, seen.tasks, strict=True)):
+                if build is sft.sft:
+                    rows = zip(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True)
+                    gradients = [sft.own_gradient(trainer.model, layers, *row, False) for row in rows]
+                else:
+                    gradients = [distillation.own_gradient(trainer, layers, inputs, row) for row in range(len(names))]
+                tagged = enumerate(zip(names, gradients, strict=True))
+                parts.append([(task, (at, row), gradient, 1.0) for row, (task, gradient) in tagged])
+            truth, squares = u_of(sum(everywhere(parts), []))
+            assert truth
+            for task, value in truth.items():
+                found = seen.attached.last[task].sq_norm
+                assert abs(found - value) < 1e-4 * (abs(value) + squares[task]), (build, across, task)
+
+
+WORKERS = {"grpo": grpo, "supervised": supervised}
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_two_processes(tmp_path, worker):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,7 +132,7 @@ def test_two_processes(tmp_path):
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
         }
-        command = [sys.executable, "-W", "ignore", "-m", "tests.trl.test_trl_ranks", str(tmp_path)]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.trl.test_trl_ranks", worker, str(tmp_path)]
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )
@@ -115,7 +149,12 @@ def test_two_processes(tmp_path):
 
 if __name__ == "__main__":
     try:
-        worker(sys.argv[1])
+        import torch.distributed as dist
+
+        WORKERS[sys.argv[1]](sys.argv[2])
+        dist.barrier()
+        if dist.get_rank() == 0:
+            Path(sys.argv[2], "done").write_text("done")
     except BaseException:
         traceback.print_exc()
         sys.stdout.flush()

@@ -1,15 +1,14 @@
-"""attach() on whole GRPOTrainer runs: the same bits, what is logged, draws and their lag, checkpoints, detaching."""
+"""attach() on whole GRPOTrainer runs: bit-identical training, the log, draws and their lag, checkpoints, detaching."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gradnorm_kernels.integrations.trl import attach
+from gradnorm_kernels.integrations.trl.grpo import PROMPT, shuffle_groups
 from tests.trl import trl_tiny as tiny
 
 trl = pytest.importorskip("trl")
@@ -80,7 +79,7 @@ def test_what_is_logged(tmp_path):
     assert not any(key.startswith("tasks/") for key in last)
 
 
-def test_several_steps_a_line_are_pooled(tmp_path):
+def test_several_steps_per_line_are_pooled(tmp_path):
     trainer = tiny.grpo(tmp_path, max_steps=4, logging_steps=4, per_device_train_batch_size=24)
     attached = attach(trainer)
     trainer.train()
@@ -109,11 +108,83 @@ def test_only_steps_on_fresh_completions_are_measured(tmp_path, changes, expecte
     assert [int(any(key.endswith("/n") for key in line)) for line in lines] == expected
 
 
+# What TRL logs too, by task
+
+
+def rollout(prompts, trainer):
+    """Completions of six tokens, of which the environment wrote three."""
+    tokens = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+    rows = range(len(prompts))
+    return {
+        "prompt_ids": tokens,
+        "completion_ids": [[5 + (i + j) % 20 for j in range(6)] for i in rows],
+        "logprobs": [[-1.0] * 6 for _ in rows],
+        "env_mask": [[1, 1, 0, 0, 0, 1] for _ in rows],
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mask_truncated_completions": True}, {"extra": {"rollout_func": rollout}}],
+    ids=["plain", "truncated completions masked", "tokens of an environment"],
+)
+def test_response_length_is_trls(tmp_path, changes):
+    data = tiny.prompts().map(lambda row: {"task": "up"})
+    trainer = tiny.grpo(tmp_path, data=data, max_completion_length=6, max_steps=3, **changes)
+    attach(trainer)
+    trainer.train()
+    lengths = tiny.logged(trainer, "completions/mean_length")
+    assert len(lengths) == 3
+    assert tiny.logged(trainer, "tasks/up/response_length") == pytest.approx(lengths)
+    masked = [value for value in tiny.logged(trainer, "completions/clipped_ratio") if value > 0]
+    assert masked or "extra" in changes  # some completions were truncated, or masking them would change nothing
+
+
+def test_completions_that_no_function_scored_do_not_count(tmp_path):
+    """They are left out of the task's reward, of its gain and of what the balancer is given, as TRL leaves them out."""
+    scored: list[dict[str, list[float]]] = []
+
+    def some(completion_ids, task, **_):
+        """Nothing for "down", and for every second "up" or "loud"."""
+        values = [
+            None if name == "down" or at % 2 else 1.0 + sum(i % 2 == 0 for i in ids) / len(ids)
+            for at, (ids, name) in enumerate(zip(completion_ids, task, strict=True))
+        ]
+        found: dict[str, list[float]] = {}
+        for name, value in zip(task, values, strict=True):
+            if value is not None:
+                found.setdefault(name, []).append(value)
+        scored.append(found)
+        return values
+
+    trainer = tiny.grpo(tmp_path, max_steps=4, per_device_train_batch_size=48)
+    trainer.reward_funcs = [some]
+    attached = attach(trainer, correction="famo", gain_window=1)
+    given, update = [], attached.balancer.update
+    attached.balancer.update = lambda stats, rewards: (given.append(rewards), update(stats, rewards))
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == len(scored) == len(given) == 4
+    means = [{task: sum(values) / len(values) for task, values in found.items()} for found in scored]
+    for line, found, passed in zip(lines, means, given, strict=True):
+        assert set(found) == {"up", "loud"}
+        assert passed == pytest.approx(found, rel=1e-5)
+        for task, mean in found.items():
+            assert line[f"tasks/{task}/reward"] == pytest.approx(mean, rel=1e-5)
+        assert "tasks/down/reward" not in line
+        assert "tasks/down/response_length" in line
+    for before, after, line in zip(means[:-1], means[1:], lines[1:], strict=True):
+        assert line["tasks/up/learning_gain"] == pytest.approx(after["up"] - before["up"], abs=1e-5)
+        assert "tasks/down/learning_gain" not in line
+    values = [value for found in scored[:1] for task in found.values() for value in task]
+    assert lines[0]["reward"] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
 # Draws
 
 
 class Recorded:
-    """The rows that a trainer generated for, one list of prompts a generation."""
+    """The rows that a trainer generated for, one list of prompts per generation."""
 
     def __init__(self, trainer) -> None:
         self.prompts: list[list[str]] = []
@@ -148,9 +219,9 @@ def test_draws_follow_every_step_before_them(tmp_path):
         assert set(prompts) <= set(rows)
 
 
-def test_equal_draws_favour_no_task(tmp_path):
+def test_uniform_draws_favour_no_task(tmp_path):
     trainer = tiny.grpo(tmp_path, max_steps=6, per_device_train_batch_size=16, max_completion_length=2)
-    attach(trainer, task_sampling="equal")
+    attach(trainer, task_sampling="uniform")
     recorded = Recorded(trainer)
     trainer.train()
     rows = {row["prompt"]: row["task"] for row in tiny.prompts()}
@@ -178,14 +249,14 @@ def test_a_resumed_run_goes_on_draw_for_draw(tmp_path, changes):
 
 
 def test_a_generation_that_was_not_used_up_comes_again(tmp_path):
-    """TRL generates anew where a checkpoint fell inside a generation's iterations; the prompts must be the same."""
+    """TRL generates again where a checkpoint falls inside a generation's iterations; the prompts must be the same."""
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2}
     whole = tiny.grpo(tmp_path / "run", **options)
-    attach(whole, task_sampling="equal")
+    attach(whole, task_sampling="uniform")
     drawn = Recorded(whole)
     whole.train()
     again = tiny.grpo(tmp_path / "run", **options)
-    attach(again, task_sampling="equal")
+    attach(again, task_sampling="uniform")
     rest = Recorded(again)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert len(drawn.prompts) == 2
@@ -202,7 +273,7 @@ def test_checkpoints_and_settings_that_do_not_fit(tmp_path):
     with pytest.warns(UserWarning, match="saved without attach"):
         later.train(resume_from_checkpoint=True)
     other = tiny.grpo(tmp_path / "other", **options)
-    attach(other, task_sampling="equal")
+    attach(other, task_sampling="uniform")
     other.train()
     changed = tiny.grpo(tmp_path / "other", **{**options, "max_steps": 2})
     attach(changed)
@@ -250,7 +321,7 @@ def test_an_error_in_the_loss_leaves_the_tracker_usable(tmp_path):
 
 
 def test_weights_scale_advantages_and_not_the_measurement(tmp_path):
-    """With weights given by hand: the advantages are multiplied, and U is that of the unweighted loss."""
+    """With fixed weights: the advantages are multiplied, and U is that of the unweighted loss."""
     from gradnorm_kernels.control.balancer import TaskBalancer
 
     class Fixed(TaskBalancer):
@@ -291,106 +362,34 @@ def test_a_correction_is_learned_during_the_run(tmp_path, strategy):
     assert len(set(tiny.logged(trainer, "tasks/up/weight"))) > 1
 
 
-# Refusals and remarks
+# Whole groups
 
 
-def stream(rows):
-    return rows.to_iterable_dataset()
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({}, {"task_column": "topic"}, "task_column='topic' is not a column"),
-        ({}, {"every": 0}, "every must be an int of at least 1"),
-        ({}, {"task_sampling": "loudest"}, "task_sampling must be one of"),
-        ({}, {"task_sampling": "proportional", "exponent": 2.0}, "exponent goes with strategy='power'"),
-        ({}, {"exponent": 2.0}, "exponent goes with task_sampling='power'"),
-        ({}, {"correction": "shout"}, "strategy must be one of"),
-        ({"per_device_train_batch_size": 6}, {"keep_groups_together": True}, "multiple of num_generations=4"),
-        ({"remove_unused_columns": True}, {}, "remove_unused_columns=True drops"),
-        ({"torch_compile": True}, {}, "torch_compile=True"),
-        ({}, {"layers": "lm_head"}, "picks only the output head"),
-    ],
-)
-def test_what_is_refused(tmp_path, changes, options, message):
-    trainer = tiny.grpo(tmp_path, **changes)
-    before = dict(trainer.__dict__)
-    with pytest.raises(ValueError, match=message):
-        attach(trainer, **options)
-    assert trainer.__dict__ == before
-
-
-@pytest.mark.parametrize(
-    ("accelerator", "message"),
-    [
-        ({"parallelism_config": SimpleNamespace(cp_enabled=True, sp_enabled=False)}, "cp_size or sp_size above 1"),
-        ({"parallelism_config": SimpleNamespace(cp_enabled=False, sp_enabled=True)}, "cp_size or sp_size above 1"),
-        ({"distributed_type": "DistributedType.DEEPSPEED", "mixed_precision": "fp16"}, "use bf16"),
-    ],
-)
-def test_what_is_refused_of_accelerate(tmp_path, accelerator, message):
-    trainer = tiny.grpo(tmp_path)
-    trainer.accelerator = SimpleNamespace(**{"distributed_type": "DistributedType.NO", **accelerator})
-    with pytest.raises(ValueError, match=message):
-        attach(trainer)
-
-
-def test_a_task_column_with_holes_is_refused(tmp_path):
-    data = tiny.prompts().map(lambda row, at: {"task": None if at == 3 else row["task"]}, with_indices=True)
-    with pytest.raises(ValueError, match="must hold a string or an int in every row, got None"):
-        attach(tiny.grpo(tmp_path, data=data))
-
-
-def test_what_is_refused_of_streams_losses_and_trainers(tmp_path):
-    with pytest.raises(TypeError, match="must be a GRPOTrainer"):
-        attach(object())
-    streamed = tiny.grpo(tmp_path, data=stream(tiny.prompts()))
-    with pytest.raises(ValueError, match="this one is a stream"):
-        attach(streamed, task_sampling="equal")
-    attached = attach(streamed)
-    streamed.train()
-    assert attached.last
-    unknown = tiny.grpo(tmp_path)
-    unknown.loss_type = "novel"
-    with pytest.raises(ValueError, match="loss_type='novel' is not one"):
-        attach(unknown)
-    old = tiny.grpo(tmp_path)
-    old.__class__ = type("Old", (trl.GRPOTrainer,), {"_calculate_rewards": property(lambda self: self.gone)})
-    with pytest.raises(ValueError, match="lacks _calculate_rewards"):
-        attach(old)
-
-
-@pytest.mark.parametrize(
-    ("changes", "options", "message"),
-    [
-        ({"scale_rewards": "batch"}, {}, "scale_rewards='batch'"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, {}, "normalize_then_sum"),
-        ({"entropy_coef": 0.1}, {}, "entropy_coef"),
-        ({"top_entropy_quantile": 0.5}, {}, "top_entropy_quantile"),
-        ({"num_iterations": 3}, {}, "make 3 optimizer steps from one generation: only the first"),
-        ({"steps_per_generation": 8}, {}, "make 4 optimizer steps from one generation"),
-        ({"loss_type": "cispo"}, {}, "0.2 times, and U 0.04 times"),
-        ({"per_device_train_batch_size": 4}, {"keep_groups_together": True}, "U stays undefined"),
-        ({}, {"layers": "all"}, "lm_head"),
-    ],
-)
-def test_what_bends_the_measurement_is_said_by_name(tmp_path, changes, options, message):
-    trainer = tiny.grpo(tmp_path, **changes)
-    with pytest.warns(UserWarning, match=message):
-        attach(trainer, **options)
-
-
-def test_default_settings_call_for_no_remark(tmp_path):
-    trainer = tiny.grpo(tmp_path, beta=0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        attach(trainer, correction="equal_pull")
-
-
-def test_a_tied_head_takes_its_embedding_along(tmp_path):
-    tied = tiny.model(tie_word_embeddings=True)
-    with pytest.warns(UserWarning, match="lm_head, model.embed_tokens"):
-        attached = attach(tiny.grpo(tmp_path, trained=tied), layers="all")
-    assert "model.embed_tokens" not in attached.tracker.layers
-    assert "model.norm" in attached.tracker.layers
+def test_shuffling_groups_moves_whole_prompts_at_random():
+    """Every entry moves alike, prompts stay whole, and the random state ends where TRL's own shuffle leaves it."""
+    trl_utils = pytest.importorskip("trl.trainer.utils")
+    prompts = torch.arange(6).repeat_interleave(4)
+    rows = {
+        "x": torch.arange(24),
+        PROMPT: prompts,
+        "words": list(map(str, range(24))),
+        "total": torch.tensor(3.0),
+        "no": None,
+    }
+    orders = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        moved = shuffle_groups(rows)
+        after = torch.random.get_rng_state()
+        torch.manual_seed(seed)
+        trl_utils.shuffle_sequence_dict(rows)
+        assert torch.equal(torch.random.get_rng_state(), after)
+        assert moved["words"] == list(map(str, moved["x"].tolist()))
+        assert torch.equal(prompts[moved["x"]], moved[PROMPT])
+        assert moved["total"] is rows["total"]
+        assert moved["no"] is None
+        assert sorted(moved["x"].tolist()) == list(range(24))
+        groups = moved[PROMPT].view(6, 4)
+        assert bool((groups == groups[:, :1]).all())
+        orders.append(tuple(groups[:, 0].tolist()))
+    assert len(set(orders)) > 3

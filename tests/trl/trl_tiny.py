@@ -1,4 +1,4 @@
-"""A tiny Llama, a tokenizer made on the spot and TRL trainers on them: seconds on a CPU, and nothing is downloaded."""
+"""A tiny Llama, a generated tokenizer and TRL trainers on them: seconds on a CPU, and nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def prompts(rows: int = 24) -> Dataset:
-    """Every row another prompt; the tasks take turns, "loud" less often than the others."""
+    """Every row is another prompt; the tasks alternate, "loud" less often than the others."""
     order = ["up", "down", "up", "loud", "down", "up", "down"]
     tasks = [order[i % len(order)] for i in range(rows)]
     texts = [" ".join(WORDS[(i * 5 + j * (1 + i % 3)) % 28] for j in range(2 + i % 3)) for i in range(rows)]
@@ -54,7 +54,7 @@ def prompts(rows: int = 24) -> Dataset:
 
 
 def reward(completion_ids: list[list[int]], task: list[str], **_: Any) -> list[float]:
-    """Even tokens for "up", odd ones for "down", a long answer for "loud"; never all alike for long."""
+    """Rewards even tokens for "up", odd ones for "down", a long answer for "loud"; rarely all equal."""
     scores = []
     for ids, name in zip(completion_ids, task, strict=True):
         even = sum(i % 2 == 0 for i in ids) / len(ids)
@@ -63,7 +63,7 @@ def reward(completion_ids: list[list[int]], task: list[str], **_: Any) -> list[f
 
 
 def grpo(folder: Path, *, trained: Any = None, data: Any = None, kind: Any = None, extra: Any = None, **changes: Any):
-    """A GRPOTrainer: 8 rows a micro-batch, 2 micro-batches a step, groups of 4, completions of at most 5 tokens."""
+    """A GRPOTrainer: 8 rows per micro-batch, 2 micro-batches per step, groups of 4, completions of up to 5 tokens."""
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 8,

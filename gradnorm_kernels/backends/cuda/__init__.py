@@ -1,8 +1,8 @@
-"""The cuda backend: kernels written by hand for the tensor cores of sm_80 (A100) and sm_90a (H100, H200).
+"""The cuda backend: hand-written kernels for the tensor cores of sm_80 (A100) and sm_90a (H100, H200).
 
-By hand are the weight-gradient pass with its norms, the Gram of pairs of tokens, and every reduction. Of torch are the
-index tables (a dozen small operations), the products in ``grad_dot`` and the inner products of the groups' sums: plain
-GEMMs, for which cuBLAS is as good as it gets. Inputs are bfloat16 or float16.
+Hand-written: segmented wgrad with its norms, the Gram of pairs of tokens, and every reduction. From torch: the index
+tables (a dozen small operations), the products in ``grad_dot`` and the inner products of the groups' sums, which are
+plain GEMMs. Inputs are bfloat16 or float16.
 
 Nothing here waits for the device: calls can be captured in a CUDA graph where the segments' values stay on it, and run
 on the current stream.
@@ -13,17 +13,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import checks
-from ...segments import Segments, prepare
-from .. import NO_FLOAT64, Plan
+from ...batch import GradBatch
+from ...segments import Segments, device_segments
+from ..base import NO_FLOAT64, Backend, Plan
 from . import gram, wgrad
-from .launch import machine, missing, operand
+from .launch import machine, operand, unavailable_reason
 
-__all__ = ["fused_grad_norm", "grad_dot", "grad_gram", "missing", "unsupported"]
+__all__ = ["BACKEND", "fused_grad_norm", "grad_dot", "grad_gram"]
 
 
-def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why it cannot take tensors of this kind; None if it can."""
+def _unsupported_reason(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cuda":
         return (
             f"it is for tensors on a CUDA device, not on {device_type!r}: move x and dy there, or use backend='torch'"
@@ -35,36 +34,38 @@ def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def fused_grad_norm(
-    x: Tensor,
-    dy: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    group_ids: Tensor | None,
-    sizes: checks.Sizes,
-    plan: Plan,
-    weight_grad: bool,
-    group_gram: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+BACKEND = Backend(
+    "cuda",
+    devices=("cuda",),
+    dtypes=(torch.bfloat16, torch.float16),
+    priority=1,
+    why="is compiled for this GPU",
+    unavailable_reason=unavailable_reason,
+    unsupported_reason=_unsupported_reason,
+)
+
+
+def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(sample_sq_norms, group_sq_norms, weight_grad, group_gram); what was not asked for is None."""
-    segments = prepare(x, cu_seqlens, sample_ids, group_ids, sizes)
-    total = x.new_empty(sizes.d_out, sizes.d_in) if weight_grad else None
-    if _nothing(segments, sizes):
+    segments = device_segments(batch)
+    x, dy = batch.x, batch.dy
+    total = x.new_empty(batch.d_out, batch.d_in) if batch.weight_grad else None
+    if _nothing(segments, batch):
         samples, groups = _zeros(x, segments.samples), _zeros(x, segments.groups)
-        pairs = _zeros(x, segments.groups, segments.groups) if group_gram else None
+        pairs = _zeros(x, segments.groups, segments.groups) if batch.group_gram else None
         return samples, groups, None if total is None else total.zero_(), pairs
 
     with machine(x.device) as device:
         x, dy = operand(x), operand(dy)
         of_sample = device, x, dy, segments, segments.sample, segments.samples
         of_group = device, x, dy, segments, segments.group, segments.groups
-        if plan.sums == "gram" and not weight_grad:
-            # Samples are not in the order of their numbers, but each is in one piece: that is all a rank needs.
+        if plan.group_sums == "gram" and not batch.weight_grad:
+            # Samples are not in the order of their numbers, but each one's places are neighbours, which is enough.
             samples = gram.norms(*of_sample, None)
-            pairs = gram.pairs(*of_group) if group_gram else None
+            pairs = gram.pairs(*of_group) if batch.group_gram else None
             groups = gram.norms(*of_group, None) if pairs is None else pairs.diagonal().clone()
         else:
-            found = wgrad.run(device, x, dy, segments, plan.gram_tokens, total, group_gram)
+            found = wgrad.run(device, x, dy, segments, plan.gram_tokens, total, batch.group_gram)
             samples, groups, pairs = found
             if plan.gram_tokens > 0:
                 short = segments.lengths() <= plan.gram_tokens
@@ -78,16 +79,14 @@ def fused_grad_norm(
     )
 
 
-def grad_gram(
-    x: Tensor, dy: Tensor, cu_seqlens: Tensor | None, sample_ids: Tensor | None, sizes: checks.Sizes, plan: Plan
-) -> Tensor:
-    """``<G_i, G_j>`` [N, N] float64."""
-    segments = prepare(x, cu_seqlens, sample_ids, None, sizes).each_alone()
-    if _nothing(segments, sizes):
-        return _zeros(x, segments.samples, segments.samples)
-    with machine(x.device) as device:
-        x, dy = operand(x), operand(dy)
-        if plan.sums == "gram":
+def grad_gram(batch: GradBatch, plan: Plan) -> Tensor:
+    """``<G_i, G_j>`` [N, N] float64: the Gram of groups of one sample each."""
+    segments = device_segments(batch).each_alone()
+    if _nothing(segments, batch):
+        return _zeros(batch.x, segments.samples, segments.samples)
+    with machine(batch.x.device) as device:
+        x, dy = operand(batch.x), operand(batch.dy)
+        if plan.group_sums == "gram":
             result = gram.pairs(device, x, dy, segments, segments.sample, segments.samples)
         else:
             found = wgrad.run(device, x, dy, segments, 0, None, True)
@@ -96,31 +95,24 @@ def grad_gram(
     return segments.guard(result)
 
 
-def grad_dot(
-    x: Tensor,
-    dy: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    sizes: checks.Sizes,
-    plan: Plan,
-) -> Tensor:
+def grad_dot(batch: GradBatch, v: Tensor, plan: Plan) -> Tensor:
     """``<G_i, v> = sum over t in i of dy_t . (v x_t)`` [N] float64."""
-    segments = prepare(x, cu_seqlens, sample_ids, None, sizes)
-    if _nothing(segments, sizes):
-        return _zeros(x, segments.samples)
-    with machine(x.device) as device:
-        return segments.guard(gram.dots(device, x.flatten(0, -2), dy.flatten(0, -2), v, segments, plan.slab))
+    segments = device_segments(batch)
+    if _nothing(segments, batch):
+        return _zeros(batch.x, segments.samples)
+    with machine(batch.x.device) as device:
+        x, dy = batch.x.flatten(0, -2), batch.dy.flatten(0, -2)
+        return segments.guard(gram.dots(device, x, dy, v, segments, plan.workspace))
 
 
-def _nothing(segments: Segments, sizes: checks.Sizes) -> bool:
-    """No product at all to be made. Raises ValueError for more tokens than the kernels can count."""
-    if sizes.tokens >= 2**31 - 1024:
+def _nothing(segments: Segments, batch: GradBatch) -> bool:
+    """Whether there is no product at all. Raises ValueError for more tokens than the kernels can count."""
+    if batch.tokens >= 2**31 - 1024:
         raise ValueError(
-            f"x must have fewer than 2^31 - 1024 tokens for backend='cuda', got {sizes.tokens}; use backend='torch' or "
+            f"x must have fewer than 2^31 - 1024 tokens for backend='cuda', got {batch.tokens}; use backend='torch' or "
             "smaller batches"
         )
-    return min(sizes.tokens, sizes.d_in, sizes.d_out, len(segments.start)) == 0
+    return batch.empty or not len(segments.start)
 
 
 def _zeros(like: Tensor, *shape: int) -> Tensor:

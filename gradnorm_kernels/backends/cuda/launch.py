@@ -67,9 +67,9 @@ def architecture(capability: tuple[int, int]) -> int | None:
 
 
 @cache
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why no launch can run in this process; None if one can."""
-    reason = native.cuda_unable()
+    reason = native.cuda_unavailable_reason()
     if reason is not None:
         return reason
     if not torch.cuda.is_available():

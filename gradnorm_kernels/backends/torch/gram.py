@@ -7,14 +7,16 @@ the terms' sizes, which may be more than the norm itself. Segmented wgrad does n
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ...layout import Stretch
+from ...segments import Segment
 from .numerics import block_sums, inner
 
-# A batch of samples is cut in strips, to skip what symmetry repeats, from so many tokens a sample and so many elements
-# of its products: below, small matrices and many calls cost more than the arithmetic they save.
+# A batch of samples is cut into strips, to skip what symmetry repeats, from so many tokens per sample and so many
+# elements of its products: below that, small matrices and many calls cost more than the arithmetic they save.
 _STRIPS = 4
 _STRIPS_FROM_LENGTH = 96
 _STRIPS_FROM_SIZE = 1 << 17
@@ -22,19 +24,19 @@ _STRIPS_FROM_SIZE = 1 << 17
 _BATCH_TOKENS = 4096
 
 
-def sample_norms(x: Tensor, dy: Tensor, stretches: list[Stretch], tile: int) -> Tensor:
-    """``||G_i||^2`` of each stretch, float64; neighbours of equal length are one batch of small products."""
+def sample_norms(x: Tensor, dy: Tensor, segments: list[Segment], tile: int) -> Tensor:
+    """``||G_i||^2`` of each segment, float64; neighbours of equal length are one batch of small products."""
     norms = []
     at = 0
-    while at < len(stretches):
-        lo, hi = stretches[at].lo, stretches[at].hi
+    while at < len(segments):
+        lo, hi = segments[at].start, segments[at].end
         length = hi - lo
         count = 1
         if length > tile:
-            norms.append(pair_gram(x, dy, stretches[at : at + 1], tile).view(1))
+            norms.append(pair_gram(x, dy, segments[at : at + 1], tile).view(1))
         else:
             most = max(1, min(tile * tile // (length * length), _BATCH_TOKENS // length))
-            while count < most and at + count < len(stretches) and stretches[at + count][:2] == (hi, hi + length):
+            while count < most and at + count < len(segments) and segments[at + count][:2] == (hi, hi + length):
                 hi += length
                 count += 1
             a, b = x[lo:hi], dy[lo:hi]
@@ -61,25 +63,38 @@ def _batch_norms(x: Tensor, dy: Tensor) -> Tensor:
     return norms
 
 
-def pair_gram(x: Tensor, dy: Tensor, stretches: list[Stretch], tile: int) -> Tensor:
-    """``<G_i, G_j>`` [n, n] float64 of neighbouring stretches, from tiles of token pairs on and above the diagonal."""
-    tiles = []
-    at = 0
-    for lo in range(stretches[0].lo, stretches[-1].hi, tile):
-        hi = min(lo + tile, stretches[-1].hi)
-        while stretches[at].hi <= lo:
-            at += 1
-        end = at
-        while end < len(stretches) and stretches[end].lo < hi:
-            end += 1
-        lengths = [min(s.hi, hi) - max(s.lo, lo) for s in stretches[at:end]]
-        tiles.append((slice(lo, hi), slice(at, end), lengths))
-    gram = torch.zeros(len(stretches), len(stretches), dtype=torch.float64, device=x.device)
-    for i, (rows, row_samples, row_lengths) in enumerate(tiles):
-        for columns, column_samples, column_lengths in tiles[i:]:
-            terms = inner(x[rows], x[columns]).mul_(inner(dy[rows], dy[columns]))
-            sums = block_sums(terms, row_lengths, column_lengths)
-            gram[row_samples, column_samples] += sums
-            if columns != rows:
-                gram[column_samples, row_samples] += sums.T
+def pair_gram(x: Tensor, dy: Tensor, segments: list[Segment], tile: int) -> Tensor:
+    """``<G_i, G_j>`` [n, n] float64 of neighbouring segments, from tiles of token pairs on and above the diagonal."""
+    tiles = token_tiles(segments, tile)
+    gram = torch.zeros(len(segments), len(segments), dtype=torch.float64, device=x.device)
+    for i, mine in enumerate(tiles):
+        for theirs in tiles[i:]:
+            terms = inner(x[mine.rows], x[theirs.rows]).mul_(inner(dy[mine.rows], dy[theirs.rows]))
+            sums = block_sums(terms, mine.lengths, theirs.lengths)
+            gram[mine.segments, theirs.segments] += sums
+            if theirs is not mine:
+                gram[theirs.segments, mine.segments] += sums.T
     return gram
+
+
+class TokenTile(NamedTuple):
+    """Consecutive rows, the segments that they meet, and how many rows of each."""
+
+    rows: slice
+    segments: slice
+    lengths: list[int]
+
+
+def token_tiles(segments: list[Segment], tile: int) -> list[TokenTile]:
+    """The rows of neighbouring segments cut into tiles of at most ``tile``."""
+    tiles, first = [], 0
+    for lo in range(segments[0].start, segments[-1].end, tile):
+        hi = min(lo + tile, segments[-1].end)
+        while segments[first].end <= lo:
+            first += 1
+        last = first
+        while last < len(segments) and segments[last].start < hi:
+            last += 1
+        lengths = [min(segment.end, hi) - max(segment.start, lo) for segment in segments[first:last]]
+        tiles.append(TokenTile(slice(lo, hi), slice(first, last), lengths))
+    return tiles

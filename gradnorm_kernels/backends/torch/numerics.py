@@ -1,4 +1,4 @@
-"""Products of half-precision rows kept in float32, and sums of squares: what the torch backend means by "wide"."""
+"""Products that accumulate in the wide dtype (float32, or float64 for float64 inputs), and sums over blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layout import to_device
+from ...segments import to_device
 
 # Rows widened at a time: bounds the float32 copies of half-precision inputs and costs nothing measurable.
 _BLOCK = 4096
@@ -45,7 +45,7 @@ def product_(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
             torch.addmm(out, a, b, out=out)
         else:
             torch.mm(a, b, out=out)
-    elif a.is_cuda:  # tensor cores take the halves as they are and hand out their float32 accumulators
+    elif a.is_cuda:  # tensor cores take half precision as it is and return their float32 accumulators
         result = torch.mm(a, b, out_dtype=out.dtype)
         out.add_(result) if accumulate else out.copy_(result)
     else:
@@ -76,3 +76,13 @@ def block_sums(matrix: Tensor, rows: list[int], columns: list[int]) -> Tensor:
         sizes = to_device(torch.tensor(lengths, device="cpu"), matrix.device)
         matrix = torch.segment_reduce(matrix, "sum", lengths=sizes, unsafe=True, initial=0.0).T.contiguous()
     return matrix
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """Float64 zeros on ``like``'s device."""
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+
+
+def index(like: Tensor, values: list[int]) -> Tensor:
+    """``values`` as int64 on ``like``'s device."""
+    return to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), like.device)

@@ -2,7 +2,7 @@
 
 :mod:`.wgrad` takes norms, sums and dW from one pass of the weight-gradient GEMM; :mod:`.gram` takes the norms of short
 samples, and in calls with few tokens everything, from inner products of tokens; :mod:`.dot` takes inner products with a
-given matrix.
+given matrix; :mod:`.rows_embedding` and :mod:`.rows_tied` are for embeddings and for heads tied to them.
 
 Index tensors that are on the GPU stay there: nothing synchronises, and a call whose sizes are all known (num_samples,
 num_groups) can be captured in a CUDA graph. Values that are out of range then cannot raise: every result is NaN
@@ -19,16 +19,16 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import checks
-from ... import segments as layout
-from ...segments import Segments, prepare
-from .. import NO_FLOAT64, Plan
-from . import dot, gram, wgrad
+from ... import segments as table
+from ...batch import GradBatch
+from ...segments import Segments, device_segments, one_sample_per_group
+from ..base import NO_FLOAT64, UP_TO_FLOAT32, Backend, Plan
+from . import dot, gram, rows_embedding, rows_tied, wgrad
 
-__all__ = ["fused_grad_norm", "grad_dot", "grad_gram", "missing", "unsupported"]
+__all__ = ["BACKEND", "embedding_grad_norm", "fused_grad_norm", "grad_dot", "grad_gram", "tied_grad_gram"]
 
 
-def missing() -> str | None:
+def _unavailable_reason() -> str | None:
     """Why this backend cannot run here at all; None if it can."""
     if _interpreted():
         return old_interpreter(triton.__version__, version("numpy"))
@@ -46,7 +46,7 @@ def missing() -> str | None:
 def old_interpreter(of_triton: str, of_numpy: str) -> str | None:
     """Why these versions cannot interpret; None if they can.
 
-    Triton 3.6's interpreter makes a Python number of an array of one element in every loop, which NumPy 2.4 refuses.
+    Triton 3.6's interpreter converts an array of one element to a Python number in every loop, which NumPy 2.4 refuses.
     """
     if _release(of_triton) >= (3, 7) or _release(of_numpy) < (2, 4):
         return None
@@ -62,8 +62,8 @@ def _release(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why it cannot take tensors of this kind; None if it can."""
+def _unsupported_reason(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why it cannot take such tensors; None if it can."""
     if dtype == torch.float64:
         return NO_FLOAT64
     if not _interpreted():
@@ -75,32 +75,33 @@ def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def fused_grad_norm(
-    x: Tensor,
-    dy: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    group_ids: Tensor | None,
-    sizes: checks.Sizes,
-    plan: Plan,
-    weight_grad: bool,
-    group_gram: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+BACKEND = Backend(
+    "triton",
+    devices=("cuda",),  # the interpreter takes CPU tensors too, when it is asked for by name
+    dtypes=UP_TO_FLOAT32,
+    priority=2,
+    why="is compiled for this GPU",
+    unavailable_reason=_unavailable_reason,
+    unsupported_reason=_unsupported_reason,
+)
+
+
+def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(sample_sq_norms, group_sq_norms, weight_grad, group_gram); what was not asked for is None."""
-    segments = prepare(x, cu_seqlens, sample_ids, group_ids, sizes)
-    x, dy = layout.rows(x), layout.rows(dy)
+    segments = device_segments(batch)
+    x, dy = table.rows(batch.x), table.rows(batch.dy)
     total: Tensor | None = None
-    between: Tensor | None = None
-    if _nothing(x, dy, segments):
-        samples, groups = (x.new_zeros(n, dtype=torch.float64) for n in (segments.samples, segments.groups))
-        total = x.new_zeros(sizes.d_out, sizes.d_in) if weight_grad else None
-        between = x.new_zeros(segments.groups, segments.groups, dtype=torch.float64) if group_gram else None
-    elif plan.sums == "gram" and not weight_grad:
-        samples, groups, between = gram.pair_sums(x, dy, segments, group_gram)
+    pairs: Tensor | None = None
+    if _nothing(batch, segments):
+        samples, groups = _zeros(x, segments.samples), _zeros(x, segments.groups)
+        total = x.new_zeros(batch.d_out, batch.d_in) if batch.weight_grad else None
+        pairs = _zeros(x, segments.groups, segments.groups) if batch.group_gram else None
+    elif plan.group_sums == "gram" and not batch.weight_grad:
+        samples, groups, pairs = gram.pair_sums(x, dy, segments, batch.group_gram)
     else:
-        short = min(plan.gram_tokens, sizes.tokens)
-        found = wgrad.wgrad(x, dy, segments, short, weight_grad, group_gram, plan.slab)
-        samples, groups, total, between = found.sample_sq, found.group_sq, found.weight_grad, found.group_gram
+        short = min(plan.gram_tokens, batch.tokens)
+        found = wgrad.wgrad(x, dy, segments, short, batch.weight_grad, batch.group_gram, plan.workspace)
+        samples, groups, total, pairs = found.sample_sq, found.group_sq, found.weight_grad, found.group_gram
         if short:
             samples = torch.where(segments.lengths() <= short, gram.sample_norms(x, dy, segments, short), samples)
     guard = segments.guard
@@ -108,47 +109,75 @@ def fused_grad_norm(
         guard(samples),
         guard(groups),
         None if total is None else segments.guard_weight_grad(total),
-        None if between is None else guard(between),
+        None if pairs is None else guard(pairs),
     )
 
 
-def grad_gram(
-    x: Tensor, dy: Tensor, cu_seqlens: Tensor | None, sample_ids: Tensor | None, sizes: checks.Sizes, plan: Plan
-) -> Tensor:
+def grad_gram(batch: GradBatch, plan: Plan) -> Tensor:
     """``<G_i, G_j>`` [N, N] float64: the Gram of groups of one sample each."""
-    segments = prepare(x, cu_seqlens, sample_ids, None, sizes)
-    x, dy = layout.rows(x), layout.rows(dy)
-    if _nothing(x, dy, segments):
-        result: Tensor | None = x.new_zeros(segments.samples, segments.samples, dtype=torch.float64)
-    elif plan.sums == "gram":
+    segments = device_segments(batch)
+    x, dy = table.rows(batch.x), table.rows(batch.dy)
+    if _nothing(batch, segments):
+        result: Tensor | None = _zeros(x, segments.samples, segments.samples)
+    elif plan.group_sums == "gram":
         result = gram.pair_gram(x, dy, segments)
     else:
-        result = wgrad.wgrad(x, dy, segments.each_alone(), 0, False, True, plan.slab).group_gram
+        result = wgrad.wgrad(x, dy, segments.each_alone(), 0, False, True, plan.workspace).group_gram
     assert result is not None
     return segments.guard(result)
 
 
-def grad_dot(
-    x: Tensor,
-    dy: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    sample_ids: Tensor | None,
-    sizes: checks.Sizes,
-    plan: Plan,
-) -> Tensor:
+def grad_dot(batch: GradBatch, v: Tensor, plan: Plan) -> Tensor:
     """``<G_i, v> = sum over t in i of dy_t . (v x_t)`` [N] float64."""
-    segments = prepare(x, cu_seqlens, sample_ids, None, sizes)
-    x, dy = layout.rows(x), layout.rows(dy)
-    if _nothing(x, dy, segments):
-        return segments.guard(x.new_zeros(segments.samples, dtype=torch.float64))
+    segments = device_segments(batch)
+    x, dy = table.rows(batch.x), table.rows(batch.dy)
+    if _nothing(batch, segments):
+        return segments.guard(_zeros(x, segments.samples))
     return segments.guard(dot.grad_dot(x, dy, v, segments))
+
+
+def embedding_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(sample_sq_norms [N], group_sq_norms [K], group_gram [K, K] or None), float64."""
+    segments = device_segments(batch)
+    ids, dy = batch.x.flatten(), table.rows(batch.dy)
+    sample, group = (segments.by_token(owner, batch.tokens) for owner in (segments.sample, segments.group))
+    gram_of_groups: Tensor | None = None
+    if batch.group_gram:
+        gram_of_groups = segments.guard(rows_embedding.embedding_gram(ids, dy, group, segments.groups))
+        groups = gram_of_groups.diagonal().clone()
+    else:
+        groups = segments.guard(rows_embedding.embedding_norms(ids, dy, group, segments.groups))
+    if one_sample_per_group(batch):
+        return groups.clone(), groups, gram_of_groups
+    samples = segments.guard(rows_embedding.embedding_norms(ids, dy, sample, segments.samples))
+    return samples, groups, gram_of_groups
+
+
+def tied_grad_gram(head: GradBatch, embedding: GradBatch, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(``<H_i, G_i>`` [N], ``<sum H_a, sum G_b>`` [K, K]), float64."""
+    mine, theirs = device_segments(head), device_segments(embedding)
+    x, dy, e, ids = table.rows(head.x), table.rows(head.dy), table.rows(embedding.dy), embedding.x.flatten()
+    # An id out of range would be read from outside dy's row: it is left out, and the results are NaN.
+    inside = ids < head.d_out
+
+    def cross(own: Segments, other: Segments) -> Tensor:
+        found = rows_tied.tied_gram(x, dy, own, torch.where(inside, ids, -1), e, other)
+        return torch.where(inside.all(), other.guard(own.guard(found)), torch.nan)
+
+    groups = cross(mine.groups_as_samples(), theirs.groups_as_samples())
+    if one_sample_per_group(head):
+        return groups.diagonal().clone(), groups
+    return cross(mine.each_alone(), theirs.each_alone()).diagonal().clone(), groups
 
 
 def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _nothing(x: Tensor, dy: Tensor, segments: Segments) -> bool:
+def _nothing(batch: GradBatch, segments: Segments) -> bool:
     """Whether every sum is empty."""
-    return not (x.numel() and dy.numel() and segments.start.numel())
+    return batch.empty or not len(segments.start)
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)

@@ -1,26 +1,32 @@
-"""``attach(trainer)``: measure every task's gradient inside TRL's own training, and act on it where asked to."""
+"""``attach(trainer)`` and what it returns: every task's gradient measured inside TRL's own training, and acted on.
+
+What is particular to a trainer is in :mod:`.grpo` and :mod:`.sft`, what its losses do to a row in :mod:`.loss_scale`,
+and what is refused in :mod:`.validation`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import itertools
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from ...control.balancer import TaskBalancer
+from ...control.balancer import RunningGram, TaskBalancer
 from ...control.sampler import TaskSampler
-from ...tracking.layers import LayerChoice
-from .attachment import Attachment
-from .grpo import GrpoAttachment
-from .sft import SftAttachment
+from ...estimation.estimator import RunningEstimate
+from ...estimation.metrics import pair_key, pooled_metrics
+from ...tracking.layers import LayerChoice, select_layers
+from ...tracking.tracker import GradNormTracker, StepStats
+from .grpo import GrpoHooks
+from .sft import SftHooks
+from .validation import check_count, check_trainer, row_tasks, sampling_strategy
 
-#: task_sampling -> TaskSampler's strategy; "uniform" leaves TRL's own sampler alone.
-SAMPLINGS = {
-    "uniform": None,
-    "equal": "uniform",
-    "proportional": "proportional",
-    "proportional_sq": "proportional_sq",
-    "inverse": "inverse",
-    "power": "power",
-}
+#: The file in a checkpoint's folder.
+STATE_FILE = "gradnorm_state.json"
 
 
 def attach(
@@ -29,7 +35,7 @@ def attach(
     layers: LayerChoice = "last_attention",
     fused: bool = False,
     every: int = 1,
-    task_sampling: str = "uniform",
+    task_sampling: str = "off",
     *,
     exponent: float | None = None,
     floor: float = 0.1,
@@ -39,13 +45,14 @@ def attach(
     keep_groups_together: bool = False,
     row_scale: Callable[..., Any] | None = None,
     gain_window: int = 4,
+    max_cosines: int | None = 100,
     **tracker_options: Any,
 ) -> Attachment:
     """Measure ``U_k``, every task's squared gradient norm, at each optimizer step of a TRL trainer.
 
-    Call it before ``trainer.train()``, on a GRPOTrainer, a subclass of it, or an SFTTrainer. In GRPO a sample is a
+    Call it before ``trainer.train()``, on a GRPOTrainer, an SFTTrainer, or a subclass of either. In GRPO a sample is a
     prompt with all its completions, in SFT a row. A sample's loss is the mean over its rows of the mean over a row's
-    tokens, whatever the trainer's loss_type makes of it. With ``fused=False``, ``task_sampling="uniform"`` and neither
+    tokens, whatever the trainer's loss_type makes of it. With ``fused=False``, ``task_sampling="off"`` and neither
     correction nor keep_groups_together the run is the trainer's own to the last bit on one device.
 
     The trainer's logs get, for each task: ``tasks/<task>/grad_norm_sq`` (U), ``.../grad_norm_sq_se``,
@@ -60,19 +67,22 @@ def attach(
             call its module.
         every: measure one in so many of the optimizer steps that can be measured. In GRPO these are the first on each
             generation.
-        task_sampling: GRPO only. "uniform": TRL's own sampler, every row alike. Else tasks are drawn by their running
-            U: "proportional" (to the norm), "proportional_sq", "inverse", "power" (``exponent``), or "equal": every
-            task alike. Rows of a task come in shuffled passes. The draw happens when the generation begins, so it
-            knows every step before it, and it is the same on every process.
+        task_sampling: GRPO only. "off": TRL's own sampler, which treats all rows alike. "uniform": every task is drawn
+            with the same probability. Otherwise tasks are drawn by their running U: "proportional" (to the norm),
+            "proportional_sq", "inverse", or "power" (``exponent``). Rows of a task come in shuffled passes. The draw
+            happens when the generation begins, so it uses every step before it, and it is the same on every process.
         exponent, floor, decay: of :class:`TaskSampler`; decay also of the correction's running averages.
         seed: of the draws; default: ``trainer.args.seed``.
         correction: GRPO only. A strategy of :class:`TaskBalancer` ("equal_pull", "mgda", "pcgrad" ...) or a balancer:
             its weights multiply the tasks' advantages; U stays that of the unweighted loss.
-        keep_groups_together: GRPO only. Shuffle a generation by whole prompts, so that a prompt's completions meet in
+        keep_groups_together: GRPO only. Shuffle a generation by whole prompts, so that a prompt's completions are in
             one micro-batch and every pair counts in full. The order of rows then differs from TRL's.
-        row_scale: GRPO only, for a trainer with a loss of its own: ``row_scale(trainer, inputs)`` gives the [B] factors
-            from a row's share of the differentiated loss to its own loss.
+        row_scale: for a trainer with a loss of its own: ``row_scale(trainer, inputs)`` (SFT: ``row_scale(trainer,
+            inputs, num_items_in_batch)``) gives the [B] factors from a row's share of the differentiated loss to the
+            row's own loss.
         gain_window: generations on each side of ``learning_gain``.
+        max_cosines: log the cosines of at most so many pairs of tasks per line: those measured on the most samples.
+            None logs all. ``.last.cosines`` always has them all.
         tracker_options: any other argument of :class:`GradNormTracker`.
 
     Returns:
@@ -81,7 +91,7 @@ def attach(
 
     Raises:
         TypeError: not a trainer this works on.
-        ValueError: settings that cannot be measured or do not fit together, by name.
+        ValueError: settings that cannot be measured or do not fit together, by name; the trainer is unchanged.
     """
     from trl import GRPOTrainer, SFTTrainer
 
@@ -90,89 +100,301 @@ def attach(
             f"trainer must be a GRPOTrainer (or a subclass) or an SFTTrainer, got {type(trainer).__name__}: for a loop "
             "of your own use GradNormTracker"
         )
-    kind: type[GrpoAttachment] | type[SftAttachment] = (
-        GrpoAttachment if isinstance(trainer, GRPOTrainer) else SftAttachment
-    )
-    missing = [name for name in kind.NEEDS if not hasattr(trainer, name)]
-    missing = [name for name in missing if name != "current_gradient_accumulation_steps"]  # made by train()
-    if missing:
-        raise ValueError(
-            f"{type(trainer).__name__} of the installed TRL lacks {', '.join(missing)}, which attach(...) hooks into: "
-            "it was written for TRL 1.16"
-        )
-    if getattr(trainer, "_gradnorm", None) is not None:
-        raise ValueError("attach(...) was already called on this trainer: call .detach() on what it returned first")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an int of at least 1, got {every!r}: 1 measures each step that can be")
-    if task_sampling not in SAMPLINGS:
-        raise ValueError(f"task_sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {task_sampling!r}")
+    grpo = isinstance(trainer, GRPOTrainer)
+    check_trainer(trainer, (*Attachment.NEEDS, *(GrpoHooks.NEEDS if grpo else SftHooks.NEEDS)))
+    check_count("every", every, 1, "1 measures each step that can be measured")
+    if max_cosines is not None:
+        check_count("max_cosines", max_cosines, 0, "it is how many pairs of tasks a log line holds; None logs all")
+    strategy = sampling_strategy(task_sampling)
     seed = trainer.args.seed if seed is None else seed
-    tracker_options["fused"] = fused
-    rows = _row_tasks(trainer, task_column)
-    attachment: Attachment
-    if kind is SftAttachment:
-        if task_sampling != "uniform" or correction is not None or keep_groups_together or row_scale is not None:
-            raise ValueError(
-                "task_sampling, correction, keep_groups_together and row_scale act on GRPO's generations; with an "
-                "SFTTrainer attach(...) measures only"
-            )
-        if rows is None:
-            raise ValueError("an SFTTrainer needs a map-style training data set, whose tasks can be listed beforehand")
-        attachment = SftAttachment(trainer, task_column, layers, every, tracker_options, rows)
-    else:
-        tasks = list(dict.fromkeys(rows or []))
-        strategy = SAMPLINGS[task_sampling]
-        if rows is None and (strategy is not None or correction is not None):
-            raise ValueError(
-                "task_sampling and correction need a map-style training data set, whose tasks and rows can be listed; "
-                "this one is a stream"
-            )
-        if strategy is None and exponent is not None:
-            raise ValueError(f"exponent goes with task_sampling='power', got task_sampling={task_sampling!r}")
-        sampler = (
-            None
-            if strategy is None
-            else TaskSampler(tasks, strategy, exponent=exponent, floor=floor, decay=decay, seed=seed)
-        )
-        if isinstance(correction, str):
-            correction = TaskBalancer(tasks, correction, decay=decay, seed=seed)
-        if correction is not None and set(correction.tasks) != set(tasks):
-            raise ValueError(
-                f"the balancer in correction= knows the tasks {list(correction.tasks)!r}, the data has {tasks!r}"
-            )
-        attachment = GrpoAttachment(
+    rows = row_tasks(trainer, task_column)
+    hooks: GrpoHooks | SftHooks
+    if grpo:
+        sampler, balancer = _controls(rows, strategy, correction, task_sampling, exponent, floor, decay, seed)
+        hooks = GrpoHooks(
             trainer,
             task_column,
-            layers,
-            every,
-            tracker_options,
+            rows,
             sampler=sampler,
-            row_tasks=rows,
-            balancer=correction,
+            balancer=balancer,
             keep_groups_together=keep_groups_together,
             row_scale=row_scale,
             gain_window=gain_window,
             seed=seed,
+            accumulate=tracker_options.get("accumulate"),
         )
-    trainer._gradnorm = attachment
-    return attachment
+    else:
+        if strategy is not None or correction is not None or keep_groups_together:
+            raise ValueError(
+                "task_sampling, correction and keep_groups_together act on GRPO's generations; with an SFTTrainer "
+                "attach(...) measures only"
+            )
+        hooks = SftHooks(trainer, task_column, rows, row_scale=row_scale)
+    chosen = layers_beside_the_head(trainer.model, layers, bool(tracker_options.get("frozen")))
+    tracker = GradNormTracker(trainer.model, chosen, fused=fused, **tracker_options)
+    for remark in hooks.remarks:
+        warnings.warn(remark, stacklevel=2)
+    trainer._gradnorm = Attachment(trainer, hooks, tracker, every, max_cosines)
+    return trainer._gradnorm
 
 
-def _row_tasks(trainer: Any, task_column: str) -> list[Hashable] | None:
-    """The task of every row of the training data; None for a stream."""
-    from datasets import IterableDataset
-
-    data = trainer.train_dataset
-    columns = getattr(data, "column_names", None)
-    if columns is not None and task_column not in columns:
+def _controls(
+    rows: list[Hashable] | None,
+    strategy: str | None,
+    correction: str | TaskBalancer | None,
+    task_sampling: str,
+    exponent: float | None,
+    floor: float,
+    decay: float | None,
+    seed: int,
+) -> tuple[TaskSampler[Any] | None, TaskBalancer | None]:
+    """The sampler and the balancer that were asked for, over the tasks of the training data."""
+    tasks = list(dict.fromkeys(rows or []))
+    if rows is None and (strategy is not None or correction is not None):
         raise ValueError(
-            f"task_column={task_column!r} is not a column of the training data, which has {sorted(columns)}: name the "
-            "one that says which task a row belongs to (an SFTTrainer that packs drops all others)"
+            "task_sampling and correction need a map-style training data set, whose tasks and rows can be listed; this "
+            "one is a stream"
         )
-    if data is None or isinstance(data, IterableDataset):
-        return None
-    tasks = list(data[task_column])
-    wrong = next((task for task in tasks if isinstance(task, bool) or not isinstance(task, (str, int))), None)
-    if wrong is not None or None in tasks:
-        raise ValueError(f"column {task_column!r} must hold a string or an int in every row, got {wrong!r}")
-    return tasks
+    if strategy is None and exponent is not None:
+        raise ValueError(f"exponent goes with task_sampling='power', got task_sampling={task_sampling!r}")
+    sampler = None
+    if strategy is not None:
+        sampler = TaskSampler(tasks, strategy, exponent=exponent, floor=floor, decay=decay, seed=seed)
+    balancer = TaskBalancer(tasks, correction, decay=decay, seed=seed) if isinstance(correction, str) else correction
+    if balancer is not None and set(balancer.tasks) != set(tasks):
+        raise ValueError(f"the balancer in correction= has the tasks {list(balancer.tasks)!r}, the data has {tasks!r}")
+    return sampler, balancer
+
+
+def layers_beside_the_head(model: Any, layers: LayerChoice, frozen: bool) -> LayerChoice:
+    """``layers`` without the modules that own the output head's weight.
+
+    TRL's fused head multiplies by that weight without calling the module, so no hook sees its gradient; a tied
+    embedding would be measured without the head's part of it.
+
+    Raises:
+        ValueError: nothing else was chosen.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return layers
+    selection = select_layers(model, layers, frozen)
+    beside = [
+        layer.name
+        for layer in selection.layers
+        if all(parameter is not weight for parameter in layer.module.parameters(recurse=False))
+    ]
+    if len(beside) == len(selection.layers):
+        return layers
+    owners = sorted({layer.name for layer in selection.layers} - set(beside))
+    if not beside:
+        raise ValueError(
+            f"layers={layers!r} picks only the output head's weight ({', '.join(owners)}), which TRL's fused head uses "
+            "without calling its module: choose other layers"
+        )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    warnings.warn(
+        f"not measured, {weight.numel() / trainable:.2%} of the trainable parameters: {', '.join(owners)}; TRL's fused "
+        "head uses this weight without calling its module",
+        stacklevel=3,
+    )
+    return [*beside, *sorted({name.rpartition(".")[0] for name in selection.skipped} - {""})]
+
+
+class Attachment:
+    """A tracker on a trainer. :meth:`detach` puts everything back.
+
+    Attributes:
+        tracker: the GradNormTracker; ``tracker.running`` pools all steps.
+        sampler: the TaskSampler that draws the tasks; None where the trainer's own sampler does.
+        balancer: the TaskBalancer; None without a correction.
+        last: the StepStats of the latest measured optimizer step.
+    """
+
+    #: The trainer's methods and attributes that are used, except for one that train() makes.
+    NEEDS = (
+        "training_step",
+        "compute_loss",
+        "log",
+        "_save_optimizer_and_scheduler",
+        "_load_optimizer_and_scheduler",
+    )
+
+    def __init__(
+        self, trainer: Any, hooks: GrpoHooks | SftHooks, tracker: GradNormTracker, every: int, max_cosines: int | None
+    ) -> None:
+        self.trainer, self.tracker, self.every, self.max_cosines = trainer, tracker, every, max_cosines
+        self.sampler, self.balancer = hooks.sampler, hooks.balancer
+        self.last = StepStats()
+        self._hooks = hooks
+        self._stack: ExitStack | None = None  # what is open around the present training step
+        self._due: bool | None = None  # whether this optimizer step is one of every `every`; None before it is known
+        self._opened = False  # whether this optimizer step has a measured micro-batch
+        self._measurable_steps = 0
+        self._has_news = False  # since the last log, as the two below
+        self._window: dict[Hashable, RunningEstimate] = {}
+        self._window_gram: RunningGram | None = None
+        self._warned_of_cosines = False
+        self._before: dict[str, Any] = {}  # what the instance had under the names put on it
+        for name, wrapper in {
+            "training_step": self._training_step,
+            "compute_loss": self._compute_loss,
+            "log": self._log,
+            "_save_optimizer_and_scheduler": self._save,
+            "_load_optimizer_and_scheduler": self._load,
+            **hooks.methods,
+        }.items():
+            self._put(name, wrapper)
+        hooks.install()
+
+    def _put(self, name: str, wrapper: Callable[..., Any]) -> None:
+        """Shadow one of the trainer's methods on this instance; ``wrapper`` gets the method itself first."""
+        inner = getattr(self.trainer, name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(inner, *args, **kwargs)
+
+        self._before[name] = self.trainer.__dict__.get(name)
+        setattr(self.trainer, name, method)
+
+    def detach(self) -> None:
+        """Remove every method and hook: the trainer and the model are as they were before. May be called twice."""
+        if not self._before:
+            return
+        for name, before in self._before.items():
+            del self.trainer.__dict__[name]
+            if before is not None:
+                self.trainer.__dict__[name] = before
+        self._before = {}
+        self._hooks.uninstall()
+        self.tracker.close()
+        self.trainer.__dict__.pop("_gradnorm", None)
+
+    # One micro-batch, one optimizer step
+
+    def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            with ExitStack() as self._stack:
+                loss = inner(*args, **kwargs)
+        finally:
+            self._stack = None
+        if self.trainer.accelerator.sync_gradients:
+            if self._opened:
+                self.last = self.tracker.step()
+                self._take_in(self.last)
+            self._due, self._opened, self._has_news = None, False, True
+        self._hooks.end_micro_batch()
+        return loss
+
+    def _compute_loss(self, inner: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss, with the tracker's micro-batch open around it and its backward where it is measured."""
+        entries = {name: inputs[name] for name in self._hooks.ENTRIES if name in inputs}
+        inputs = {name: value for name, value in inputs.items() if name not in entries}
+        if self._stack is not None and entries and self._hooks.measurable() and self._is_due():
+            rows = self._hooks.microbatch(inputs, entries, kwargs.get("num_items_in_batch"))
+            self._stack.enter_context(self.tracker.microbatch(**rows))
+            self._opened = True
+        return inner(model, inputs, *args, **kwargs)
+
+    def _is_due(self) -> bool:
+        """Counts the optimizer steps that can be measured; True in one of ``every``."""
+        if self._due is None:
+            self._due = self._measurable_steps % self.every == 0
+            self._measurable_steps += 1
+        return self._due
+
+    def _take_in(self, stats: StepStats) -> None:
+        """A measured optimizer step is over."""
+        for task, gradient in stats.items():
+            self._window.setdefault(task, RunningEstimate()).update(gradient)
+        if self._window_gram is None or set(stats.tasks) - set(self._window_gram.tasks):
+            earlier, tasks = self._window_gram, list(self._window)
+            self._window_gram = RunningGram(tasks, None)
+            if earlier is not None:
+                self._window_gram.adopt(earlier)
+        self._window_gram.update(stats)
+        self._hooks.update(stats)
+
+    # The log
+
+    def _log(self, inner: Callable[..., Any], logs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.trainer.model.training and self._has_news:
+            self._has_news = False
+            logs.update({key: value for key, value in self.metrics().items() if math.isfinite(value)})
+            self._window, self._window_gram = {}, None
+        return inner(logs, *args, **kwargs)
+
+    def metrics(self) -> dict[str, float]:
+        """What the next log line gets: pooled over the optimizer steps since the last one."""
+        metrics: dict[str, float] = {}
+        for task, estimate in self._window.items():
+            metrics |= pooled_metrics(task, estimate)
+        if self._window_gram is not None:
+            metrics |= self._cosines(self._window_gram)
+        return metrics | self._hooks.metrics()
+
+    def _cosines(self, gram: RunningGram) -> dict[str, float]:
+        """The cosines of at most ``max_cosines`` pairs of tasks.
+
+        They are chosen by the weight of their samples and not by value, which would favour the noisiest.
+        """
+        matrix, weights = gram.matrix, gram.pair_weights
+        order = sorted(enumerate(gram.tasks), key=lambda item: str(item[1]))
+        found: list[tuple[float, str, float]] = []  # weight, key, cosine
+        for (i, a), (j, b) in itertools.combinations(order, 2):
+            squares, product = (float(matrix[i, i]), float(matrix[j, j])), float(matrix[i, j])
+            if min(squares) > 0 and math.isfinite(product):
+                found.append((float(weights[i, j]), pair_key("cosine", a, b), product / math.sqrt(math.prod(squares))))
+        most = len(found) if self.max_cosines is None else self.max_cosines
+        if len(found) > most > 0 and not self._warned_of_cosines:
+            self._warned_of_cosines = True
+            warnings.warn(
+                f"{len(found)} pairs of tasks have a cosine: each log line gets the {most} measured on the most "
+                "samples; attach(..., max_cosines=None) logs all",
+                stacklevel=2,
+            )
+        heaviest = sorted(found, key=lambda entry: (-entry[0], entry[1]))[:most]
+        return {key: cosine for _, key, cosine in sorted(heaviest, key=lambda entry: entry[1])}
+
+    # The checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON can hold it."""
+        return {
+            "tracker": self.tracker.state_dict(),
+            "measurable_steps": self._measurable_steps,
+            **self._hooks.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state was saved under other settings of attach(...).
+        """
+        self._hooks.load_state_dict(state)
+        self.tracker.load_state_dict(state["tracker"])
+        self._measurable_steps = state["measurable_steps"]
+
+    def _save(self, inner: Callable[..., Any], output_dir: str, *args: Any, **kwargs: Any) -> Any:
+        result = inner(output_dir, *args, **kwargs)
+        if self.trainer.args.should_save:
+            with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
+                json.dump(self.state_dict(), file)
+        return result
+
+    def _load(self, inner: Callable[..., Any], checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        result = inner(checkpoint, *args, **kwargs)
+        if checkpoint is not None:
+            path = os.path.join(checkpoint, STATE_FILE)
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    self.load_state_dict(json.load(file))
+            else:
+                warnings.warn(
+                    f"{checkpoint} holds no {STATE_FILE}: it was saved without attach(...), so running averages, draws "
+                    "and weights start afresh",
+                    stacklevel=3,
+                )
+        return result

@@ -1,18 +1,73 @@
-"""What TRL's losses do to a row, what undoes it for the measurement, and which settings couple the prompts.
+"""What TRL's losses do to a row, and the row scale that undoes it for the measurement.
 
-Read from TRL 1.16. A row's own loss is the mean of the losses of its completion tokens; ``row_scale`` is the factor
-from the row's share of the differentiated loss to that.
+Written against TRL 1.16. A row's own loss is the mean of the losses of its completion tokens. ``row_scale`` is the
+factor from the row's share of the differentiated loss to the row's own loss.
+
+To add a loss type of GRPOTrainer, add a line to ``LOSS_TYPES``; for an average that is not there yet, also to
+``AVERAGES``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-#: loss_type -> how TRL averages it: over rows, over the micro-batch's tokens, over B x the longest completion, over the
-#: generation batch's tokens, or as sums of rows.
+
+class GrpoMicroBatch:
+    """The numbers that GRPOTrainer's averages divide by, for one micro-batch on one process.
+
+    Attributes:
+        lengths: [B] float64, L_i: the loss tokens of row i, at least 1.
+        tokens: M, the loss tokens of the micro-batch, at least 1.
+        steps: GA, the micro-batches of this optimizer step.
+    """
+
+    def __init__(self, trainer: Any, inputs: dict[str, Any]) -> None:
+        mask = inputs["completion_mask"]
+        if inputs.get("tool_mask") is not None:
+            mask = mask * inputs["tool_mask"]
+        lengths = mask.sum(1).double().cpu()
+        self._trainer, self._inputs = trainer, inputs
+        self.lengths, self.tokens = lengths.clamp(min=1), max(float(lengths.sum()), 1.0)
+        self.steps: int = trainer.current_gradient_accumulation_steps
+
+    @property
+    def max_length(self) -> int:
+        """L_max: ``max_completion_length``."""
+        return int(self._trainer.max_completion_length)
+
+    @property
+    def items(self) -> float:
+        """N / W: the loss tokens of the generation over the number of processes."""
+        return max(float(self._inputs["num_items_in_batch"]), 1.0) / int(self._trainer.accelerator.num_processes)
+
+    @property
+    def steps_per_generation(self) -> int:
+        """SPG: ``steps_per_generation``."""
+        return int(self._trainer.args.steps_per_generation)
+
+
+@dataclass(frozen=True)
+class Average:
+    """How a loss averages over rows and tokens: ``formula`` is the row scale as the documentation prints it."""
+
+    formula: str
+    row_scale: Callable[[GrpoMicroBatch], Tensor]  # -> [B] float64
+
+
+#: The ways in which GRPOTrainer averages its token losses.
 AVERAGES = {
+    "rows": Average("B GA", lambda b: b.lengths.new_full(b.lengths.shape, len(b.lengths) * b.steps)),
+    "tokens": Average("M GA / L_i", lambda b: b.tokens * b.steps / b.lengths),
+    "constant": Average("B L_max GA / L_i", lambda b: len(b.lengths) * b.max_length * b.steps / b.lengths),
+    "items": Average("(N / W) (GA / SPG) / L_i", lambda b: b.items * b.steps / b.steps_per_generation / b.lengths),
+    "sums": Average("B GA / L_i", lambda b: len(b.lengths) * b.steps / b.lengths),
+}
+#: GRPOConfig.loss_type -> its average.
+LOSS_TYPES = {
     "grpo": "rows",
     "sapo": "rows",
     "bnpo": "tokens",
@@ -22,10 +77,38 @@ AVERAGES = {
     "cispo": "items",
     "luspo": "sums",
 }
+#: TRL's own subclasses of GRPOTrainer with another loss -> its average, whatever their loss_type says.
+GRPO_LOSSES = {"trl.experimental.gmpo.gmpo_trainer.GMPOTrainer": "rows"}
+#: TRL's own subclasses of SFTTrainer with another loss: also a sum of token losses over N, but never over N / W.
+SFT_LOSSES = ("trl.experimental.gkd.gkd_trainer.GKDTrainer", "trl.experimental.gold.gold_trainer.GOLDTrainer")
+
+
+def own_loss(trainer: Any, base: type, methods: tuple[str, ...]) -> str | None:
+    """The qualified name of the class below ``base`` that overrides one of the loss ``methods``; None: none does."""
+    for kind in type(trainer).__mro__:
+        if kind is base:
+            break
+        if any(name in vars(kind) for name in methods):
+            return f"{kind.__module__}.{kind.__qualname__}"
+    return None
+
+
+def own_grpo_loss(trainer: Any) -> str | None:
+    """The qualified name of the class that replaces GRPOTrainer's loss; None where the loss is GRPOTrainer's."""
+    from trl import GRPOTrainer
+
+    return own_loss(trainer, GRPOTrainer, ("_compute_loss", "compute_loss"))
+
+
+def own_sft_loss(trainer: Any) -> str | None:
+    """The qualified name of the class that replaces SFTTrainer's loss; None where the loss is SFTTrainer's."""
+    from trl import SFTTrainer
+
+    return own_loss(trainer, SFTTrainer, ("compute_loss",))
 
 
 def loss_factor(trainer: Any) -> float:
-    """What accelerate multiplies a loss by before backward: the loss scale, over its own accumulation steps."""
+    """The factor that accelerate multiplies a loss by before backward: the loss scale, over its accumulation steps."""
     accelerator = trainer.accelerator
     deepspeed = str(accelerator.distributed_type).endswith("DEEPSPEED")
     factor = 1.0 if deepspeed else 1.0 / accelerator.gradient_accumulation_steps
@@ -33,43 +116,33 @@ def loss_factor(trainer: Any) -> float:
 
 
 def grpo_row_scale(trainer: Any, inputs: dict[str, Any]) -> Tensor:
-    """[B] float64: from row i's share of GRPOTrainer's loss to its own mean-token loss.
+    """[B] float64: the factor from row i's share of the trainer's loss to row i's own mean-token loss.
 
-    With B rows and M loss tokens in the micro-batch, L_i in row i, GA micro-batches in this step, SPG in a generation::
+    The formula is that of the loss type's average (see ``AVERAGES``), divided by :func:`loss_factor`. In it, the
+    micro-batch has B rows and M loss tokens, L_i in row i; the optimizer step has GA micro-batches; the generation has
+    SPG of them and N loss tokens over W processes; L_max is ``max_completion_length``.
 
-        grpo, sapo          B GA
-        bnpo                M GA / L_i
-        dr_grpo             B max_completion_length GA / L_i
-        dapo, vespo, cispo  (num_items_in_batch / processes) (GA / SPG) / L_i
-        luspo               B GA / L_i
-
-    divided by the loss scale of mixed precision.
+    Args:
+        trainer: a GRPOTrainer that is training.
+        inputs: the micro-batch, as ``compute_loss`` gets it.
     """
-    mask = inputs["completion_mask"]
-    if inputs.get("tool_mask") is not None:
-        mask = mask * inputs["tool_mask"]
-    lengths = mask.sum(1).clamp(min=1).double().cpu()
-    rows, steps = mask.shape[0], trainer.current_gradient_accumulation_steps
-    average = AVERAGES[trainer.loss_type]
-    if average == "rows":
-        scale = lengths.new_full((rows,), rows * steps)
-    elif average == "tokens":
-        scale = max(float(mask.sum()), 1.0) * steps / lengths
-    elif average == "constant":
-        scale = rows * trainer.max_completion_length * steps / lengths
-    elif average == "items":
-        items = max(float(inputs["num_items_in_batch"]), 1.0) / trainer.accelerator.num_processes
-        scale = items * steps / trainer.args.steps_per_generation / lengths
-    else:
-        scale = rows * steps / lengths
-    return scale / loss_factor(trainer)
+    own = own_grpo_loss(trainer)
+    average = GRPO_LOSSES[own] if own in GRPO_LOSSES else LOSS_TYPES[trainer.loss_type]
+    return AVERAGES[average].row_scale(GrpoMicroBatch(trainer, inputs)) / loss_factor(trainer)
 
 
 def sft_row_scale(trainer: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
-    """[B] float64: from row i's share of SFTTrainer's loss, a mean over tokens, to its own mean-token loss.
+    """[B] float64: the factor from row i's share of SFTTrainer's loss to row i's own mean-token loss.
 
-    ``N / (processes L_i)`` with N the label tokens of the step over all processes where Trainer counts them, else
-    ``M GA / L_i``. L_i counts labels after the shift.
+    SFTTrainer's loss is a mean over label tokens. Where Trainer counts them, the factor is ``N / (W L_i)`` with N the
+    label tokens of the optimizer step on all W processes (``N / L_i`` for ``SFT_LOSSES``, which do not multiply by W).
+    Where it does not, the factor is ``M GA / L_i`` with M the label tokens of the micro-batch and GA the micro-batches
+    of the step. L_i counts the labels of row i after the shift.
+
+    Args:
+        trainer: an SFTTrainer that is training.
+        inputs: the micro-batch, as ``compute_loss`` gets it.
+        num_items_in_batch: N, as ``compute_loss`` gets it; None where it is not counted.
     """
     counted = (inputs["labels"][:, 1:] != -100).sum(1)
     lengths = counted.clamp(min=1).double().cpu()
@@ -77,87 +150,6 @@ def sft_row_scale(trainer: Any, inputs: dict[str, Any], num_items_in_batch: Any)
         total = max(float(counted.sum()), 1.0) * trainer.current_gradient_accumulation_steps
     else:
         total = max(float(num_items_in_batch), 1.0)
-        if trainer.args.average_tokens_across_devices:
+        if trainer.args.average_tokens_across_devices and own_sft_loss(trainer) not in SFT_LOSSES:
             total /= trainer.accelerator.num_processes
     return total / lengths / loss_factor(trainer)
-
-
-def refuse_common(trainer: Any) -> None:
-    """Raise ValueError for what the tracker cannot follow under any trainer."""
-    args, accelerator = trainer.args, trainer.accelerator
-    parallel = getattr(accelerator, "parallelism_config", None)
-    if parallel is not None and (getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False)):
-        raise ValueError(
-            "parallelism_config splits a sequence's tokens over devices (cp_size or sp_size above 1), and no device "
-            "then sees a sample's whole gradient: attach(...) cannot measure that; set both to 1"
-        )
-    if getattr(args, "torch_compile", False):
-        raise ValueError(
-            "torch_compile=True compiles the model around the tracker's hooks, which is not supported under a Trainer: "
-            "set torch_compile=False, or compile single layers that are not in layers="
-        )
-    if str(accelerator.distributed_type).endswith("DEEPSPEED") and accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            "DeepSpeed keeps the loss scale of fp16 to itself, so gradients could not be measured in their own unit: "
-            "use bf16"
-        )
-
-
-def refuse_grpo(trainer: Any) -> None:
-    """Raise ValueError for GRPO settings whose row scale is not known."""
-    if trainer.loss_type not in AVERAGES:
-        raise ValueError(
-            f"loss_type={trainer.loss_type!r} is not one whose averaging is known here ({', '.join(AVERAGES)}): pass "
-            "row_scale=, a function of (trainer, inputs) that gives the [B] factors from a row's share of the loss to "
-            "its own loss"
-        )
-
-
-def grpo_remarks(trainer: Any, own_loss: bool, keep_groups_together: bool) -> list[str]:
-    """What bends the measurement under these settings, one sentence each, by the setting's name."""
-    args, remarks = trainer.args, []
-    if trainer.scale_rewards == "batch":
-        remarks.append(
-            "scale_rewards='batch' divides every advantage by a standard deviation over all prompts: prompts are no "
-            "longer independent, and U is biased by as much; 'group' and 'none' keep them apart"
-        )
-    if trainer.multi_objective_aggregation == "normalize_then_sum":
-        remarks.append(
-            "multi_objective_aggregation='normalize_then_sum' normalises rewards over all prompts of the batch: "
-            "prompts are no longer independent"
-        )
-    if trainer._entropy_bonus_enabled:
-        remarks.append(
-            "entropy_coef or use_adaptive_entropy adds an entropy term averaged over the micro-batch's tokens: it "
-            "couples the prompts and enters U with another weight than the policy loss"
-        )
-    if trainer.aux_loss_enabled:
-        remarks.append(
-            "router_aux_loss_coef adds a load-balancing loss over all tokens: it couples the prompts, and U counts it"
-        )
-    if trainer.top_entropy_quantile < 1.0:
-        remarks.append("top_entropy_quantile masks tokens by a quantile over all prompts: it couples them slightly")
-    if trainer.loss_type == "cispo" and trainer.epsilon_high < 1.0:
-        remarks.append(
-            f"loss_type='cispo' with epsilon_high={trainer.epsilon_high} clamps every ratio to it, on-policy ones "
-            f"included: gradients are {trainer.epsilon_high:.3g} times, and U {trainer.epsilon_high**2:.3g} times, "
-            "those of the other losses"
-        )
-    cycle, steps = args.steps_per_generation * trainer.num_iterations, args.gradient_accumulation_steps
-    if cycle > steps:
-        remarks.append(
-            f"num_iterations={trainer.num_iterations} and steps_per_generation={args.steps_per_generation} make "
-            f"{-(-cycle // steps)} optimizer steps from one generation: only the first is measured, because later "
-            "weights have seen these prompts"
-        )
-    if own_loss:
-        remarks.append(
-            f"{type(trainer).__name__} computes a loss of its own; its rows are taken to be averaged as GRPOTrainer's "
-            f"loss_type={trainer.loss_type!r} does: if they are not, pass row_scale="
-        )
-    if keep_groups_together and args.per_device_train_batch_size == trainer.num_generations:
-        remarks.append(
-            "per_device_train_batch_size equals num_generations and groups are kept together: no two prompts ever "
-            "meet in a micro-batch, so U stays undefined; raise it"
-        )
-    return remarks

@@ -1,88 +1,93 @@
-"""SFTTrainer: the task column rides along through the collator, and every row is a sample of its own."""
+"""SFTTrainer: every row is a sample, and its task goes through the collator with it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...tracking.layers import LayerChoice
-from .attachment import Attachment
-from .loss_scale import refuse_common, sft_row_scale
+from ...tracking.tracker import StepStats
+from .loss_scale import sft_row_scale
+from .validation import refuse_common, refuse_sft, sft_remarks
 
-TASK = "gradnorm_task"
+TASK = "_gradnorm_task"  # the underscore keeps GOLDTrainer from passing it on to model.generate
 
 
-class SftAttachment(Attachment):
-    """See :func:`gradnorm_kernels.integrations.trl.attach`."""
+class SftHooks:
+    """What :func:`attach` adds to an SFTTrainer; see there for the settings.
 
-    NEEDS = (*Attachment.NEEDS, "data_collator", "_set_signature_columns_if_needed")
+    Raises:
+        ValueError: settings that cannot be measured, by name; the trainer is unchanged.
+    """
+
+    NEEDS = ("data_collator", "_set_signature_columns_if_needed")
+    ENTRIES = (TASK,)
+    sampler = balancer = None
 
     def __init__(
         self,
         trainer: Any,
         task_column: str,
-        layers: LayerChoice,
-        every: int,
-        tracker_options: Mapping[str, Any],
-        row_tasks: list[Hashable],
+        row_tasks: Sequence[Hashable] | None,
+        *,
+        row_scale: Callable[..., Any] | None,
     ) -> None:
-        args = trainer.args
         refuse_common(trainer)
-        for name in ("packing", "padding_free"):
-            if getattr(args, name, False):
-                raise ValueError(
-                    f"{name}=True puts several samples into one row, so a row has no task: set {name}=False to measure"
-                )
-        if trainer.compute_loss_func is not None:
-            raise ValueError(
-                "compute_loss_func averages a row's loss in a way that is not known here: use the trainer's own loss, "
-                "or GradNormTracker with a row_scale in a loop of your own"
-            )
-        if args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={args.label_smoothing_factor} takes another loss whose averaging is not known "
-                "here: set it to 0"
-            )
-        super().__init__(trainer, task_column, layers, every, tracker_options)
-        for task in row_tasks:
-            self._index(task)
+        refuse_sft(trainer, own_row_scale=row_scale is not None)
+        if row_tasks is None:
+            raise ValueError("an SFTTrainer needs a map-style training data set, whose tasks can be listed beforehand")
+        self.remarks = sft_remarks(trainer)
+        self.methods: dict[str, Callable[..., Any]] = {}
+        self.trainer, self.task_column = trainer, task_column
+        self._row_scale = sft_row_scale if row_scale is None else row_scale
+        self._tasks = list(dict.fromkeys(row_tasks))
+
+    def install(self) -> None:
+        """Let the task column through to the collator, and the collator add the tasks to the batch."""
+        trainer = self.trainer
         trainer._set_signature_columns_if_needed()
         self._columns_before = trainer._signature_columns
-        trainer._signature_columns = [*trainer._signature_columns, task_column]
+        trainer._signature_columns = [*trainer._signature_columns, self.task_column]
         self._collator_before = trainer.data_collator
-        trainer.data_collator = _Collator(trainer.data_collator, task_column, dict(self._tasks))
-        if trainer.aux_loss_enabled:
-            warnings.warn(
-                "router_aux_loss_coef adds a load-balancing loss over all tokens: it couples the samples, and U counts "
-                "it",
-                stacklevel=4,
-            )
-        if args.per_device_train_batch_size == 1:
-            warnings.warn(
-                "per_device_train_batch_size=1: no two samples ever meet in a micro-batch, so U stays undefined; "
-                "raise it",
-                stacklevel=4,
-            )
+        trainer.data_collator = _Collator(
+            trainer.data_collator, self.task_column, {task: i for i, task in enumerate(self._tasks)}
+        )
 
-    def detach(self) -> None:
-        if self._before:
-            self.trainer._signature_columns = self._columns_before
-            self.trainer.data_collator = self._collator_before
-        super().detach()
+    def uninstall(self) -> None:
+        """Put the trainer's own columns and collator back."""
+        self.trainer._signature_columns = self._columns_before
+        self.trainer.data_collator = self._collator_before
 
-    def _compute_loss(self, inner: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = dict(inputs)
-        tasks = inputs.pop(TASK, None)
-        if self._stack is not None and tasks is not None and self._is_due():
-            self._open(
-                task_ids=[self._name(index) for index in tasks.tolist()],
-                attention_mask=inputs.get("attention_mask"),
-                row_scale=sft_row_scale(self.trainer, inputs, kwargs.get("num_items_in_batch")),
-            )
-        return inner(model, inputs, *args, **kwargs)
+    def measurable(self) -> bool:
+        """Every training step is."""
+        return True
+
+    def microbatch(self, inputs: dict[str, Any], entries: Mapping[str, Tensor], num_items: Any) -> dict[str, Any]:
+        """The arguments of :meth:`GradNormTracker.microbatch`."""
+        return {
+            "task_ids": [self._tasks[index] for index in entries[TASK].tolist()],
+            "attention_mask": inputs.get("attention_mask"),
+            "row_scale": self._row_scale(self.trainer, inputs, num_items),
+        }
+
+    def end_micro_batch(self) -> None:
+        """Nothing is counted."""
+
+    def update(self, stats: StepStats) -> None:
+        """Nothing acts on the estimates."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing beside the estimates."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing beside the attachment's own."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing beside the attachment's own."""
 
 
 class _Collator:

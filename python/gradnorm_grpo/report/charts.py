@@ -1,6 +1,8 @@
-"""Pictures of all tasks together, drawn twice, wide and narrow: the page shows the one that fits the screen.
+"""The report's pictures: of all tasks together, of one task over the steps, and of the warm start.
 
-So text keeps its size on a phone, and names stand above their rows where there is no room beside them.
+Pictures of all tasks are drawn twice, wide and narrow, and the page shows the one that fits the screen: text keeps its
+size on a phone, and names stand above their rows where there is no room beside them. Pictures of one task are small
+and alike, so that the page can lay them out in a grid.
 """
 
 from __future__ import annotations
@@ -12,15 +14,37 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
-from .axes import frame, shared_limits, thin, tick_text
-from .numbers import clean, columns, shorten
-from .reading import Array, Run
-from .results import ERRORS, TaskResult
-from .svg import GRID, INK, NUM_COLOURS, PAPER, SHADE, SOFT, inline_svg, new_figure, task_colour, theme
+from gradnorm_kernels import RunningEstimate
 
-WIDE, NARROW = 860, 360
+from ..numbers import clean, significant
+from ..plots import (
+    INK,
+    PALETTE,
+    PAPER,
+    SMALL,
+    SOFT,
+    bars,
+    colour,
+    finite,
+    fit,
+    holding_zero,
+    inline_svg,
+    interval,
+    linear,
+    new_figure,
+    rows,
+    theme,
+    thin,
+)
+from ..runlog import Array, EvalPoint, Run
+from ..summary import ERRORS, TaskResult, running_estimate
+
+WIDE, NARROW = 860.0, 360.0
+PANEL = 330.0
+MAX_DOTS = 120  # more steps than this are pooled a few at a time: one picture stays readable and small
 
 
 def both_widths(draw: Callable[[float], Markup]) -> Markup:
@@ -28,32 +52,19 @@ def both_widths(draw: Callable[[float], Markup]) -> Markup:
     return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(draw(WIDE), draw(NARROW))
 
 
-def _rows(width: float, results: list[TaskResult], extra: float = 36) -> tuple[Figure, Axes, float]:
-    """Axes with a row a task, the first on top: names left of it on a wide picture, above the row on a narrow one.
+def _rows(width: float, results: list[TaskResult]) -> tuple[Figure, Axes, float]:
+    """Axes with a row per task: names left of it on a wide picture, above the row on a narrow one.
 
-    The last result says how far below a row's middle its data go, to stay clear of a name above.
+    The last result says how far below the middle of a row its data go, to stay clear of a name above.
     """
     narrow = width < 500
-    row = 44.0 if narrow else 30.0
-    height = row * len(results) + extra
-    names = [shorten(clean(r.name), 34 if narrow else 30) for r in results]
-    left = 14.0 if narrow else 24 + 6.9 * max(map(columns, names))
-    figure = new_figure(width, height)
-    axes = figure.add_axes((left / width, extra / height, 1 - (left + 20) / width, 1 - extra / height))
-    axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(length=0, pad=5)
-    axes.grid(axis="y", visible=False)
-    for y, name in enumerate(names):
-        if narrow:
-            axes.annotate(name, (0, y - 0.27), xycoords=("axes fraction", "data"), va="center", fontsize=11, zorder=6)
-        else:
-            beside = axes.get_yaxis_transform()
-            axes.text(-14 / (width - left - 20), y, name, transform=beside, ha="right", va="center", fontsize=12)
-        if y:
-            axes.axhline(y - 0.5, color=GRID, lw=0.8, zorder=0.5)
-    return figure, axes, (0.17 if narrow else 0.0)
+    figure = new_figure(width, (44 if narrow else 30) * len(results) + 36)
+    axes = figure.subplots()
+    rows(axes, [r.name for r in results], 0 if narrow else 210)
+    for y, result in enumerate(results if narrow else ()):
+        name, place = fit(result.name, width - 60, SMALL), (0, y - 0.27)
+        axes.annotate(name, place, xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, zorder=6)
+    return figure, axes, 0.17 if narrow else 0.0
 
 
 def pooled_pull(results: list[TaskResult], width: float) -> Markup:
@@ -63,61 +74,15 @@ def pooled_pull(results: list[TaskResult], width: float) -> Markup:
         u = np.array([r.sq_norm for r in results])
         error = np.nan_to_num(np.array([r.std_error for r in results])) * ERRORS
         plug = np.array([r.plug_in for r in results])
-        threshold = _linear_below(u, error)
-        ends = np.concatenate([u - error, u + error, plug, [0.0, threshold]])
-        low, high = float(np.nanmin(ends)), float(np.nanmax(ends))
-        axes.set_xscale("symlog", linthresh=threshold, linscale=0.7)
-        axes.set_xlim(low * 1.35 if low < 0 else -0.15 * threshold, high * 1.35)
-        _decade_ticks(axes, threshold, width)
-        axes.axvspan(max(-threshold, axes.get_xlim()[0]), threshold, color=SHADE, lw=0, zorder=0)
-        axes.axvline(0, color=INK, lw=1, zorder=1.5)
+        holding_zero(axes, "x", np.concatenate([u - error, u + error, plug]), np.abs(np.nan_to_num(u)) + error)
         axes.set_xlabel(
             "squared gradient norm" + ("" if width < 500 else " (linear in the shaded part, logarithmic outside it)")
         )
         for y, r in enumerate(results):
-            colour = task_colour(r.index)
             axes.plot([r.plug_in], [y + shift], ls="none", marker="D", ms=6, mfc="none", mec=SOFT, mew=1.4, zorder=3)
-            if math.isnan(r.sq_norm):
-                continue
-            axes.plot([u[y] - error[y], u[y] + error[y]], [y + shift] * 2, color=colour, lw=2.6, zorder=3)
-            axes.plot(
-                [u[y]],
-                [y + shift],
-                marker="o",
-                ms=9,
-                color=colour if r.resolved else PAPER,
-                mec=colour,
-                mew=2,
-                zorder=4,
-            )
+            found = (u[y], u[y] - error[y], u[y] + error[y])
+            interval(axes, y + shift, found, colour(r.index), size=9, width=2.6, filled=r.resolved)
         return inline_svg(figure, "Pooled U of every task with two standard errors, and the plug-in estimate")
-
-
-def _linear_below(u: Array, error: Array) -> float:
-    """Where the axis turns from linear to logarithmic: the decade of the shortest row, |U| and its error bar together.
-
-    At most three decades below the longest, so that the logarithmic part keeps its room.
-    """
-    sizes = np.abs(np.nan_to_num(u)) + error
-    sizes = sizes[sizes > 0]
-    if not sizes.size:
-        return 1.0
-    return float(10.0 ** math.floor(math.log10(max(sizes.min(), sizes.max() * 1e-3))))
-
-
-def _decade_ticks(axes: Axes, threshold: float, width: float) -> None:
-    """Zero and powers of ten, no two labels closer than their text is wide."""
-    low, high = axes.get_xlim()
-    decades = threshold * 10.0 ** np.arange(0, 12)
-    wanted = [0.0, *(d for d in decades if d <= high), *(-d for d in decades if -d >= low)]
-    pixels = axes.transData.transform([(v, 0.0) for v in wanted])[:, 0]
-    kept: list[int] = []
-    for i, pixel in enumerate(pixels):
-        if all(abs(pixel - pixels[k]) > (34 if width < 500 else 44) for k in kept):
-            kept.append(i)
-    axes.set_xticks(sorted(wanted[i] for i in kept))
-    axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
-    axes.minorticks_off()
 
 
 def evaluations(results: list[TaskResult], width: float) -> Markup:
@@ -127,26 +92,20 @@ def evaluations(results: list[TaskResult], width: float) -> Markup:
     with theme():
         figure, axes, shift = _rows(width, shown)
         points = [p for r in shown for p in (r.base, r.before, r.after) if p]
-        spread = [np.array([p.reward - ERRORS * p.error, p.reward + ERRORS * p.error, p.reward]) for p in points]
-        axes.set_xlim(*shared_limits(spread, (0.0, 1.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
+        reach = [p.reward + side * ERRORS * np.nan_to_num(p.error) for p in points for side in (-1, 1)]
+        linear(axes, "x", np.array([0.0, 1.0, *reach]))
         axes.set_xlabel("held-out reward")
         for y, r in enumerate(shown):
-            colour = task_colour(r.index)
-            middle = y + shift
             ends = [p.reward for p in (r.base, r.before, r.after) if p]
-            axes.plot(ends, [middle] * len(ends), color=colour, lw=5, alpha=0.3, zorder=2)
-            marks = ((r.base, 0.0, PAPER, "D"), (r.before, 0.13, PAPER, "o"), (r.after, -0.13, colour, "o"))
-            for point, offset, fill, marker in marks:
-                if point is None:
-                    continue
-                error = ERRORS * point.error
-                if math.isfinite(error):
-                    ends = [point.reward - error, point.reward + error]
-                    axes.plot(ends, [middle + offset] * 2, color=colour, lw=1.6, zorder=3)
-                axes.plot(
-                    [point.reward], [middle + offset], marker=marker, ms=8, color=fill, mec=colour, mew=2, zorder=4
-                )
+            axes.plot(ends, [y + shift] * len(ends), color=colour(r.index), lw=5, alpha=0.3, zorder=2)
+            for point, offset, filled, mark in (
+                (r.base, 0.0, False, "D"),
+                (r.before, 0.13, False, "o"),
+                (r.after, -0.13, True, "o"),
+            ):
+                if point:
+                    found = (point.reward, *(point.reward + side * ERRORS * point.error for side in (-1, 1)))
+                    interval(axes, y + shift + offset, found, colour(r.index), mark=mark, filled=filled, width=1.6)
         return inline_svg(figure, "Held-out reward of every task before and after training")
 
 
@@ -154,49 +113,49 @@ def sampling(run: Run, results: list[TaskResult], width: float) -> Markup:
     """Probability with which each task was drawn, stacked over the steps, with the tasks named at the right."""
     narrow = width < 500
     at = thin(len(run.steps), 300)
-    steps = run.steps[at]
+    x = run.steps[at]
     stack = np.nan_to_num(np.array([run.series[r.name]["sampling_prob"][at] for r in results]))
     height = max(250.0, 18.0 * len(results) + 60)
-    names = [shorten(clean(r.name), 14 if narrow else 30) for r in results]
-    right = 24 + 6.9 * max(map(columns, names)) + (0 if narrow else 40)
     with theme():
         figure = new_figure(width, height)
-        axes = figure.add_axes((40 / width, 38 / height, 1 - (40 + right) / width, 1 - 46 / height))
-        frame(axes, run)
-        edges = np.vstack([np.zeros_like(steps), np.cumsum(stack, axis=0)])
-        if len(steps) == 1:  # one step has no width: draw it as if it lasted
-            x, edges = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.repeat(edges, 2, axis=1)
-        else:
-            x = steps
+        axes = figure.subplots()
+        _over_steps(axes, run)
+        edges = np.vstack([np.zeros_like(x), np.cumsum(stack, axis=0)])
+        if len(x) == 1:  # one step has no width: draw it as if it lasted
+            x, edges = np.array([x[0] - 0.5, x[0] + 0.5]), np.repeat(edges, 2, axis=1)
         axes.set_xlim(x[0], x[-1])
         total = max(1.0, float(edges[-1].max()))
         axes.set_ylim(0, total)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.grid(visible=False)
         # Stacked from the top, so that the loudest task stands first as it does everywhere else.
         edges = total - edges
         for i, r in enumerate(results):
-            hatch = "////" if r.index >= NUM_COLOURS else None  # where the palette has begun again
-            axes.fill_between(
-                x, edges[i + 1], edges[i], fc=task_colour(r.index), ec=PAPER, hatch=hatch, lw=0, alpha=0.78
-            )
+            ground = axes.fill_between(x, edges[i + 1], edges[i], fc=colour(r.index), ec=PAPER, lw=0, alpha=0.78)
+            if r.index >= len(PALETTE):
+                ground.set_hatch("////")  # the palette has begun again
             axes.plot(x, edges[i + 1], color=PAPER, lw=1.2)
         middles = (edges[:-1, -1] + edges[1:, -1]) / 2
-        pixels_per_unit = (height - 46) / total
-        for r, name, y, label, p in zip(
-            results, names, middles, _spread(middles, 17 / pixels_per_unit, total), stack[:, -1], strict=True
-        ):
-            beside = axes.get_yaxis_transform()  # across: widths of the picture; up: data
-            pixel = 1 / (width - 40 - right)
-            across, colour = 1 + pixel * np.array([0, 3, 11, 14]), task_colour(r.index)
-            axes.plot(across, [y, y, label, label], transform=beside, color=colour, lw=1.5, clip_on=False)
-            text = name if narrow else f"{name}  {p:.0%}"
-            axes.text(1 + 18 * pixel, label, text, transform=beside, va="center", fontsize=11.5)
-        axes.grid(visible=False)
+        gap = 17 * total / (height - 50)  # the axes are that much lower than the picture
+        for r, y, label, p in zip(results, middles, spread(middles, gap, total), stack[:, -1], strict=True):
+            beside = axes.get_yaxis_transform() + ScaledTranslation(18 / 72, 0, figure.dpi_scale_trans)
+            axes.annotate(
+                fit(r.name, 90 if narrow else 210, SMALL) + ("" if narrow else f"  {p:.0%}"),
+                (1, y),
+                xytext=(1, label),
+                xycoords=axes.get_yaxis_transform(),
+                textcoords=beside,
+                va="center",
+                fontsize=SMALL,
+                arrowprops={"arrowstyle": "-", "color": colour(r.index), "lw": 1.5, "shrinkA": 1, "shrinkB": 0}
+                | {"relpos": (0, 0.5)},
+                annotation_clip=False,
+            )
         return inline_svg(figure, "Probability with which each task was drawn, over the steps")
 
 
-def _spread(wanted: Array, gap: float, top: float) -> Array:
-    """Heights as near to the wanted ones (descending) as labels of this height allow, inside [0, top]."""
+def spread(wanted: Array, gap: float, top: float) -> Array:
+    """Heights as near to the wanted ones (descending) as labels of height `gap` allow, inside [0, top]."""
     heights = np.minimum(wanted, top - gap / 2)
     for i in range(1, len(heights)):
         heights[i] = min(heights[i], heights[i - 1] - gap)
@@ -205,3 +164,130 @@ def _spread(wanted: Array, gap: float, top: float) -> Array:
         heights[i] = max(heights[i], floor)
         floor = heights[i] + gap
     return heights
+
+
+def _over_steps(axes: Axes, run: Run, low: float = 0.0) -> None:
+    """An axis of steps from `low` to the last, with few ticks."""
+    linear(axes, "x", run.steps, whole=True)
+    axes.set_xlim(low, float(run.steps[-1]) * 1.02 + 0.5)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("step")
+
+
+def steps_per_dot(run: Run) -> int:
+    """How many steps one dot of pull_panel pools."""
+    return max(1, math.ceil(len(run.steps) / MAX_DOTS))
+
+
+def _binned_estimates(run: Run, task: str) -> tuple[Array, Array, Array]:
+    """Per-step estimates, pooled to at most MAX_DOTS: step, U and standard error."""
+    size, gradients = steps_per_dot(run), run.gradients(task)
+    points = []
+    for start in range(0, len(gradients), size):
+        pooled = RunningEstimate()
+        for gradient in gradients[start : start + size]:
+            pooled.update(gradient)
+        points.append((float(run.steps[start : start + size].mean()), pooled.value, pooled.std_error))
+    x, value, error = np.array(points, dtype=np.float64).reshape(-1, 3).T
+    return x, value, error
+
+
+def pull_panel(run: Run, result: TaskResult) -> Markup:
+    """U of one task at each step with its standard error, and the running pooled estimate with a band of two."""
+    x, value, error = _binned_estimates(run, result.name)
+    centre, spread, _ = running_estimate(run, result.name)
+    shade = colour(result.index)
+    with theme():
+        figure = new_figure(PANEL, 190)
+        axes = figure.subplots()
+        _over_steps(axes, run)
+        linear(axes, "y", _visible(value, error, centre, ERRORS * spread), zero=True, most=4)
+        low, high = axes.get_ylim()
+        bars(axes, x, value - error, value + error, shade, 1.2, 0.35)
+        axes.plot(x, value, ls="none", marker="o", ms=2.6, color=shade, mew=0, alpha=0.75, zorder=3)
+        # Estimates off the scale are shown at the edge: dropping them would hide how heavy the tails are.
+        for edge, mark, off in ((high, "^", value > high), (low, "v", value < low)):
+            at_edge = np.full(int(off.sum()), edge)
+            axes.plot(x[off], at_edge, ls="none", marker=mark, ms=5, color=shade, mew=0, clip_on=False)
+        at = thin(len(run.steps))
+        steps, centre, spread = run.steps[at], centre[at], ERRORS * spread[at]
+        axes.fill_between(steps, centre - spread, centre + spread, color=shade, alpha=0.22, lw=0, zorder=2.5)
+        axes.plot(steps, centre, color=shade, lw=2.2, marker="o" if len(steps) == 1 else None, zorder=4)
+        return inline_svg(figure, f"U of {clean(result.name)} over the steps; pooled {significant(result.sq_norm)}")
+
+
+def _visible(value: Array, error: Array, centre: Array, reach: Array) -> Array:
+    """What the axis of U must hold: the running estimate, its band once it has settled, all but the wildest steps."""
+    settled = slice(len(centre) // 5, None)
+    parts = [(value, (0.02, 0.98)), (value - error, (0.1,)), (value + error, (0.9,))]
+    wild = [np.quantile(finite(part), at) for part, at in parts if finite(part).size]
+    return np.concatenate([centre, (centre - reach)[settled], (centre + reach)[settled], *wild])
+
+
+def reward_panel(run: Run, result: TaskResult) -> Markup:
+    """Reward of one task over the steps with its held-out evaluations, and below it the paper's gain.
+
+    All tasks' panels share their scales; of the gains, the wildest fiftieth runs off them.
+    """
+    shade = colour(result.index)
+    reward, gain = (run.series[result.name][name] for name in ("reward", "learning_gain"))
+    held_out = [point.reward for points in run.evals.values() for point in points]
+    gains = finite(np.abs(run.array("learning_gain")))
+    most = float(np.quantile(gains, 0.98)) if gains.size else 0.0
+    left = -0.03 * float(run.steps[-1])  # room for the evaluation before the first step
+    with theme():
+        figure = new_figure(PANEL, 250)
+        top, bottom = figure.subplots(2, 1, height_ratios=(5, 2), sharex=True)
+        linear(top, "y", np.array([0.0, 1.0, *held_out, *run.array("reward").ravel()]), most=4)
+        linear(bottom, "y", np.array([-most, most, -0.05, 0.05]), zero=True)
+        for axes in (top, bottom):
+            _over_steps(axes, run, left)
+        top.set_xlabel("")
+        bottom.yaxis.set_major_locator(MaxNLocator(2, symmetric=True))
+        dots = thin(len(run.steps), 2 * MAX_DOTS)
+        top.plot(run.steps[dots], reward[dots], ls="none", marker="o", ms=2.4, mew=0, color=shade, alpha=0.4)
+        for axes, values, width in ((top, _moving_mean(reward, reward_window(run)), 2.2), (bottom, gain, 1.8)):
+            known = np.flatnonzero(np.isfinite(values))
+            known = known[thin(len(known))]
+            axes.plot(run.steps[known], values[known], color=shade, lw=width)
+        _held_out(top, run.evals[result.name])
+        return inline_svg(figure, f"Reward and gain of {clean(result.name)} over the steps")
+
+
+def _held_out(axes: Axes, points: list[EvalPoint]) -> None:
+    x, y = (np.array([getattr(p, name) for p in points], dtype=np.float64) for name in ("step", "reward"))
+    reach = np.nan_to_num([ERRORS * p.error for p in points])
+    bars(axes, x, y - reach, y + reach, INK, 1.2)
+    axes.plot(x, y, ls="none", marker="D", ms=5.5, color=PAPER, mec=INK, mew=1.3, clip_on=False, zorder=5)
+
+
+def reward_window(run: Run) -> int:
+    """Steps that the reward's moving mean spans: a tenth of the run, three or more."""
+    return max(3, len(run.steps) // 10)
+
+
+def _moving_mean(values: Array, window: int) -> Array:
+    """Mean of the known values among the last `window` steps; NaN where the step itself holds none."""
+    known = np.isfinite(values)
+    sums = np.cumsum(np.concatenate([[0.0], np.where(known, values, 0.0)]))
+    counts = np.cumsum(np.concatenate([[0], known]))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, (sums[end] - sums[start]) / (counts[end] - counts[start]), np.nan)
+
+
+def warm_start(run: Run) -> Markup:
+    """Loss of the supervised warm start."""
+    steps, loss = run.warm_start
+    with theme():
+        figure = new_figure(420, 190)
+        axes = figure.subplots()
+        axes.plot(steps, loss, color=INK, lw=2, marker="o" if len(steps) < 2 else None)
+        linear(axes, "x", steps, whole=True)
+        linear(axes, "y", np.append(loss, 0.0), most=4)
+        if np.nanmin(loss) >= 0:
+            axes.set_ylim(0, None)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("warm-start step")
+        return inline_svg(figure, "Loss of the supervised warm start")

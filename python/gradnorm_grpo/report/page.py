@@ -1,4 +1,4 @@
-"""Puts the page together: what run.json, the results and the pictures say, in the frame of page.html and style.css."""
+"""Fills page.html with what run.json, the results and the pictures say."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from . import charts, panels
-from .numbers import clean, count, duration, fixed, with_error
-from .reading import Run, read_run
-from .results import ERRORS, MIN_PROMPTS, Cosine, TaskResult, cosines, task_results
-from .svg import NUM_COLOURS
+from ..numbers import MISSING, clean, count, duration, fixed, with_error
+from ..plots import PALETTE, css_variables
+from ..runlog import Run, read_run
+from ..summary import ERRORS, MIN_PROMPTS, Cosine, TaskResult, cosines, task_results
+from . import charts
 from .table import HEADINGS, footnotes, table_rows
 from .verdict import verdict
 
@@ -26,7 +26,7 @@ _HERE = Path(__file__).parent
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write run_dir/report.html: one file that needs no network, with everything a run's folder tells.
+    """Write run_dir/report.html: one file that needs no network, with everything that the run's folder holds.
 
     Arguments: run_dir, the folder of a run, finished or not.
     Returns: the path of the report. It is replaced in one step: a reader never sees half a page.
@@ -59,9 +59,9 @@ def render(run: Run) -> str:
     )
     environment.filters["clean"] = clean
     table = cosines(run, results)
-    steps = run.warm_start[0]
     return environment.get_template("page.html").render(
-        style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
+        light=css_variables(dark=False),
+        dark=css_variables(dark=True),
         title=clean(run.path.resolve().name),
         facts=_facts(run),
         notes=[clean(note) for note in run.notes],
@@ -77,8 +77,8 @@ def render(run: Run) -> str:
         if any(r.base or r.before or r.after for r in results)
         else None,
         given=any(r.base for r in results),
-        warm_start=panels.warm_start(*run.warm_start) if np.isfinite(run.warm_start[1]).any() else None,
-        warm_start_steps=len(steps),
+        warm_start=charts.warm_start(run) if np.isfinite(run.warm_start[1]).any() else None,
+        warm_start_steps=len(run.warm_start[0]),
         heat=_heat(results, table) if any(math.isfinite(c.value) for c in table.values()) else None,
         settings=list(_flat(run.info.get("config", {}))),
         versions=list(_flat({k: v for k, v in run.info.items() if k not in {"config", "tasks"}})),
@@ -87,28 +87,26 @@ def render(run: Run) -> str:
 
 def _swatch(result: TaskResult) -> Markup:
     """The task's colour as a small square; striped where the palette has begun again."""
-    striped = " striped" if result.index >= NUM_COLOURS else ""
-    return Markup('<i class="swatch{}" style="--c:var(--task-{})"></i>').format(striped, result.index % NUM_COLOURS)
+    striped = " striped" if result.index >= len(PALETTE) else ""
+    return Markup('<i class="swatch{}" style="--c:var(--task-{})"></i>').format(striped, result.index % len(PALETTE))
 
 
 def _pictures(run: Run, results: list[TaskResult]) -> dict[str, Any]:
-    reward = panels.reward_limits(run)
-    gain = panels.gain_limits(run)
-    drawn = [r for r in results if math.isfinite(r.sq_norm)]
-    prob = [run.series[r.name]["sampling_prob"] for r in results]
+    pooled = any(math.isfinite(r.sq_norm) for r in results)
+    drawn = np.isfinite(run.array("sampling_prob")).any()
     return {
-        "pooled": charts.both_widths(lambda w: charts.pooled_pull(results, w)) if drawn else None,
-        "pull": [(r, with_error(r.sq_norm, r.std_error), panels.pull_panel(run, r)) for r in results],
-        "pooled_steps": panels.steps_per_dot(run),
-        "reward": [] if run.probe else [(r, panels.reward_panel(run, r, reward, gain)) for r in results],
-        "window": panels.reward_window(run),
-        "sampling": charts.both_widths(lambda w: charts.sampling(run, results, w)) if np.isfinite(prob).any() else None,
+        "pooled": charts.both_widths(lambda w: charts.pooled_pull(results, w)) if pooled else None,
+        "pull": [(r, with_error(r.sq_norm, r.std_error), charts.pull_panel(run, r)) for r in results],
+        "pooled_steps": charts.steps_per_dot(run),
+        "reward": [] if run.probe else [(r, charts.reward_panel(run, r)) for r in results],
+        "window": charts.reward_window(run),
+        "sampling": charts.both_widths(lambda w: charts.sampling(run, results, w)) if drawn else None,
     }
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """The line of facts under the title: what ran, how long, on what."""
-    info, config, machine = run.info, run.info.get("config"), run.info.get("machine")
+    """The facts under the title: model, duration, device and so on."""
+    info, machine = run.info, run.info.get("machine")
     seconds = (run.summary or {}).get("seconds")
     last = run.totals["time"][-1] if len(run.steps) else math.nan
     facts = [
@@ -120,7 +118,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("tracked layers", len(info["tracked_layers"]) if isinstance(info.get("tracked_layers"), list) else None),
         ("device", machine.get("device") if isinstance(machine, dict) else None),
         ("started", str(info["started"])[:16].replace("T", " ") if info.get("started") else None),
-        ("seed", config.get("seed") if isinstance(config, dict) else None),
+        ("seed", run.config.get("seed")),
     ]
     return [(name, clean(value)) for name, value in facts if value is not None]
 
@@ -145,12 +143,12 @@ def _cell(row: TaskResult, column: TaskResult, cosine: Cosine | None) -> dict[st
     if row is column:
         return {"text": "1", "error": "", "kind": "self", "strength": "0"}
     if cosine is None or math.isnan(cosine.value):
-        return {"text": "–", "error": "", "kind": "unknown", "strength": "0"}
+        return {"text": MISSING, "error": "", "kind": "unknown", "strength": "0"}
     sure = cosine.trusted and abs(cosine.value) > ERRORS * cosine.std_error
     return {
         "text": fixed(cosine.value),
         "error": f"± {fixed(cosine.std_error)}" if math.isfinite(cosine.std_error) else "",
-        # Colour only what is told apart from zero: the wildest values belong to the quietest tasks and mean the least.
+        # Colour only what is distinguishable from zero: the wildest values belong to the quietest tasks.
         "kind": ("plus" if cosine.value > 0 else "minus") if sure else "unsure",
         "strength": f"{min(abs(cosine.value), 1.0):.3f}",
     }

@@ -1,4 +1,4 @@
-"""The final table: its cells and footnotes, shared by the terminal and the page, and how the terminal prints it."""
+"""The final table: its cells and footnotes, for the terminal and the page, and the terminal's output."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .numbers import MISSING, clean, count, fixed, percent, signed, significant, with_error
-from .reading import read_run
-from .results import ERRORS, MIN_PROMPTS, Imbalance, TaskResult, imbalance, task_results
+from ..numbers import MISSING, clean, count, fixed, percent, signed, significant, with_error
+from ..runlog import read_run
+from ..summary import MIN_PROMPTS, TaskResult, task_results
+from .verdict import imbalance_sentence
 
 UNRESOLVED = "≈0"
 
@@ -28,7 +29,7 @@ HEADINGS = (
     "gain",
     "eval (given →)\nbefore → after",
 )
-# A terminal narrower than this gets two tables below each other, the first about the pull, the second about rewards.
+# A terminal narrower than this gets two tables, the first about the pull, the second about rewards.
 _WHOLE = 120
 _COLUMNS = [(0, 1, 2, 3, 4, 5), (0, 6, 7, 8)]
 
@@ -42,7 +43,7 @@ class Row:
 
     @property
     def undecided(self) -> bool:
-        """Whether U is known but not told apart from zero."""
+        """Whether U is known but not distinguishable from zero."""
         return math.isfinite(self.result.sq_norm) and not self.result.resolved
 
 
@@ -70,7 +71,7 @@ def table_rows(results: list[TaskResult]) -> list[Row]:
             count(r.n),
             pull,
             significant(r.plug_in),
-            significant(r.noise_scale) if r.resolved else MISSING,  # a ratio to what may be zero says nothing
+            significant(r.noise_scale) if r.resolved else MISSING,  # a ratio to what may be zero has no meaning
             percent(r.pull_share),
             _change(r.reward_first, r.reward_last),
             signed(r.gain, 3),
@@ -85,43 +86,18 @@ def footnotes(results: list[TaskResult]) -> list[str]:
     notes = []
     if any(math.isfinite(r.sq_norm) and not r.resolved for r in results):
         notes.append(
-            f"{UNRESOLVED}: U is not distinguishable from zero (less than two standard errors above it, or its error "
-            f"is unknown or rests on fewer than {MIN_PROMPTS} prompts). A negative U is noise around a small value and "
-            "is printed as it came out. Such a task's share of the pull is as uncertain as its U, and it has no "
-            "noise scale, a ratio to what may be zero."
+            f"{UNRESOLVED}: U is not distinguishable from zero (it is less than two standard errors above zero, or its "
+            f"standard error is unknown or comes from fewer than {MIN_PROMPTS} prompts). A negative U is noise around "
+            "a small value and is printed unchanged. The share of pull of such a task is as uncertain as its U. Its "
+            "noise scale, a ratio to what may be zero, is left out."
         )
     if any(math.isnan(r.sq_norm) for r in results):
         notes.append(f"{MISSING} for U: no step drew two prompts of the task (n < 2), so U is not defined.")
     if any(
         MISSING in cell for row in table_rows(results) for cell in row.cells[1:] if math.isfinite(row.result.sq_norm)
     ):
-        notes.append(f"{MISSING}: not measured, or not defined (as a standard error is below three prompts).")
+        notes.append(f"{MISSING}: not measured, or not defined (a standard error takes at least three prompts).")
     return notes
-
-
-def _interval(found: Imbalance) -> str:
-    return f"{significant(found.low)} to {significant(found.high)}"
-
-
-def imbalance_sentence(results: list[TaskResult]) -> str:
-    """How far apart the loudest and the quietest task are, as far as the data can tell."""
-    found = imbalance(results)
-    if len(results) < 2:
-        return "Imbalance: undecided, since there is only one task."
-    if found is None:
-        resolved = [clean(r.name) for r in results if r.resolved]
-        only = f"only {resolved[0]} is" if resolved else "no task is"
-        return f"Imbalance: undecided, since {only} told apart from zero; a ratio needs two such tasks."
-    left_out = sum(not r.resolved for r in results)
-    quietest = "quietest of those told apart from zero" if left_out else "quietest"
-    sentence = (
-        f"Imbalance: {clean(found.loudest.name)} (loudest) against {clean(found.quietest.name)} ({quietest}) is "
-        f"{significant(found.ratio)} to 1 in squared norm ({_interval(found)} within {ERRORS:.0f} standard errors), "
-        f"{significant(math.sqrt(found.ratio))} to 1 in norm"
-    )
-    if left_out:
-        sentence += f"; {left_out} {'task is' if left_out == 1 else 'tasks are'} left out"
-    return sentence + "."
 
 
 def print_table(run_dir: Path | str, console: Console | None = None) -> None:

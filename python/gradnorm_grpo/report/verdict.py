@@ -3,14 +3,85 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from statistics import NormalDist, median
 
-from .numbers import clean, fixed, percent, signed, significant
-from .reading import Run
-from .results import Cosine, TaskResult, imbalance, rank_correlation
-from .table import imbalance_sentence
+import numpy as np
+from scipy import stats
 
-_PROBE = "Nothing was trained in this probe, so it says nothing about learning."
+from ..numbers import clean, fixed, percent, signed, significant
+from ..runlog import Run
+from ..study.stats import correlate, fieller
+from ..summary import ERRORS, NAN, Cosine, TaskResult
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """U of the loudest task over U of the quietest, among the tasks distinguishable from zero."""
+
+    loudest: TaskResult
+    quietest: TaskResult
+    ratio: float
+    low: float  # Fieller's interval
+    high: float
+
+
+def imbalance(results: list[TaskResult]) -> Imbalance | None:
+    """The loudest against the quietest of the resolved tasks; None where fewer than two are resolved.
+
+    The interval is Fieller's of a ratio of independent normal estimates, at two standard errors. It is finite because
+    the quietest task is resolved.
+    """
+    resolved = [r for r in results if r.resolved]
+    if len(resolved) < 2:
+        return None
+    top, low = max(resolved, key=lambda r: r.sq_norm), min(resolved, key=lambda r: r.sq_norm)
+    interval = fieller(top.sq_norm, low.sq_norm, top.std_error**2, low.std_error**2, 0.0, ERRORS)
+    return Imbalance(top, low, top.sq_norm / low.sq_norm, *interval)
+
+
+def rank_correlation(x: list[float], y: list[float]) -> tuple[float, float]:
+    """Spearman's rank correlation of two equally long lists and its two-sided permutation p-value.
+
+    All orders of y are compared where there are at most 20,000, else so many that are drawn with a fixed seed. NaN for
+    a constant list.
+    """
+    ranks = [stats.rankdata(values) for values in (x, y)]
+    rho = correlate(*ranks)
+    if math.isnan(rho):
+        return NAN, NAN
+    first = ranks[0] - ranks[0].mean()
+    found = stats.permutation_test(
+        (ranks[1],),
+        lambda permuted, axis: np.abs((permuted * first).sum(axis)),
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=20_000,
+        alternative="greater",
+        rng=np.random.default_rng(0),
+    )
+    return rho, float(found.pvalue)
+
+
+def imbalance_sentence(results: list[TaskResult]) -> str:
+    """How far apart the loudest and the quietest task are, as far as the data can tell."""
+    found = imbalance(results)
+    if len(results) < 2:
+        return "Imbalance: undecided, since there is only one task."
+    if found is None:
+        resolved = [clean(r.name) for r in results if r.resolved]
+        only = f"only {resolved[0]} is" if resolved else "no task is"
+        return f"Imbalance: undecided, since {only} distinguishable from zero; a ratio needs two such tasks."
+    left_out = sum(not r.resolved for r in results)
+    quietest = "quietest of those distinguishable from zero" if left_out else "quietest"
+    sentence = (
+        f"Imbalance: {clean(found.loudest.name)} (loudest) against {clean(found.quietest.name)} ({quietest}) is "
+        f"{significant(found.ratio)} to 1 in squared norm ({significant(found.low)} to {significant(found.high)} "
+        f"within {ERRORS:.0f} standard errors), {significant(math.sqrt(found.ratio))} to 1 in norm"
+    )
+    if left_out:
+        sentence += f"; {left_out} {'task is' if left_out == 1 else 'tasks are'} left out"
+    return sentence + "."
 
 
 def _names(results: list[TaskResult]) -> str:
@@ -31,15 +102,15 @@ def loudness(results: list[TaskResult]) -> list[str]:
     sentences = []
     if resolved:
         sentences.append(
-            f"The pull on the shared weights was told apart from zero for {len(resolved)} of {len(results)} "
+            f"The pull on the shared weights is distinguishable from zero for {len(resolved)} of {len(results)} "
             f"{'task' if len(results) == 1 else 'tasks'}: {_names(resolved)}."
         )
     else:
-        sentences.append("No task's pull could be told apart from zero: more prompts a step or more steps are needed.")
+        sentences.append("No task's pull is distinguishable from zero: more prompts per step or more steps are needed.")
     if undecided:
         sentences.append(
-            f"For {_names(undecided)} the data do not tell U from zero. The pull may be small or absent: "
-            "this is no proof of either."
+            f"For {_names(undecided)} these data cannot distinguish U from zero. The pull may be small or absent; "
+            "that stays undecided."
         )
     if unknown:
         sentences.append(f"For {_names(unknown)} there is no estimate: no step drew two of its prompts.")
@@ -48,19 +119,19 @@ def loudness(results: list[TaskResult]) -> list[str]:
     if found and found.low <= 1:
         sentences.append("That interval includes 1: these data do not show that the two differ.")
     elif found and len(resolved) > 2:
-        sentences.append("The two were picked for being the extremes, so their ratio tends to come out high.")
+        sentences.append("The two were selected as the extremes, so their ratio tends to be too high.")
     if resolved and len(results) > 1 and len(resolved) == len(results):
         top = resolved[0]
         sentences.append(f"{clean(top.name)} alone has {percent(top.pull_share)} of the sum of all U (the total pull).")
     factors = [r.plug_in / r.sq_norm for r in resolved if math.isfinite(r.plug_in)]
     if len(factors) == 1:
         sentences.append(
-            f"The plug-in estimate is {significant(factors[0])} times U for the one task told apart from zero."
+            f"The plug-in estimate is {significant(factors[0])} times U for the one task distinguishable from zero."
         )
     elif factors:
         sentences.append(
-            f"The plug-in estimate is {significant(median(factors))} times U at the median of the tasks told apart "
-            f"from zero ({significant(min(factors))} to {significant(max(factors))})."
+            f"The plug-in estimate is {significant(median(factors))} times U at the median of the tasks "
+            f"distinguishable from zero ({significant(min(factors))} to {significant(max(factors))})."
         )
     return sentences
 
@@ -81,7 +152,7 @@ def _changes(found: list[tuple[TaskResult, tuple[float, float]]], phase: str) ->
 
 
 def learning(results: list[TaskResult]) -> list[str]:
-    """Whose held-out reward changed, and whether loudness goes with gain."""
+    """Whose held-out reward changed, and whether a larger U goes with a larger gain."""
     measured = [r for r in results if r.before and r.after]
     warm = [r for r in results if all(map(math.isfinite, r.warm_start_change))]
     tested = [r for r in measured if all(map(math.isfinite, r.eval_change))]
@@ -91,14 +162,14 @@ def learning(results: list[TaskResult]) -> list[str]:
             "Whether the tasks got better is undecided: there is no held-out evaluation both before and after."
         )
     elif not tested:
-        sentences.append("Whether the tasks got better is undecided: the evaluations carry no standard errors.")
+        sentences.append("Whether the tasks got better is undecided: the evaluations have no standard errors.")
     else:
         sentences += _changes([(r, r.eval_change) for r in tested], " under GRPO" if warm else "")
     pairs = [(r.sq_norm, r.eval_change[0]) for r in results if r.resolved and math.isfinite(r.eval_change[0])]
-    if len(pairs) < 5:  # with four, even a perfect order comes about by chance once in twelve times
+    if len(pairs) < 5:  # of four, even a perfect order comes about by chance twice in 24 times
         sentences.append(
-            "Whether louder tasks gain more is undecided: that takes at least five tasks told apart from zero and "
-            "evaluated twice."
+            "Whether louder tasks gain more is undecided: that takes at least five tasks that are distinguishable from "
+            "zero and evaluated twice."
         )
         return sentences if len(results) > 1 else sentences[:-1]
     rho, p = rank_correlation([u for u, _ in pairs], [g for _, g in pairs])
@@ -112,9 +183,9 @@ def learning(results: list[TaskResult]) -> list[str]:
         )
     else:
         sentences.append(
-            f"That louder tasks gain more, or less, is not shown here (rank correlation {signed(rho)} over "
-            f"{len(pairs)} tasks, p = {p:.2f}). With so few tasks only a strong relation would show: this is no proof "
-            "that there is none."
+            f"These data do not show that louder tasks gain more, or less (rank correlation {signed(rho)} over "
+            f"{len(pairs)} tasks, p = {p:.2f}). With so few tasks only a strong relation would show, so there may "
+            "still be one."
         )
     return sentences
 
@@ -127,12 +198,10 @@ def directions(results: list[TaskResult], table: dict[tuple[str, str], Cosine]) 
         for a, b in pairs
         if (c := table.get((a.name, b.name))) and c.trusted and math.isfinite(c.value) and math.isfinite(c.std_error)
     }
+    if not pairs:
+        return ["There is only one task."]
     if not known:
-        return (
-            ["Whether tasks help or hinder one another is undecided: no pair has a cosine with a known error."]
-            if pairs
-            else []
-        )
+        return ["Whether tasks help or hinder one another is undecided: no pair has a cosine with a known error."]
     z = _threshold(len(known))
     sentences = []
     for words, sign in (("pull the same way", 1), ("pull against each other", -1)):
@@ -144,9 +213,7 @@ def directions(results: list[TaskResult], table: dict[tuple[str, str], Cosine]) 
             )
             more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
             sentences.append(f"{len(found)} of {len(known)} pairs of tasks {words} (cosine): {shown}{more}.")
-    if not sentences:
-        sentences.append(f"In none of {len(known)} pairs is the cosine told apart from zero.")
-    return sentences
+    return sentences or [f"Of {len(known)} pairs, none has a cosine distinguishable from zero."]
 
 
 def limits(run: Run) -> list[str]:
@@ -164,9 +231,10 @@ def verdict(run: Run, results: list[TaskResult], table: dict[tuple[str, str], Co
     """Headings and sentences, in reading order. A run without a training step only says so."""
     if not len(run.steps):
         return [("Nothing to judge", ["No training step was finished, so nothing can be said about the tasks."])]
+    probe = ["Nothing was trained in this probe, so it says nothing about learning."]
     return [
         ("Who pulls hardest", loudness(results)),
-        ("Who learned", [_PROBE] if run.probe else learning(results)),
-        ("Do they get in each other's way", directions(results, table) or ["There is only one task."]),
+        ("Who learned", probe if run.probe else learning(results)),
+        ("Do they get in each other's way", directions(results, table)),
         ("What this cannot tell", limits(run)),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,25 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
-from ..runlog import Line, read_info, read_log
+from ..runlog import EVAL_METRICS, FULL, LOG_FILE, SUMMARY_FILE, read_run
+from .stats import Array, pool
 
-Array: TypeAlias = NDArray[np.float64]
+Run: TypeAlias = tuple[str, int]  # (arm, seed)
+Mask: TypeAlias = NDArray[np.bool_]  # [T]: which steps
 
-#: What a training step logs of a task and an answer may need; "rollouts" is prompts times completions a prompt.
+_GRADIENT = ("grad_norm_sq", "grad_norm_sq_se", "plug_in", "mean_sq_norm", "pair_weight", "n")
+#: What an answer may need of a task's training step; "rollouts" is prompts times completions per prompt.
 FIELDS = (
     *("sampling_prob", "loss_weight", "prompts", "rollouts"),
     *("reward", "reward_std", "abs_advantage", "prompt_length", "response_length"),
-    *("grad_norm_sq", "grad_norm_sq_se", "plug_in", "mean_sq_norm", "pair_weight", "n"),
-    *("full_grad_norm_sq", "full_grad_norm_sq_se", "full_plug_in", "full_mean_sq_norm", "full_pair_weight", "full_n"),
+    *_GRADIENT,
+    *(FULL + name for name in _GRADIENT),
 )
-EVAL_FIELDS = ("reward", "reward_se", "n")
-EVAL_KINDS = ("eval_base", "eval")  # the model as it was given; the trained one, at step 0 after the warm start
-STEP_KINDS = ("train", "probe")
-_KEYS = ("arm", "seed", "kind", "step", "task")
-_COLUMNS = (*_KEYS, *FIELDS, "reward_se")
+_NUMBERS = (*FIELDS, "reward_se")
+_ABOUT = ("arms", "seeds", "tasks", "steps", "gain_window", "layers", "missing")
 
 
-def _number(value: Any) -> float:
+def _nine(value: Any) -> float:
     """A number at the CSV file's nine digits, so that both sources give the same answers; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return math.nan
@@ -46,14 +46,39 @@ class _Run:
     series: dict[str, Array]
     evals: dict[str, dict[int, dict[str, Array]]]
 
+    def put(self, kind: str, step: int, k: int, values: Mapping[str, float]) -> None:
+        """Take in one row of the CSV file: what was measured of task k at a step."""
+        if kind == "train":
+            for name in FIELDS:
+                self.series[name][k, step - 1] = values[name]
+            return
+        empty = {name: np.full(len(self.series["reward"]), math.nan) for name in EVAL_METRICS}
+        point = self.evals.setdefault(kind, {}).setdefault(step, empty)
+        for name in EVAL_METRICS:
+            point[name][k] = values[name]
+
+    def rows(self) -> Iterator[tuple[str, int, int, dict[str, float]]]:
+        """The inverse of :meth:`put`; steps and tasks of which nothing was measured have no row."""
+        tasks, steps = self.series["reward"].shape
+        points = [
+            (kind, step, self.evals[kind][step]) for kind in sorted(self.evals) for step in sorted(self.evals[kind])
+        ]
+        points += [("train", t + 1, {name: self.series[name][:, t] for name in FIELDS}) for t in range(steps)]
+        for kind, step, values in points:
+            for k in range(tasks):
+                known = {name: float(own[k]) for name, own in values.items() if math.isfinite(own[k])}
+                if known:
+                    yield kind, step, k, known
+
 
 @dataclass
 class Measurements:
     """All numbers of a study that the answers are computed from.
 
-    ``arms``, ``seeds`` and ``tasks`` are in the study's order, also those whose runs are missing; ``steps`` is T, the
-    length of the longest run; ``gain_window`` the s of Gain(t), in steps; ``layers`` what U was measured on.
-    ``missing`` names the runs that are not there or not finished, which are left out.
+    ``arms``, ``seeds`` and ``tasks`` are in the study's order, including those whose runs are missing; ``steps`` is T,
+    the length of the longest run; ``gain_window`` the s of Gain(t), in steps; ``layers`` what U was measured on.
+    ``missing`` names the runs that do not exist or are unfinished, which are left out. ``estimates`` holds the content
+    of estimators/seed<seed>.json, one entry per seed; it may be empty.
     """
 
     arms: list[str]
@@ -63,16 +88,19 @@ class Measurements:
     gain_window: int
     layers: str = "last_attention"
     missing: list[str] = field(default_factory=list)
-    _runs: dict[tuple[str, int], _Run] = field(default_factory=dict, repr=False)
+    estimates: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    _runs: dict[Run, _Run] = field(default_factory=dict, repr=False)
 
     @property
-    def runs(self) -> list[tuple[str, int]]:
-        """(arm, seed) of every run that is there, in the study's order."""
+    def runs(self) -> list[Run]:
+        """(arm, seed) of every finished run, in the study's order."""
         return [(arm, seed) for arm in self.arms for seed in self.seeds if (arm, seed) in self._runs]
 
     def array(self, arm: str, seed: int, name: str) -> Array:
         """One field of a run, float64 [K, T]: all tasks by all training steps, NaN where not measured."""
-        return self._runs[self._known(arm, seed)].series[_field(name)]
+        if name not in FIELDS:
+            raise UserError(f"field must be one of {', '.join(FIELDS)}, got {name!r}")
+        return self._run(arm, seed).series[name]
 
     def series(self, arm: str, seed: int, task: str, name: str) -> Array:
         """One field of a task, float64 [T] over the training steps, NaN where not measured."""
@@ -80,7 +108,7 @@ class Measurements:
 
     def evaluation(self, arm: str, seed: int, task: str, kind: str = "eval") -> tuple[NDArray[np.int64], Array, Array]:
         """Held-out reward of a task: steps int64 [E] ascending, mean reward [E] and its standard error [E]."""
-        found, k = self._runs[self._known(arm, seed)].evals.get(kind, {}), self._index(task)
+        found, k = self._run(arm, seed).evals.get(kind, {}), self._index(task)
         steps = [step for step in sorted(found) if math.isfinite(found[step]["reward"][k])]
         rewards, errors = ([float(found[step][name][k]) for step in steps] for name in ("reward", "reward_se"))
         return np.array(steps, np.int64), np.array(rewards), np.array(errors)
@@ -90,11 +118,53 @@ class Measurements:
             raise UserError(f"task must be one of {', '.join(self.tasks)}, got {task!r}")
         return self.tasks.index(task)
 
-    def _known(self, arm: str, seed: int) -> tuple[str, int]:
+    def _run(self, arm: str, seed: int) -> _Run:
         if (arm, seed) not in self._runs:
             there = ", ".join(f"{a}-seed{s}" for a, s in self.runs) or "no run at all"
             raise UserError(f"the study has no finished run of arm {arm!r} with seed {seed!r}; there is {there}")
-        return arm, seed
+        return self._runs[arm, seed]
+
+    # Steps and pooled U
+
+    def every_step(self) -> Mask:
+        """All steps, as a mask [T]."""
+        return np.ones(self.steps, np.bool_)
+
+    def span(self, first: int, end: int) -> Mask:
+        """The steps first .. end - 1, counted from 0, as a mask [T]."""
+        steps = np.arange(self.steps)
+        return np.asarray((steps >= first) & (steps < end))
+
+    def thirds(self) -> list[tuple[int, int]]:
+        """(first, end) of the thirds of training, counted from 0; fewer where there are fewer than three steps."""
+        count = min(3, self.steps)
+        return [(self.steps * w // count, self.steps * (w + 1) // count) for w in range(count)]
+
+    def pooled(
+        self, groups: Sequence[Sequence[Run]], steps: Mask, prefix: str = "", name: str = "grad_norm_sq"
+    ) -> tuple[Array, Array]:
+        """U [G, K] and its standard error: for each group of runs, their pairs over the chosen steps in one sum.
+
+        ``prefix`` "full_": of all parameters; ``name`` "plug_in": the biased estimate with the same weights.
+        """
+        found = np.full((2, len(groups), len(self.tasks)), math.nan)
+        for g, runs in enumerate(groups):
+            fields = (f"{prefix}{field}" for field in (name, "grad_norm_sq_se", "pair_weight"))
+            found[:, g] = pool(*(np.concatenate([self.array(*run, f)[:, steps] for run in runs], 1) for f in fields))
+        return found[0], found[1]
+
+    def by_run(self, runs: Sequence[Run], steps: Mask, prefix: str = "") -> tuple[Array, Array]:
+        """U [R, K] of each run and its errors."""
+        return self.pooled([[run] for run in runs], steps, prefix)
+
+    def by_seed(
+        self, runs: Sequence[Run], steps: Mask, prefix: str = "", name: str = "grad_norm_sq"
+    ) -> tuple[Array, Array]:
+        """U [S, K] of each seed, the pairs of its arms in one sum, and its errors."""
+        groups = [[run for run in runs if run[1] == seed] for seed in seeds_of(runs)]
+        return self.pooled(groups, steps, prefix, name)
+
+    # Files
 
     @classmethod
     def from_runs(cls, folder: Path | str) -> Measurements:
@@ -104,51 +174,51 @@ class Measurements:
         """
         folder = Path(folder)
         study = read_study(folder)
-        found: dict[tuple[str, int], tuple[list[Line], float]] = {}
-        missing, layers = [], ""
+        found, missing = {}, []
         for arm in study["arms"]:
             for seed in study["seeds"]:
                 place = folder / "runs" / f"{arm}-seed{seed}"
                 # summary.json is written last: without it a run has no evaluation at its end.
-                if not (place / "summary.json").is_file() or not (place / "metrics.jsonl").is_file():
+                if (place / SUMMARY_FILE).is_file() and (place / LOG_FILE).is_file():
+                    found[arm, seed] = read_run(place)
+                else:
                     missing.append(place.name)
-                    continue
-                config = read_info(place).get("config", {})
-                layers = layers or str(config.get("tracker_layers", ""))
-                found[arm, seed] = read_log(place / "metrics.jsonl")[0], _number(config.get("num_generations"))
+        steps = max((int(run.steps[-1]) for run in found.values() if len(run.steps)), default=0)
+        layers = next((name for run in found.values() if (name := str(run.config.get("tracker_layers", "")))), "")
         made = cls(
             list(study["arms"]),
             list(study["seeds"]),
             [str(task) for task in study["tasks"]],
-            max(
-                (line["step"] for lines, _ in found.values() for line in lines if line["kind"] in STEP_KINDS), default=0
-            ),
+            steps,
             int(study["gain_window"]),
             layers or "last_attention",
             missing,
         )
-        for run, (lines, group) in found.items():
-            made._runs[run] = _run_of(made._rows(lines, group), made.tasks, made.steps)
+        logged = [name for name in FIELDS if name != "rollouts"]
+        for key, run in found.items():
+            own, group = made._add(key), _nine(run.config.get("num_generations"))
+            for k, task in enumerate(made.tasks):
+                if task not in run.tasks:
+                    continue
+                for t, step in enumerate(run.steps):
+                    values = {name: _nine(float(run.series[task][name][t])) for name in logged}
+                    own.put("train", int(step), k, {**values, "rollouts": values["prompts"] * group})
+                for kind, points in (("eval", run.evals[task]), ("eval_base", run.base[task])):
+                    for point in points:
+                        numbers = {"reward": point.reward, "reward_se": point.std_error, "n": point.n}
+                        own.put(kind, point.step, k, {name: _nine(value) for name, value in numbers.items()})
         return made
 
-    def _rows(self, lines: Sequence[Line], group: float) -> list[dict[str, Any]]:
-        """The lines of a log as rows of the CSV file."""
-        rows: list[dict[str, Any]] = []
-        for line in lines:
-            train = line["kind"] in STEP_KINDS
-            if not train and line["kind"] not in EVAL_KINDS:
-                continue
-            for task in self.tasks:
-                names, key = (FIELDS, f"tasks/{task}") if train else (EVAL_FIELDS, f"eval/{task}")
-                row = {name: _number(line.get(f"{key}/{name}")) for name in names}
-                if train:
-                    row["rollouts"] = row["prompts"] * group
-                rows.append({"kind": "train" if train else line["kind"], "step": line["step"], "task": task, **row})
-        return rows
+    def _add(self, key: Run) -> _Run:
+        empty = {name: np.full((len(self.tasks), self.steps), math.nan) for name in FIELDS}
+        return self._runs.setdefault(key, _Run(empty, {}))
 
     @classmethod
     def from_csv(cls, path: Path | str) -> Measurements:
-        """Read what :meth:`write_csv` wrote. Raises UserError where the file is missing or is not such a file."""
+        """Read what :meth:`write_csv` wrote. Raises UserError where the file is missing or is not such a file.
+
+        It is read by the csv module: pandas fills a row that was cut off with NaN, and this must refuse it.
+        """
         path = Path(path)
         try:
             with path.open(encoding="utf-8", newline="") as file:
@@ -156,45 +226,37 @@ class Measurements:
                 if not first.startswith("# "):
                     raise ValueError("its first line does not describe the study")
                 made = cls(**json.loads(first[2:]))
-                rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
                 for row in csv.DictReader(file, strict=True):
                     if None in row or None in row.values():
                         raise ValueError(f"row {row} has not as many fields as its header")
                     if row["task"] not in made.tasks:
                         raise ValueError(f"there is no task {row['task']!r} in its first line")
-                    numbers = {
-                        name: _number(float(row[name])) if row[name] else math.nan for name in (*FIELDS, "reward_se")
-                    }
-                    place = {"kind": row["kind"], "step": int(row["step"]), "task": row["task"]}
-                    rows.setdefault((row["arm"], int(row["seed"])), []).append({**place, **numbers})
+                    values = {name: _nine(float(row[name])) if row[name] else math.nan for name in _NUMBERS}
+                    run = made._runs.get((row["arm"], int(row["seed"]))) or made._add((row["arm"], int(row["seed"])))
+                    run.put(row["kind"], int(row["step"]), made.tasks.index(row["task"]), values)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}; give a study's measurements.csv") from error
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
+        except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
             raise UserError(f"{path} is not a measurements.csv: {error}; write it again from the runs") from error
-        for run, own in rows.items():
-            made._runs[run] = _run_of(own, made.tasks, made.steps)
         return made
 
     def write_csv(self, path: Path | str) -> None:
         """One row per (arm, seed, kind, step, task), numbers with nine digits, below a line on the study."""
-        about = {
-            name: getattr(self, name)
-            for name in ("arms", "seeds", "tasks", "steps", "gain_window", "layers", "missing")
-        }
         with Path(path).open("w", encoding="utf-8", newline="") as file:
-            file.write(f"# {json.dumps(about)}\n")
-            writer = csv.DictWriter(file, _COLUMNS, restval="", lineterminator="\n")
+            file.write(f"# {json.dumps({name: getattr(self, name) for name in _ABOUT})}\n")
+            columns = ("arm", "seed", "kind", "step", "task", *_NUMBERS)
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()
             for arm, seed in self.runs:
-                for row in _rows_of(self._runs[arm, seed], self.tasks):
-                    written = {key: f"{value:.9g}" if isinstance(value, float) else value for key, value in row.items()}
-                    writer.writerow({"arm": arm, "seed": seed, **written})
+                for kind, step, k, values in self._runs[arm, seed].rows():
+                    written = {name: f"{value:.9g}" for name, value in values.items()}
+                    place = {"arm": arm, "seed": seed, "kind": kind, "step": step, "task": self.tasks[k]}
+                    writer.writerow({**place, **written})
 
 
-def _field(name: str) -> str:
-    if name not in FIELDS:
-        raise UserError(f"field must be one of {', '.join(FIELDS)}, got {name!r}")
-    return name
+def seeds_of(runs: Sequence[Run]) -> list[int]:
+    """The seeds of runs, each once."""
+    return list(dict.fromkeys(seed for _, seed in runs))
 
 
 def read_study(folder: Path) -> dict[str, Any]:
@@ -206,41 +268,5 @@ def read_study(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} is not a study's folder: its study.json is missing or not readable") from error
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: start the study again, it goes on where it stopped")
+        raise UserError(f"{path} lacks {', '.join(missing)}: start the study again, it continues where it stopped")
     return dict(study)
-
-
-def _run_of(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], steps: int) -> _Run:
-    place = {task: k for k, task in enumerate(tasks)}
-    run = _Run({name: np.full((len(tasks), steps), math.nan) for name in FIELDS}, {})
-    for row in rows:
-        k, step = place[row["task"]], row["step"]
-        if row["kind"] == "train":
-            for name in FIELDS:
-                run.series[name][k, step - 1] = row[name]
-        else:
-            point = run.evals.setdefault(row["kind"], {}).setdefault(
-                step, {name: np.full(len(tasks), math.nan) for name in EVAL_FIELDS}
-            )
-            for name in EVAL_FIELDS:
-                point[name][k] = row[name]
-    return run
-
-
-def _rows_of(run: _Run, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """The inverse of :func:`_run_of`; steps and tasks of which nothing was measured have no row."""
-    rows: list[dict[str, Any]] = []
-
-    def add(kind: str, step: int, k: int, values: Mapping[str, float]) -> None:
-        known = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        if known:
-            rows.append({"kind": kind, "step": step, "task": tasks[k], **known})
-
-    for kind, points in sorted(run.evals.items()):
-        for step, values in sorted(points.items()):
-            for k in range(len(tasks)):
-                add(kind, step, k, {name: values[name][k] for name in EVAL_FIELDS})
-    for t in range(next(iter(run.series.values())).shape[1]):
-        for k in range(len(tasks)):
-            add("train", t + 1, k, {name: run.series[name][k, t] for name in FIELDS})
-    return rows

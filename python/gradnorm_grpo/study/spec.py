@@ -9,7 +9,7 @@ In YAML, all keys optional::
       arms:                          # what is compared: a name and the settings that make the arm
         uniform: {sampling_strategy: uniform}
         inverse: {sampling_strategy: inverse}
-      estimators: {prompts: 256}     # of the comparison of estimators (see estimators/settings.py)
+      estimators: {prompts: 256}     # of the comparison of estimators (see EstimatorSettings)
       estimator_seeds: 1             # for how many of the seeds the estimators are compared
       keep_checkpoints: false        # keep the weights of finished runs
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -31,12 +32,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "inverse": {"sampling_strategy": "inverse"},
     "equal_pull": {"sampling_strategy": "uniform", "task_weighting": "equal_pull"},
 }
-#: An arm may change how tasks are drawn and weighed. Anything else would make its budget or its starting point another.
+#: An arm may change how tasks are drawn and weighed. Anything else would change its budget or its starting point.
 ARM_SETTINGS = (
     *("sampling_strategy", "sampling_exponent", "sampling_floor", "sampling_decay", "task_draws"),
     *("task_weighting", "task_weighting_decay"),
 )
-#: A study gives these itself, a run at a time.
+#: A study sets these itself, for each run.
 _OWN = ("seed", "output_dir", "resume_from_checkpoint", "tasks")
 
 
@@ -99,6 +100,49 @@ def read_spec(block: Any, given: dict[str, Any]) -> StudySpec:
         if arm not in spec.arms:
             raise one_of("--arms", arm, spec.arms)
     return dataclasses.replace(spec, arms={arm: spec.arms[arm] for arm in chosen})
+
+
+@dataclass
+class EstimatorSettings:
+    """The entry `estimators` of the block: how much is sampled, drawn and timed.
+
+    Args:
+        prompts: N, of every task, each with its whole group; at least 8.
+        subsets: random subsets of the N for every n.
+        sketches: draws of the projections for every width.
+        widths: of the sketches.
+        repeats: times that each measurement is timed.
+    """
+
+    prompts: int = 256
+    subsets: int = 2000
+    sketches: int = 16
+    widths: list[int] = field(default_factory=lambda: [16, 64, 128, 256])
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        """Hold every entry to its type and range."""
+        for name, lowest in (("prompts", 8), ("subsets", 2), ("sketches", 2), ("repeats", 1)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(
+                    f"{name} of the study's estimators must be a whole number from {lowest}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        whole = isinstance(self.widths, list) and all(type(width) is int and width > 0 for width in self.widths)
+        if not whole or len(set(self.widths)) != len(self.widths):
+            raise UserError(
+                "widths of the study's estimators must be a list of different whole numbers above 0, "
+                f"got {self.widths!r}"
+            )
+
+
+def read_options(block: Mapping[str, Any]) -> EstimatorSettings:
+    """:class:`EstimatorSettings` from a mapping, as YAML has it."""
+    known = [spec.name for spec in dataclasses.fields(EstimatorSettings)]
+    for key in block:
+        if key not in known:
+            raise one_of("a key of the study's estimators", key, known)
+    return EstimatorSettings(**block)
 
 
 class _Options(argparse.ArgumentParser):

@@ -29,11 +29,11 @@ from ...probe import only_tracked, untrained
 from ...runlog import write_json
 from ...settings import Settings
 from ...warm_start import warm_start
-from . import statistics
+from .. import stats
+from ..spec import EstimatorSettings, read_options
 from .cost import cost
 from .gradients import Layer, capture, gram
 from .rollouts import stored_rollouts
-from .settings import EstimatorSettings, read_options
 from .sketches import bytes_per_prompt, describe_order, describe_task, sketch_grams, unprojected, useless
 
 NOTES = (
@@ -113,9 +113,9 @@ def compare(
 
 def _in_words(result: dict[str, Any]) -> list[str]:
     """The comparison in a line an estimator and a width, medians over the tasks."""
-    n = statistics.pooled_size(result["prompts"])
+    n = stats.pooled_size(result["prompts"])
     lines = [f"at {n} prompts, in units of the mean squared norm, median over the tasks:"]
-    for estimator in statistics.ESTIMATORS:
+    for estimator in stats.ESTIMATORS:
         of_task = []
         for task in result["tasks"].values():
             row = next(row for row in task["estimators"] if row["estimator"] == estimator and row["n"] == n)
@@ -177,8 +177,8 @@ class _Clock:
 
 def _measure(grpo: Grpo, batch: Batch, options: EstimatorSettings, clock: _Clock, console: Console) -> dict[str, Any]:
     """The parts of the file that come from the gradients. One task's tokens are held at a time."""
-    n, seed = statistics.pooled_size(options.prompts), grpo.settings.seed
-    orders = statistics.shuffles(options.prompts, options.subsets, seed)
+    n, seed = stats.pooled_size(options.prompts), grpo.settings.seed
+    orders = stats.shuffles(options.prompts, options.subsets, seed)
     tasks: dict[str, Any] = {}
     exact: dict[str, np.ndarray] = {}
     sketched: dict[int, dict[str, np.ndarray]] = {}
@@ -197,9 +197,9 @@ def _measure(grpo: Grpo, batch: Batch, options: EstimatorSettings, clock: _Clock
                 "tokens": tokens,
                 "reward": float(rewards.mean()),
                 "equal_groups": int((rewards == rewards[:, :1]).all(1).sum()),
-                "reference": statistics.reference(exact[name]),
-                "estimators": statistics.compare(exact[name], orders),
-                "microbatches": statistics.in_microbatches(exact[name], orders, n),
+                "reference": stats.reference(exact[name]),
+                "estimators": stats.compare_estimators(exact[name], orders),
+                "microbatches": stats.in_microbatches(exact[name], orders, n),
             }
         with clock.part("sketches"):
             seeds = [1000 * seed + k for k in range(options.sketches)]

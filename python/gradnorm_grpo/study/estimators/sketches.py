@@ -21,8 +21,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ..stats import Array, cross_product, on_subsets, root_mean_square
 from .gradients import Layer, gram
-from .statistics import Array, cross_product, on_subsets, root_mean_square
 
 #: P (of the outputs) and Q (of the inputs) of one layer; None where the side is not projected.
 Projection = tuple[Tensor | None, Tensor | None]

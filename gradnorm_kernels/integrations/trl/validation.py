@@ -1,0 +1,280 @@
+"""Checks before anything is attached: settings that cannot be measured are refused by name, biased ones remarked on."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from .loss_scale import GRPO_LOSSES, LOSS_TYPES, SFT_LOSSES, own_grpo_loss, own_sft_loss
+
+#: What attach(task_sampling=...) takes -> TaskSampler's strategy; None leaves TRL's own sampler alone.
+TASK_SAMPLING = {
+    "off": None,
+    "uniform": "uniform",
+    "proportional": "proportional",
+    "proportional_sq": "proportional_sq",
+    "inverse": "inverse",
+    "power": "power",
+}
+SAME_LOSS = (
+    "row_scale=, a function of (trainer, inputs{more}) that returns the [B] factors from a row's share of the loss to "
+    "the row's own loss (gradnorm_kernels.integrations.trl.loss_scale.{scale} if the average is still {base}'s)"
+)
+
+
+def check_trainer(trainer: Any, needs: Sequence[str]) -> None:
+    """Refuse a trainer that lacks a method or attribute which attach(...) uses, or that is already attached to.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    missing = [name for name in needs if not hasattr(trainer, name)]
+    if missing:
+        raise ValueError(
+            f"{type(trainer).__name__} of the installed TRL lacks {', '.join(missing)}, which attach(...) uses: attach "
+            "was written for TRL 1.16"
+        )
+    if getattr(trainer, "_gradnorm", None) is not None:
+        raise ValueError("attach(...) was already called on this trainer: call .detach() on what it returned first")
+
+
+def check_count(name: str, value: Any, low: int, meaning: str) -> None:
+    """Refuse anything but an int of at least ``low``.
+
+    Raises:
+        ValueError: says what the value means.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}: {meaning}")
+
+
+def sampling_strategy(task_sampling: str) -> str | None:
+    """TaskSampler's strategy for ``task_sampling``; None for "off".
+
+    Before version 0.2, "uniform" meant today's "off" and "equal" meant today's "uniform". "equal" keeps its meaning.
+    "uniform" has the new one, and both warn, so that no run changes silently.
+
+    Raises:
+        ValueError: an unknown word.
+    """
+    if task_sampling == "equal":
+        warnings.warn(
+            "task_sampling='equal' is now called 'uniform': every task is drawn with the same probability, as before",
+            FutureWarning,
+            stacklevel=3,
+        )
+        return "uniform"
+    if task_sampling == "uniform":
+        warnings.warn(
+            "task_sampling='uniform' draws every task with the same probability. Before version 0.2 it left TRL's own "
+            "sampler alone: for that, leave task_sampling out or pass 'off'",
+            FutureWarning,
+            stacklevel=3,
+        )
+    if task_sampling not in TASK_SAMPLING:
+        raise ValueError(f"task_sampling must be one of {', '.join(map(repr, TASK_SAMPLING))}, got {task_sampling!r}")
+    return TASK_SAMPLING[task_sampling]
+
+
+def row_tasks(trainer: Any, task_column: str) -> list[Hashable] | None:
+    """[rows] the task of every row of the training data; None for a stream, whose rows cannot be listed.
+
+    Raises:
+        ValueError: there is no such column, or a row in it holds neither a string nor an int.
+    """
+    from datasets import IterableDataset
+
+    data = trainer.train_dataset
+    columns = getattr(data, "column_names", None)
+    if columns is not None and task_column not in columns:
+        raise ValueError(_missing_column(trainer, task_column, sorted(columns)))
+    if data is None or isinstance(data, IterableDataset):
+        return None
+    tasks = list(data[task_column])
+    wrong = next((task for task in tasks if isinstance(task, bool) or not isinstance(task, (str, int))), None)
+    if wrong is not None or None in tasks:
+        raise ValueError(f"column {task_column!r} must hold a string or an int in every row, got {wrong!r}")
+    return tasks
+
+
+def _missing_column(trainer: Any, task_column: str, columns: Sequence[str]) -> str:
+    found = f"task_column={task_column!r} is not a column of the training data, which has {list(columns)}"
+    if getattr(trainer, "environment_factories", None) is not None and list(columns) == ["prompt"]:
+        return (
+            f"{found}. The environment owns the data of this trainer and its rows are placeholders, so no row names a "
+            "task: pass train_dataset= with a task column (its columns are passed on to the environment's reset)"
+        )
+    if getattr(trainer.args, "packing", False):
+        return f"{found}: an SFTTrainer that packs drops all others. Set packing=False to measure"
+    return f"{found}: name the one that says which task a row belongs to"
+
+
+def refuse_common(trainer: Any) -> None:
+    """Refuse what the tracker cannot follow under any trainer.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and (getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False)):
+        raise ValueError(
+            "parallelism_config splits a sequence's tokens over devices (cp_size or sp_size above 1), so no device "
+            "sees a sample's whole gradient: attach(...) cannot measure that; set both to 1"
+        )
+    if getattr(args, "torch_compile", False):
+        raise ValueError(
+            "torch_compile=True compiles the model around the tracker's hooks, which is not supported under a Trainer: "
+            "set torch_compile=False, or compile single layers that are not in layers="
+        )
+    if str(accelerator.distributed_type).endswith("DEEPSPEED") and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "DeepSpeed does not reveal its fp16 loss scale, so gradients could not be measured in their own unit: use "
+            "bf16"
+        )
+
+
+def refuse_grpo(
+    trainer: Any, task_column: str, *, own_row_scale: bool, keep_groups_together: bool, accumulate: str | None
+) -> None:
+    """Refuse GRPO settings that cannot be measured.
+
+    Raises:
+        ValueError: names the setting or the class, and what to do.
+    """
+    args, kind = trainer.args, type(trainer).__name__
+    own = own_grpo_loss(trainer)
+    advice = SAME_LOSS.format(more="", scale="grpo_row_scale", base="GRPOTrainer")
+    if not own_row_scale and own is None and trainer.loss_type not in LOSS_TYPES:
+        raise ValueError(
+            f"loss_type={trainer.loss_type!r} is not one whose average is known here ({', '.join(LOSS_TYPES)}): pass "
+            f"{advice}"
+        )
+    if not own_row_scale and own is not None and own not in GRPO_LOSSES:
+        raise ValueError(
+            f"{kind} computes a loss of its own (in {own}), and how it averages over rows and tokens is not known: "
+            f"pass {advice}"
+        )
+    if args.remove_unused_columns:
+        raise ValueError(
+            f"remove_unused_columns=True drops the column {task_column!r} before training sees it: set it to False in "
+            "GRPOConfig (its default)"
+        )
+    if keep_groups_together and args.per_device_train_batch_size % trainer.num_generations:
+        raise ValueError(
+            f"keep_groups_together=True needs per_device_train_batch_size to be a multiple of "
+            f"num_generations={trainer.num_generations}, got {args.per_device_train_batch_size}: otherwise a "
+            "micro-batch cannot hold whole groups"
+        )
+    if accumulate == "exact" and not keep_groups_together:
+        raise ValueError(
+            "accumulate='exact' needs keep_groups_together=True: it adds up whole prompts, and TRL's shuffle spreads a "
+            "prompt over micro-batches"
+        )
+    shuffles = getattr(inspect.unwrap(type(trainer)._prepare_inputs), "__globals__", {})
+    if keep_groups_together and "shuffle_sequence_dict" not in shuffles:
+        raise ValueError(
+            f"keep_groups_together=True replaces the shuffle inside _prepare_inputs, but _prepare_inputs of {kind} "
+            "does not use TRL's shuffle: leave it False"
+        )
+
+
+def refuse_sft(trainer: Any, *, own_row_scale: bool) -> None:
+    """Refuse SFT settings that cannot be measured.
+
+    Raises:
+        ValueError: names the setting or the class, and what to do.
+    """
+    args, kind = trainer.args, type(trainer).__name__
+    for name in ("packing", "padding_free"):
+        if getattr(args, name, False):
+            raise ValueError(
+                f"{name}=True puts several samples into one row, so a row has no task: set {name}=False to measure"
+            )
+    if getattr(trainer, "_vlm_collator", None) is not None:
+        raise ValueError(f"{kind} collates images after its batches were drawn, and the rows' tasks would be lost")
+    if getattr(trainer, "num_generations", 1) > 1:
+        raise ValueError(
+            f"num_generations={trainer.num_generations} makes several rows from one prompt, which are not independent "
+            "samples: set it to 1 to measure"
+        )
+    if own_row_scale:
+        return
+    own = own_sft_loss(trainer)
+    advice = SAME_LOSS.format(more=", num_items_in_batch", scale="sft_row_scale", base="SFTTrainer")
+    if own is not None and (own not in SFT_LOSSES or getattr(trainer, "use_uld_loss", False)):
+        what = "use_uld_loss=True is" if own in SFT_LOSSES else f"{kind} computes"
+        raise ValueError(f"{what} a loss of its own (in {own}), and how it averages rows is not known: pass {advice}")
+    if trainer.compute_loss_func is not None:
+        raise ValueError(f"how compute_loss_func averages over rows and tokens is not known: pass {advice}")
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} selects another loss whose average is not known "
+            f"here: set it to 0, or pass {advice}"
+        )
+
+
+def grpo_remarks(trainer: Any, keep_groups_together: bool, correction: bool) -> list[str]:
+    """What biases the measurement under these settings, one sentence each, by the setting's name."""
+    args, remarks = trainer.args, []
+    if trainer.scale_rewards == "batch":
+        remarks.append(
+            "scale_rewards='batch' divides every advantage by a standard deviation over all prompts: prompts are no "
+            "longer independent, which biases U; 'group' and 'none' keep them independent"
+        )
+    if trainer.multi_objective_aggregation == "normalize_then_sum":
+        remarks.append(
+            "multi_objective_aggregation='normalize_then_sum' normalises rewards over all prompts of the batch: "
+            "prompts are no longer independent"
+        )
+    if trainer._entropy_bonus_enabled:
+        remarks.append(
+            "entropy_coef or use_adaptive_entropy adds an entropy term averaged over the micro-batch's tokens: it "
+            "couples the prompts and enters U with another weight than the policy loss"
+        )
+    if trainer.aux_loss_enabled:
+        remarks.append(
+            "router_aux_loss_coef adds a load-balancing loss over all tokens: it couples the prompts, and U counts it"
+        )
+    if trainer.top_entropy_quantile < 1.0:
+        remarks.append("top_entropy_quantile masks tokens by a quantile over all prompts: it couples them slightly")
+    if own_grpo_loss(trainer) is None and trainer.loss_type == "cispo" and trainer.epsilon_high < 1.0:
+        remarks.append(
+            f"loss_type='cispo' with epsilon_high={trainer.epsilon_high} clamps every ratio to it, also on-policy "
+            f"ones: gradients are {trainer.epsilon_high:.3g} times, and U {trainer.epsilon_high**2:.3g} times, those "
+            "of the other losses"
+        )
+    cycle, steps = args.steps_per_generation * trainer.num_iterations, args.gradient_accumulation_steps
+    if cycle > steps:
+        remarks.append(
+            f"num_iterations={trainer.num_iterations} and steps_per_generation={args.steps_per_generation} make "
+            f"{-(-cycle // steps)} optimizer steps from one generation: only the first is measured, because later "
+            "weights have seen these prompts"
+        )
+    if keep_groups_together and args.per_device_train_batch_size == trainer.num_generations:
+        remarks.append(
+            "per_device_train_batch_size equals num_generations and groups are kept together: no micro-batch holds two "
+            "prompts, so U stays undefined; raise per_device_train_batch_size"
+        )
+    if correction and trainer.beta != 0.0:
+        remarks.append(
+            f"beta={trainer.beta} with a correction: the weights scale advantages and not the KL term, and U counts "
+            "the KL term's gradient divided by the task's weight"
+        )
+    return remarks
+
+
+def sft_remarks(trainer: Any) -> list[str]:
+    """What biases the measurement under these settings, one sentence each, by the setting's name."""
+    remarks = []
+    if trainer.aux_loss_enabled:
+        remarks.append(
+            "router_aux_loss_coef adds a load-balancing loss over all tokens: it couples the samples, and U counts it"
+        )
+    if trainer.args.per_device_train_batch_size == 1:
+        remarks.append(
+            "per_device_train_batch_size=1: no micro-batch holds two samples, so U stays undefined; raise it"
+        )
+    return remarks

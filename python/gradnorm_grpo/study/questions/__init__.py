@@ -1,0 +1,80 @@
+"""The study's questions, one file each: a claim, its statistic and its figure.
+
+To add one, write a file with ``QUESTION``, ``CLAIM``, ``answer`` and ``draw`` (see :class:`Question`) and name it in
+the line of ``_FILES``. Its name becomes the answer's id and the figure's file name; the page has a section for it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ...runlog import plain
+from ..measurements import Measurements, Run
+from ..stats import known_mean
+from . import arms, estimators, explain, gain, imbalance, last_block
+from .common import Answer, Record
+
+
+class Question(Protocol):
+    """What a file of this folder has."""
+
+    __name__: str
+    QUESTION: str
+    CLAIM: str
+
+    def answer(self, m: Measurements) -> Answer:
+        """The verdict on the claim and what it rests on. It must come whatever is missing from the measurements."""
+
+    def draw(self, answers: Record, answer: Record) -> Figure:
+        """The figure of this answer, an entry of ``answers``, which is the content of answers.json.
+
+        Any part of the data may be missing; the figure then says so.
+        """
+
+
+_FILES: tuple[Question, ...] = (imbalance, last_block, gain, explain, arms, estimators)
+#: Id -> question, in the order of the page.
+QUESTIONS = {file.__name__.rpartition(".")[2]: file for file in _FILES}
+
+
+def answer(m: Measurements) -> dict[str, Any]:
+    """The content of answers.json, as strict JSON can hold it: what is not known is None."""
+    answers = []
+    for name, question in QUESTIONS.items():
+        found = question.answer(m)
+        about = {"id": name, "question": question.QUESTION, "claim": question.CLAIM}
+        parts = {"verdict": found.verdict, "sentence": found.sentence, "numbers": found.numbers, "data": found.data}
+        answers.append(about | parts)
+    study = {key: getattr(m, key) for key in ("tasks", "arms", "seeds", "missing", "gain_window")}
+    whole: dict[str, Any] = plain({"answers": answers, "runs": [_run(m, run) for run in m.runs], **study})
+    return whole
+
+
+def _run(m: Measurements, run: Run) -> dict[str, Any]:
+    """One run in a few numbers per task: pooled U, reward in the first and last third, accuracy before and after."""
+    (u, error), (full, full_error) = (m.by_run([run], m.every_step(), prefix) for prefix in ("", "full_"))
+    table = {}
+    for k, task in enumerate(m.tasks):
+        rewards = m.series(*run, task, "reward")
+        early, late = (
+            (known_mean(rewards[slice(*third)]) for third in (m.thirds()[0], m.thirds()[-1]))
+            if m.steps
+            else (math.nan, math.nan)
+        )
+        _, accuracy, _ = m.evaluation(*run, task)
+        table[task] = {
+            "u": float(u[0, k]),
+            "u_se": float(error[0, k]),
+            "full_u": float(full[0, k]),
+            "full_u_se": float(full_error[0, k]),
+            "reward_first": early,
+            "reward_last": late,
+            "eval_first": float(accuracy[0]) if len(accuracy) else math.nan,
+            "eval_last": float(accuracy[-1]) if len(accuracy) > 1 else math.nan,
+        }
+    steps = int(np.isfinite(m.array(*run, "prompts")).any(0).sum())
+    return {"arm": run[0], "seed": run[1], "steps": steps, "rollouts": arms.rollouts(m, run), "tasks": table}

@@ -1,0 +1,329 @@
+"""What does sampling tasks by their gradients do? Held-out accuracy of each arm, paired with uniform by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
+
+from ... import plots
+from ...numbers import clean, signed
+from ..measurements import Measurements, Run
+from ..stats import ALPHA, LEVEL, holm, t_interval
+from .common import (
+    BASELINE,
+    Answer,
+    Record,
+    bounds,
+    index,
+    interval_over,
+    number,
+    ordered,
+    p_value,
+    records,
+    scarce,
+    some,
+    triple,
+    value_of,
+)
+from .drawing import AXIS, empty, row_panel, stacked
+
+QUESTION = "What does sampling tasks by their gradients do?"
+ARM = "proportional"
+CLAIM = (
+    "Sampling tasks in proportion to their gradients gives a higher mean held-out accuracy at the end than uniform "
+    "sampling, at an equal budget of rollouts."
+)
+WHEN = {"end": "at the end", "average": "mean of the evaluations after step 0"}
+BUDGET = 1e-3  # relative difference of rollouts that still counts as the same budget
+
+
+def answer(m: Measurements) -> Answer:
+    """Held-out accuracy of each arm and its difference from uniform, paired by seed."""
+    arms = [arm for arm in m.arms if any(run[0] == arm for run in m.runs)]
+    baseline = BASELINE if BASELINE in arms else None
+    places: list[tuple[str | None, list[str]]] = [(None, list(m.tasks)), *((task, [task]) for task in m.tasks)]
+    final = [
+        {"arm": arm, "task": task} | _over({seed: _accuracy(m, (arm, seed), tasks, "end") for seed in _seeds(m, arm)})
+        for arm in arms
+        for task, tasks in places
+    ]
+    differences = []
+    compared = [arm for arm in arms if baseline and arm != baseline]
+    for when in WHEN:
+        rows = {(arm, task): _over(_paired(m, arm, tasks, when)) for arm in compared for task, tasks in places}
+        p = {arm: t_interval(_values(rows[arm, None])).p for arm in compared}
+        adjusted = dict(zip(compared, holm(list(p.values())), strict=True))
+        for (arm, task), row in rows.items():
+            known = {"p": p[arm], "p_holm": adjusted[arm]} if task is None else {"p": math.nan, "p_holm": math.nan}
+            differences.append({"arm": arm, "task": task, "when": when} | row | known)
+    counts = [rollouts(m, run) for run in m.runs]
+    equal = _equal(counts)
+    own = next((row for row in differences if (row["arm"], row["task"], row["when"]) == (ARM, None, "end")), None)
+    verdict = "undecided"
+    if own and equal and own["p_holm"] < ALPHA:
+        verdict = "supported" if own["value"] > 0 else "contradicted"
+    data = {
+        "baseline": baseline,
+        "final": final,
+        "differences": differences,
+        "curves": [_curve(m, arm, task, tasks) for arm in arms for task, tasks in places],
+        "rollouts": [{"arm": arm, "seed": seed, "rollouts": n} for (arm, seed), n in zip(m.runs, counts, strict=True)],
+    }
+    sentence = _sentence(m, arms, differences, own, equal)
+    return Answer(verdict, sentence, _numbers(final, differences, equal, counts), data)
+
+
+def _seeds(m: Measurements, *arms: str) -> list[int]:
+    """The seeds that all of these arms have a run of."""
+    return [seed for seed in m.seeds if all((arm, seed) in m.runs for arm in arms)]
+
+
+def _points(m: Measurements, run: Run, tasks: Sequence[str]) -> dict[int, float]:
+    """Held-out accuracy by step: the mean over the tasks at the steps where all of them were evaluated."""
+    each = []
+    for task in tasks:
+        steps, rewards, _ = m.evaluation(*run, task)
+        each.append(dict(zip(steps.tolist(), rewards.tolist(), strict=True)))
+    common = set.intersection(*map(set, each)) if each else set()
+    return {step: sum(points[step] for points in each) / len(each) for step in sorted(common)}
+
+
+def _accuracy(m: Measurements, run: Run, tasks: Sequence[str], when: str) -> float:
+    """At the end, or the average of the evaluations after step 0; NaN where there is none."""
+    after = [value for step, value in _points(m, run, tasks).items() if step > 0]
+    if not after:
+        return math.nan
+    return after[-1] if when == "end" else sum(after) / len(after)
+
+
+def _paired(m: Measurements, arm: str, tasks: Sequence[str], when: str) -> dict[int, float]:
+    """Seed -> arm minus baseline, for the seeds that both arms have."""
+    return {
+        seed: _accuracy(m, (arm, seed), tasks, when) - _accuracy(m, (BASELINE, seed), tasks, when)
+        for seed in _seeds(m, arm, BASELINE)
+    }
+
+
+def _over(by_seed: dict[int, float]) -> dict[str, Any]:
+    per_seed = [{"seed": seed, "value": value} for seed, value in by_seed.items()]
+    return {**bounds(t_interval(list(by_seed.values()))), "per_seed": per_seed}
+
+
+def _values(row: Record) -> list[float]:
+    return [entry["value"] for entry in row["per_seed"]]
+
+
+def _curve(m: Measurements, arm: str, task: str | None, tasks: Sequence[str]) -> dict[str, Any]:
+    points = [_points(m, (arm, seed), tasks) for seed in _seeds(m, arm)]
+    steps = sorted(set.intersection(*map(set, points))) if points else []
+    found = [t_interval([own[step] for own in points]) for step in steps]
+    ends = {side: [getattr(interval, side) for interval in found] for side in ("value", "low", "high")}
+    return {"arm": arm, "task": task, "steps": steps, **ends}
+
+
+def rollouts(m: Measurements, run: Run) -> float:
+    """Completions sampled in a run; NaN where that was not measured."""
+    found = m.array(*run, "rollouts")
+    return float(np.nansum(found)) if np.isfinite(found).any() else math.nan
+
+
+def _equal(counts: Sequence[float]) -> bool:
+    return bool(counts) and max(counts) - min(counts) <= BUDGET * max(counts)  # NaN compares as unequal
+
+
+def _numbers(
+    final: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], equal: bool, counts: Sequence[float]
+) -> list[dict[str, Any]]:
+    numbers = []
+    for row in final:
+        name, how = f"accuracy of {row['arm']}, {row['task'] or 'mean over tasks'}", interval_over(_values(row))
+        numbers.append(number(name, row["value"], row["low"], row["high"], f"at the end; {how}"))
+    for row in differences:
+        if row["task"] is not None and row["when"] != "end":
+            continue
+        how = f"{WHEN[row['when']]}, paired by seed; {interval_over(_values(row))}"
+        if math.isfinite(row["p"]):
+            how += f"; p = {p_value(row['p'])}, {p_value(row['p_holm'])} after Holm for the arms"
+        elif row["task"] is not None:
+            how += "; one of many, not adjusted"
+        name = f"{row['arm']} minus {BASELINE}, {row['task'] or 'mean over tasks'}, {row['when']}"
+        numbers.append(number(name, row["value"], row["low"], row["high"], how))
+    if counts:
+        how = "fewest and most of all runs; " + ("the same budget" if equal else "not the same budget")
+        mean = sum(counts) / len(counts)
+        numbers.append(number("rollouts of a run", mean, min(counts), max(counts), how) | {"level": None})
+    return numbers
+
+
+def _sentence(
+    m: Measurements,
+    arms: Sequence[str],
+    differences: Sequence[dict[str, Any]],
+    own: dict[str, Any] | None,
+    equal: bool,
+) -> str:
+    if not m.runs:
+        return scarce(m, m.runs)
+    if BASELINE not in arms or ARM not in arms:
+        lacking = " and ".join(arm for arm in (BASELINE, ARM) if arm not in arms)
+        return f"Undecided: there is no finished run of {lacking}."
+    shown = [f"{clean(row['arm'])} {_difference(row)}" for row in _means(differences)]
+    first = f"Mean held-out accuracy at the end, minus that of uniform, paired by seed: {'; '.join(shown)}."
+    if own is None or math.isnan(own["value"]):
+        return f"Undecided: the arms have no evaluation after step 0 in common. {first}"
+    if not equal:
+        return f"{first} Undecided: the runs did not have the same number of rollouts."
+    if math.isnan(own["p"]):
+        if sum(map(math.isfinite, _values(own))) < 2:
+            return f"{first} Undecided: with one pair of runs nothing is known about how far another seed would differ."
+        return (
+            f"{first} Undecided: the seeds differ by exactly the same amount, so the evaluation is too coarse to tell."
+        )
+    if own["p_holm"] >= ALPHA:
+        return f"{first} Undecided: proportional sampling is not told apart from uniform."
+    word = "higher" if own["value"] > 0 else "lower"
+    return f"{first} Proportional sampling ends {word} (p = {p_value(own['p_holm'])} after Holm for the arms)."
+
+
+def _means(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The differences of mean accuracy at the end: what the verdict is about."""
+    return [row for row in differences if row.get("task") is None and row.get("when") == "end"]
+
+
+def _difference(row: Record) -> str:
+    if math.isnan(row["low"]):
+        return f"{signed(row['value'], 3)} (no interval)"
+    return f"{signed(row['value'], 3)} ({LEVEL:.0%} interval {signed(row['low'], 3)} to {signed(row['high'], 3)})"
+
+
+# The figure
+
+_MEAN, _MEAN_AVERAGE = "mean, at the end", "mean, average over training"
+_STEP = 12.0  # pixels between the arms of a row
+_CURVES = 170.0
+
+
+def draw(answers: Record, answer: Record) -> Figure:
+    """Differences from uniform and accuracies, one row per task, and the mean accuracy over training."""
+    final, differences = (some(records(answer, part), "value") for part in ("final", "differences"))
+    baseline = (answer.get("data") or {}).get("baseline")
+    curves = [
+        c
+        for c in records(answer, "curves")
+        if c.get("task") is None and plots.finite(plots.numbers(c.get("value") or [])).size
+    ]
+    arms = ordered(answers, "arms", final, differences, curves, name="arm")
+    heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
+    if not arms:
+        figure = plots.sheet(*heading, [str(answer.get("sentence") or "")], 90)
+        empty(figure.subplots(), "No arm has a held-out accuracy.")
+        return figure
+    tasks = ordered(answers, "tasks", final, differences, name="task")
+    names = [_MEAN, *([_MEAN_AVERAGE] if any(d.get("when") == "average" for d in differences) else []), *tasks]
+    row = 14 + _STEP * len(arms)
+    upper, lower = 28 + row * len(names) + AXIS, 28 + _CURVES + AXIS if curves else 0.0
+    key = [("s" if arm == baseline else "o", shade(answers, arm, baseline), True, arm) for arm in arms]
+    figure = plots.sheet(*heading, [_note(answer)], upper + lower, key)
+    top, *below = stacked(figure, [upper, lower]) if curves else [figure]
+    left, right = top.subplots(1, 2)
+    left.set_title(plots.fit(f"Minus {baseline}, paired by seed" if baseline else "Differences", 260))
+    right.set_title("Held-out accuracy at the end")
+    row_panel(left, answers, names, 190)
+    row_panel(right, answers, names, 0)
+    others = [arm for arm in arms if arm != baseline]
+    found = [d for d in differences if d.get("arm") in others]
+    if found:
+        plots.linear(left, "x", np.ravel([triple(d) for d in found]), zero=True)
+        left.set_xlabel("difference of held-out accuracy")
+        _fill(left, answers, found, others, names, row, baseline)
+    else:
+        left.set_xticks([])
+        left.spines["bottom"].set_visible(False)
+        left.text(0.5, 0.5, "nothing to compare with", transform=left.transAxes, ha="center", color=plots.SOFT)
+    plots.linear(right, "x", np.ravel([triple(f) for f in final]))
+    right.set_xlabel("held-out accuracy")
+    _fill(right, answers, final, arms, names, row, baseline)
+    if curves:
+        _curves(below[0].subplots(), answers, curves, baseline)
+    return figure
+
+
+def shade(answers: Record, arm: str, baseline: object) -> str:
+    """The arm's colour: ink for what the others are compared with."""
+    return plots.INK if arm == baseline else plots.colour(index(answers, "arms", arm))
+
+
+def compared_arms(answers: Record, answer: Record) -> list[str]:
+    """The arms whose mean accuracy is compared with the baseline's."""
+    baseline = (answer.get("data") or {}).get("baseline")
+    found = _means(some(records(answer, "differences"), "value"))
+    return ordered(answers, "arms", [d for d in found if d.get("arm") != baseline], name="arm")
+
+
+def mean_differences(axes: Axes, answers: Record, answer: Record, arms: Sequence[str], row: float) -> None:
+    """One row of ``row`` pixels per arm: the difference of mean accuracy at the end, and below it each seed's."""
+    found = {d.get("arm"): d for d in _means(records(answer, "differences"))}
+    plots.linear(axes, "x", np.ravel([triple(found.get(arm)) for arm in arms]), zero=True, most=4)
+    for y, arm in enumerate(arms):
+        record = found.get(arm) or {}
+        seeds = plots.numbers(s.get("value") for s in record.get("per_seed") or [])
+        axes.plot(seeds, np.full(seeds.size, y + 12 / row), ls="none", marker="|", ms=7, color=plots.SOFT, mew=1.2)
+        plots.interval(axes, y, triple(record), shade(answers, arm, None), size=9, width=3)
+
+
+def _fill(
+    axes: Axes,
+    answers: Record,
+    found: Sequence[Record],
+    arms: Sequence[str],
+    names: Sequence[str],
+    row: float,
+    baseline: object,
+) -> None:
+    """The intervals of every record on its row, the arms below each other; a ground behind the rows of the means."""
+    axes.axhspan(-0.5, sum(name in (_MEAN, _MEAN_AVERAGE) for name in names) - 0.5, color=plots.SHADE, lw=0, zorder=0)
+    for record in found:
+        task, arm = record.get("task"), str(record.get("arm"))
+        average, strong = record.get("when") == "average", task is None
+        name = str(task) if not strong else _MEAN_AVERAGE if average else _MEAN
+        if (average and not strong) or name not in names or arm not in arms:
+            continue
+        y = names.index(name) + (list(arms).index(arm) - (len(arms) - 1) / 2) * _STEP / row
+        style: dict[str, Any] = {"size": 7, "width": 2.6} if strong else {"size": 5.5, "width": 1.5}
+        mark = "s" if arm == baseline else "o"
+        plots.interval(axes, y, triple(record), shade(answers, arm, baseline), mark=mark, **style)
+
+
+def _curves(axes: Axes, answers: Record, curves: Sequence[Record], baseline: object) -> None:
+    """Mean held-out accuracy of each arm over training."""
+    axes.set_title("Held-out accuracy over training, mean over tasks and seeds")
+    keys = ("steps", "value", "low", "high")
+    parts = [[plots.numbers(curve.get(key) or []) for key in keys] for curve in curves]
+    plots.linear(axes, "y", np.concatenate([values for part in parts for values in part[1:]]))
+    plots.linear(axes, "x", np.concatenate([steps for steps, *_ in parts]), most=8)
+    axes.set_xlabel("step")
+    for i, (curve, (steps, value, low, high)) in enumerate(zip(curves, parts, strict=True)):
+        if not steps.size == value.size == low.size == high.size:
+            continue
+        arm = str(curve.get("arm"))
+        own, mark = shade(answers, arm, baseline), "s" if arm == baseline else "o"
+        # Beside each other by some pixels: the arms' intervals would hide one another.
+        beside = ScaledTranslation((i - (len(curves) - 1) / 2) * 5 / 72, 0, axes.figure.dpi_scale_trans)
+        place = axes.transData + beside
+        axes.plot(steps, value, color=own, lw=1.8, marker=mark, ms=5, zorder=3, transform=place)
+        axes.vlines(steps, low, high, color=own, lw=1.2, alpha=0.6, zorder=2, transform=place)
+
+
+def _note(answer: Record) -> str:
+    known = plots.finite(np.array([value_of(r, "rollouts") for r in records(answer, "rollouts")]))
+    budget = ""
+    if known.size:
+        low, high = known.min(), known.max()
+        budget = f" Rollouts per run: {low:,.0f}." if low == high else f" Rollouts per run: {low:,.0f} to {high:,.0f}."
+    return f"Bars are 95% intervals over seeds; none are drawn where there is one seed.{budget}"

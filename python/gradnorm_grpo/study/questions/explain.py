@@ -1,0 +1,209 @@
+"""Do rewards, advantages or lengths explain which task has the larger gradient? Rank correlations with U."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ... import plots
+from ...numbers import clean
+from ..measurements import Measurements
+from ..stats import ALPHA, FEWEST_TASKS, NO_CORRELATION, Array, Correlation, across, holm, known_mean, within
+from .common import (
+    Answer,
+    Record,
+    bounds,
+    correlation_number,
+    count_of,
+    index,
+    ordered,
+    p_value,
+    records,
+    scarce,
+    some,
+    spelled,
+    triple,
+    value_of,
+    with_interval,
+)
+from .drawing import AXIS, beside, correlation_axis, dots, empty, row_panel, stacked, task_key
+
+QUESTION = "Do rewards, advantages or lengths explain the imbalance?"
+CLAIM = (
+    "One of the typical training statistics (reward, |advantage|, prompt length, response length) explains which tasks "
+    "have larger gradients. (The paper says that none does.)"
+)
+FACTORS = {
+    "reward": "reward",
+    "abs_advantage": "|advantage|",
+    "prompt_length": "prompt length",
+    "response_length": "response length",
+}
+
+
+def answer(m: Measurements) -> Answer:
+    """Spearman's correlation of U with each statistic, across tasks and within them over time."""
+    runs, seeds = m.runs, [seed for _, seed in m.runs]
+    u, _ = m.by_run(runs, m.every_step())
+    means = {name: _means(m, name, [(0, m.steps)])[:, :, 0] for name in FACTORS}
+    # Blocks as long as the window of Gain(t), or shorter, so that there are at least three.
+    width = max(1, min(m.gain_window, m.steps // 3))
+    blocks = [(first, first + width) for first in range(0, m.steps - width + 1, width)]
+    over_time = np.stack([m.by_run(runs, m.span(*block))[0] for block in blocks], 2) if blocks else u
+    between = {name: across(means[name], u, seeds) for name in FACTORS}
+    inside = {
+        name: within(_means(m, name, blocks), over_time, seeds) if blocks and runs else NO_CORRELATION
+        for name in FACTORS
+    }
+    p_between, p_inside = (dict(zip(FACTORS, holm([x[n].p for n in FACTORS]), strict=True)) for x in (between, inside))
+
+    def adjusted(p: float) -> str:
+        return f"p after Holm for {len(FACTORS)} statistics {p_value(p)}"
+
+    numbers = [
+        correlation_number(
+            f"Spearman of U and {label}, across tasks",
+            between[name],
+            f"means over training, mean over arms; {adjusted(p_between[name])}",
+        )
+        for name, label in FACTORS.items()
+    ] + [
+        correlation_number(
+            f"Spearman of U and {label}, within tasks over time",
+            inside[name],
+            f"blocks of {count_of(width, 'step')}, from the same rollouts; {adjusted(p_inside[name])}",
+        )
+        for name, label in FACTORS.items()
+    ]
+    data = {
+        "tasks": [
+            {"task": task, "u": known_mean(u[:, k])} | {name: known_mean(means[name][:, k]) for name in FACTORS}
+            for k, task in enumerate(m.tasks)
+        ],
+        "factors": [
+            {"name": name, "label": label}
+            | {
+                side: bounds(found[name]) | {"p": found[name].p, "p_holm": p[name]}
+                for side, found, p in (("across", between, p_between), ("within", inside, p_inside))
+            }
+            for name, label in FACTORS.items()
+        ],
+    }
+    shown = [name for name in _beyond_chance(between, p_between) if between[name].tasks >= FEWEST_TASKS]
+    sentence = _sentence(m, between, p_between, shown) + _within_sentence(m, inside, _beyond_chance(inside, p_inside))
+    return Answer("supported" if shown else "undecided", sentence, numbers, data)
+
+
+def _means(m: Measurements, name: str, blocks: Sequence[tuple[int, int]]) -> Array:
+    """[R, K, W]: the mean of a field over the steps of each block at which the task was drawn."""
+    found = [[[known_mean(row[a:b]) for a, b in blocks] for row in m.array(*run, name)] for run in m.runs]
+    return np.array(found).reshape(len(m.runs), len(m.tasks), len(blocks))
+
+
+def _beyond_chance(found: dict[str, Correlation], p: dict[str, float]) -> list[str]:
+    """The statistics whose correlation is significant after Holm, with seeds that agree on its sign."""
+    return [name for name, one in found.items() if p[name] < ALPHA and one.sign * one.value > 0]
+
+
+def _sentence(m: Measurements, between: dict[str, Correlation], p: dict[str, float], shown: list[str]) -> str:
+    if not m.runs:
+        return scarce(m, m.runs)
+    known = [name for name in FACTORS if math.isfinite(between[name].value)]
+    if not known:
+        return "Undecided: too few tasks have both U and the statistics in all runs."
+    largest = max(known, key=lambda name: abs(between[name].value))
+    tasks = count_of(between[largest].tasks, "task")
+    over = f"over {tasks} and {count_of(between[largest].seeds, 'seed')}"
+    parts = "; ".join(
+        f"{FACTORS[name]} {with_interval(between[name])}, p = {p_value(p[name])} after Holm"
+        for name in shown or [largest]
+    )
+    if shown:
+        return f"Across tasks U goes with {parts} (Spearman {over}). That is a relation, not a cause."
+    why = scarce(m, m.runs)
+    if not why and between[largest].tasks < FEWEST_TASKS + 1:
+        why = f"Undecided: with {tasks} and {len(FACTORS)} statistics even a perfect order is not beyond chance."
+    if not why and p[largest] < ALPHA:
+        why = "Undecided: the tasks' order is beyond chance, but the seeds do not agree that there is a relation."
+    if not why:
+        why = "Undecided: none is beyond chance, and with so few tasks that does not show that none matters."
+    return f"The strongest relation of U across tasks is with {parts} (Spearman {over}). {why}"
+
+
+def _within_sentence(m: Measurements, inside: dict[str, Correlation], moving: list[str]) -> str:
+    if not moving:
+        return ""
+    shown = "; ".join(f"{FACTORS[name]} {with_interval(inside[name])}" for name in moving)
+    return f" Within tasks over time U moves with {shown}; both come from the same rollouts."
+
+
+# The figure
+
+_SIDES = (("across", "Across tasks"), ("within", "Within tasks"))
+
+
+def draw(answers: Record, answer: Record) -> Figure:
+    """Rank correlations of U with each statistic, and the means behind them."""
+    factors, means = records(answer, "factors"), some(records(answer, "tasks"), "u")
+    shown = [f for f in factors if some(means, str(f.get("name")))]
+    if not any(math.isfinite(value_of(f.get(side))) for f in factors for side, _ in _SIDES):
+        factors = []
+    tasks = ordered(answers, "tasks", means, name="task")
+    upper = 28 + 40.0 * len(factors) + AXIS if factors else 80.0
+    lower = 28 + 150.0 + AXIS if shown else 0.0
+    notes = [
+        "Spearman's rank correlation with its 95% interval. Filled: p below 0.05 after Holm's correction for the "
+        "number of quantities; hollow: not significant."
+        if factors
+        else str(answer.get("sentence") or "")
+    ]
+    if shown:
+        notes.append("Below: one point per task. A correlation by itself explains nothing.")
+    heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
+    figure = plots.sheet(*heading, notes, upper + lower, task_key(answers, tasks) if shown else ())
+    top, *below = stacked(figure, [upper, lower]) if shown else [figure]
+    if factors:
+        for i, (axes, (side, title)) in enumerate(zip(top.subplots(1, 2), _SIDES, strict=True)):
+            _forest(axes, factors, side, title, 0 if i else 150)
+    else:
+        empty(top.subplots(), "No correlation is known.")
+    if shown:
+        _clouds(below[0].subplots(1, len(shown), sharey=True, squeeze=False)[0], answers, shown, means)
+    return figure
+
+
+def _forest(axes: Axes, factors: Sequence[Record], side: str, title: str, width: float) -> None:
+    """The intervals of one side on the rows of the quantities."""
+    row_panel(axes, {}, [_label(f) for f in factors], width)
+    axes.set_title(title)
+    correlation_axis(axes, "rank correlation with U")
+    for y, factor in enumerate(factors):
+        found = factor.get(side) or {}
+        p = value_of(found, "p_holm")
+        plots.interval(axes, y, triple(found), filled=p < ALPHA, size=9, width=2.4)
+        beside(axes, y - 0.2, spelled(triple(found), 2))
+        if math.isfinite(p):
+            beside(axes, y + 0.2, f"p = {p:.2f} (Holm)" if p >= 0.01 else "p < 0.01 (Holm)")
+
+
+def _clouds(panels: Any, answers: Record, factors: Sequence[Record], means: Sequence[Record]) -> None:
+    """U of each task against each quantity, side by side on one axis of U."""
+    u = plots.numbers(r.get("u") for r in means)
+    for i, (axes, factor) in enumerate(zip(panels, factors, strict=True)):
+        x = plots.numbers(r.get(str(factor.get("name"))) for r in means)
+        plots.linear(axes, "x", x, most=3)
+        plots.holding_zero(axes, "y", u, u)
+        axes.set_xlabel(plots.fit(_label(factor), 170, plots.SMALL))
+        axes.set_ylabel("" if i else "U")
+        for j, record in enumerate(means):
+            dots(axes, x[j], u[j], index(answers, "tasks", record.get("task")), size=8.5)
+    panels[0].set_title("U of each task against the means over its runs")
+
+
+def _label(factor: Record) -> str:
+    return clean(factor.get("label") or str(factor.get("name")).replace("_", " "))

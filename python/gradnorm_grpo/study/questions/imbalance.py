@@ -1,0 +1,286 @@
+"""Do some tasks produce much larger gradients than others? U of each task, and the loudest task over the quietest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from ... import plots
+from ...numbers import clean, significant
+from ..measurements import Mask, Measurements, Run, seeds_of
+from ..stats import (
+    ALPHA,
+    LEVEL,
+    NO_RATIO,
+    Array,
+    Ratio,
+    ratio_over_seeds,
+    ratio_within,
+    scaled,
+    t_interval,
+    task_interval,
+    tasks_alike,
+    tasks_alike_within,
+)
+from .common import (
+    Answer,
+    Record,
+    bounds,
+    count_of,
+    index,
+    number,
+    ordered,
+    p_value,
+    records,
+    some,
+    spelled,
+    triple,
+    value_of,
+)
+from .drawing import AXIS, beside, empty, row_panel
+
+QUESTION = "Do some tasks produce much larger gradients than others?"
+CLAIM = (
+    "Some tasks produce larger gradients than others: the loudest task's squared gradient norm exceeds the quietest's."
+)
+PAPER = (15, 33)  # the ratios of squared norms that Wu et al. 2025 report
+ALIKE = 2.0  # all pairs of tasks within this factor: no imbalance worth the name
+
+
+def answer(m: Measurements) -> Answer:
+    """U of each task, pooled over training and its thirds, and the ratio of the loudest to the quietest."""
+    runs, whole = m.runs, m.every_step()
+    u, error = m.by_seed(runs, whole)
+    found = _ratio(m, runs, whole)
+    p = tasks_alike(u) if len(u) > 1 else tasks_alike_within(u[0], error[0]) if len(u) else math.nan
+    rows: list[tuple[str, Ratio]] = [("training", found)]
+    rows += [(f"steps {first + 1}-{end}", _ratio(m, runs, m.span(first, end))) for first, end in m.thirds()]
+    for arm in dict.fromkeys(arm for arm, _ in runs):
+        rows.append((f"arm {arm}", _ratio(m, [run for run in runs if run[0] == arm], whole)))
+    rows.append(("all parameters", _ratio(m, runs, whole, "full_")))
+    numbers = [number(f"loudest / quietest, {where}", r.value, r.low, r.high, r.how) for where, r in rows]
+    how = "permutation of the tasks within seeds" if len(u) > 1 else "chi-squared with the errors within the run"
+    numbers.append(number("p that all tasks are alike", p, how=how))
+    if found.low > 1 and p < ALPHA:
+        verdict = "supported"
+    else:
+        verdict = "contradicted" if _all_alike(u, error) else "undecided"
+    return Answer(verdict, _sentence(m, u, found, p, verdict), numbers, _data(m, rows))
+
+
+def _ratio(m: Measurements, runs: Sequence[Run], steps: Mask, prefix: str = "") -> Ratio:
+    if not runs or not steps.any():
+        return NO_RATIO
+    u, error = m.by_seed(runs, steps, prefix)
+    if len(u) > 1:
+        return ratio_over_seeds(u, error)
+    # Every other measured step: two halves of training would have different weights.
+    measured = steps & np.any([np.isfinite(m.array(*run, f"{prefix}grad_norm_sq")).any(0) for run in runs], axis=0)
+    order = np.cumsum(measured) % 2
+    halves = [m.pooled([runs], measured & (order == half), prefix) for half in (1, 0)]
+    return ratio_within(*(np.concatenate(side) for side in zip(*halves, strict=True)))
+
+
+def _all_alike(u: Array, error: Array) -> bool:
+    """Whether each task's U is shown to be less than ``ALIKE`` times each other's: every pair at 5%, one-sided."""
+    if not len(u) or not np.isfinite(u).all() or u.shape[1] < 2:
+        return False
+    return all(_less(u, error, a, b) for a, b in permutations(range(u.shape[1]), 2))
+
+
+def _less(u: Array, error: Array, a: int, b: int) -> bool:
+    """Whether U of task a is shown to be less than ``ALIKE`` times U of task b."""
+    if len(u) > 1:
+        share = scaled(u)
+        margin = t_interval(ALIKE * share[:, b] - share[:, a])
+        return margin.value > 0 and margin.p / 2 < ALPHA
+    spread = math.hypot(ALIKE * error[0, b], error[0, a])
+    return bool(ALIKE * u[0, b] - u[0, a] > stats.norm.ppf(1 - ALPHA) * spread)
+
+
+def _sentence(m: Measurements, u: Array, found: Ratio, p: float, verdict: str) -> str:
+    if math.isnan(found.low) and math.isnan(found.value):
+        lacking = "no finished run" if not len(u) else f"{count_of(len(m.tasks), 'task')} with enough measured steps"
+        return f"Undecided: there is {lacking} to compare."
+    over = f"over {count_of(len(u), 'seed')}" if len(u) > 1 else "in the one seed (the error is that of its prompts)"
+    picks = set(found.picks)
+    if len(picks) == 1:
+        loud, quiet = next(iter(picks))
+        who = f"{clean(m.tasks[loud])} is the loudest task and {clean(m.tasks[quiet])} the quietest"
+    else:
+        who = "Which task is loudest and which quietest differs from part to part of the data"
+    first = f"{who}; the squared norms are {_times(found)} times apart {over} (p = {p_value(p)} that all are alike)."
+    if verdict == "contradicted":
+        return f"{first} All tasks are within a factor of {ALIKE:.0f} of one another."
+    if verdict == "undecided":
+        return f"{first} That is not told apart from no difference, nor shown to be small."
+    low, high = PAPER
+    if found.low > high or found.high < low:
+        return f"{first} That is {'more' if found.low > high else 'less'} than the paper's {low} to {high}."
+    if found.low >= low and found.high <= high:
+        return f"{first} That is within the paper's {low} to {high}."
+    return f"{first} The paper's {low} to {high} is not ruled out."
+
+
+def _times(found: Ratio) -> str:
+    """A ratio for a sentence: 18 (95% interval 9.1 to 36), or what is known of it."""
+    if math.isnan(found.low):
+        return f"{significant(found.value)} (no interval)"
+    if math.isfinite(found.high):
+        ends = f"{significant(found.low)} to {significant(found.high)}"
+        return f"{significant(found.value)} ({LEVEL:.0%} interval {ends})"
+    bound = f"at least {significant(found.low)}, {1 - ALPHA / 2:.1%} sure" if found.low > 0 else "no bound"
+    text = f"{bound}; the quietest is not told apart from zero"
+    return f"an unknown number of ({text})" if math.isnan(found.value) else f"{significant(found.value)} ({text})"
+
+
+def unit(m: Measurements) -> str:
+    """What U was measured on, in words."""
+    return {"last_attention": "last attention block", "all": "all tracked layers"}.get(m.layers, m.layers)
+
+
+def _data(m: Measurements, rows: list[tuple[str, Ratio]]) -> dict[str, Any]:
+    runs, whole = m.runs, m.every_step()
+    (u, error), (full, full_error) = (m.by_seed(runs, whole, prefix) for prefix in ("", "full_"))
+    plug, _ = m.by_seed(runs, whole, name="plug_in")
+    overall, by_window = [], []
+    for k, task in enumerate(m.tasks):
+        per_seed = [{"seed": seed, "value": u[s, k], "se": error[s, k]} for s, seed in enumerate(seeds_of(runs))]
+        row = {"task": task, **bounds(task_interval(u[:, k], error[:, k])), "per_seed": per_seed}
+        row["plug_in"] = t_interval(plug[:, k]).value
+        overall.append(row | bounds(task_interval(full[:, k], full_error[:, k]), "full"))
+    for w, window in enumerate(m.thirds()):
+        u, error = m.by_seed(runs, m.span(*window))
+        plug, _ = m.by_seed(runs, m.span(*window), name="plug_in")
+        for k, task in enumerate(m.tasks):
+            row = {"task": task, "window": w, **bounds(task_interval(u[:, k], error[:, k]))}
+            by_window.append(row | {"plug_in": t_interval(plug[:, k]).value})
+    return {
+        "unit": unit(m),
+        "overall": overall,
+        "windows": [{"window": w, "first": first + 1, "last": end} for w, (first, end) in enumerate(m.thirds())],
+        "by_window": by_window,
+        "ratios": [{"where": where, **bounds(r)} for where, r in rows],
+        "paper": list(PAPER),
+    }
+
+
+# The figure
+
+_PLUG_IN = "D"
+
+
+def draw(answers: Record, answer: Record) -> Figure:
+    """U of each task over training beside the plug-in estimate, and below it the ratios."""
+    overall, windows = some(records(answer, "overall"), "value", "plug_in"), records(answer, "windows")
+    tasks = loudest_first(answers, answer)
+    ratios = some([r for r in records(answer, "ratios") if r.get("where")], "value", "low")
+    row = 26.0 + 9.0 * len(windows)
+    upper = 24 + row * len(tasks) + AXIS if tasks else 90.0
+    lower = 44 + 24.0 * len(ratios) + AXIS if ratios else 70.0
+    notes = [bars(answers)]
+    if any(math.isfinite(value_of(r, "plug_in")) for r in overall):
+        notes.append("The plug-in estimate is the squared norm of the mean gradient: it counts noise as signal.")
+    if any(math.isfinite(value_of(r, "low")) and math.isnan(value_of(r, "high")) for r in ratios):
+        notes.append("An arrow: only the lower end is known, since the quietest task's U may be zero.")
+    figure = plots.sheet(
+        str(answer.get("question")),
+        str(answer.get("verdict") or ""),
+        notes,
+        upper + lower,
+        _key(windows, overall) if tasks else (),
+    )
+    first, second = figure.subplots(2, 1, height_ratios=[upper, lower])
+    measured = (answer.get("data") or {}).get("unit") or "measured layers"
+    first.set_title(f"U, the squared norm of the expected gradient: {clean(measured)}")
+    if tasks:
+        row_panel(first, answers, tasks)
+        pulls(first, answers, answer, tasks, row, windows=True)
+    else:
+        empty(first, "U of no task is known.")
+    second.set_title("Loudest over quietest task", pad=20 if ratios else None)
+    if ratios:
+        _ratios(second, answer, ratios)
+    else:
+        empty(second, "No ratio of two tasks is known.")
+    return figure
+
+
+def loudest_first(answers: Record, answer: Record) -> list[str]:
+    """The tasks by U over training, those without one last."""
+    overall = some(records(answer, "overall"), "value", "plug_in")
+    found = {str(r.get("task")): value_of(r) for r in overall}
+    tasks = ordered(answers, "tasks", overall, some(records(answer, "by_window"), "value"), name="task")
+    return sorted(tasks, key=lambda t: -found[t] if math.isfinite(found.get(t, math.nan)) else math.inf)
+
+
+def pulls(axes: Axes, answers: Record, answer: Record, tasks: list[str], row: float, *, windows: bool) -> None:
+    """U of each task along its row, on an axis that holds zero; the windows of training below it if asked for."""
+    overall = {str(r.get("task")): r for r in records(answer, "overall")}
+    order = [r.get("window") for r in records(answer, "windows")] if windows else []
+    parts = {(r.get("task"), r.get("window")): r for r in records(answer, "by_window") if r.get("window") in order}
+    found = np.array([triple(overall.get(task)) for task in tasks])
+    plug_in = np.array([value_of(overall.get(task), "plug_in") for task in tasks])
+    steps = np.array([triple(r) for r in parts.values()]).ravel()
+    sizes = np.concatenate([np.max(np.abs(np.nan_to_num(found)), axis=1), plug_in])
+    plots.holding_zero(axes, "x", np.concatenate([found.ravel(), steps, plug_in]), sizes)
+    axes.set_xlabel("U (linear in the shaded part, logarithmic outside it)" if windows else "U (symmetric logarithmic)")
+    for y, task in enumerate(tasks):
+        place = index(answers, "tasks", task)
+        shade, mark = plots.colour(place), plots.marker(place)
+        top = y - 0.5 + 15 / row if order else float(y)
+        axes.plot(plug_in[y], top, ls="none", marker=_PLUG_IN, ms=6.5, mfc="none", mec=plots.SOFT, mew=1.4, zorder=3.5)
+        plots.interval(axes, top, found[y], shade, mark=mark, size=9, width=3)
+        for i, window in enumerate(order):
+            part = triple(parts.get((task, window)))
+            pale = plots.tint(shade, _strength(i, len(order)))
+            plots.interval(axes, top + (13 + 9 * i) / row, part, pale, size=5, width=1.6)
+
+
+def bars(answers: Record) -> str:
+    """What the bars of U are, in a sentence."""
+    if len(answers.get("seeds") or []) == 1:
+        return "Bars are 95% intervals of the one seed: of its prompts, not of other seeds."
+    return "Bars are 95% intervals over seeds."
+
+
+def _strength(place: int, count: int) -> float:
+    """How dark a window of training is drawn: the later the darker."""
+    return 0.45 + 0.45 * (place / (count - 1) if count > 1 else 1.0)
+
+
+def _key(windows: list[dict[str, Any]], overall: list[dict[str, Any]]) -> list[plots.Entry]:
+    entries: list[plots.Entry] = [("o", plots.SOFT, True, "whole training")]
+    for place, window in enumerate(windows):
+        shade = plots.tint(plots.SOFT, _strength(place, len(windows)))
+        entries.append(("o", shade, True, f"steps {window.get('first')} to {window.get('last')}"))
+    if any(math.isfinite(value_of(r, "plug_in")) for r in overall):
+        entries.append((_PLUG_IN, plots.SOFT, False, "plug-in, whole training"))
+    return entries
+
+
+def _ratios(axes: Axes, answer: Record, ratios: list[dict[str, Any]]) -> None:
+    """One row per ratio on a logarithmic axis, the paper's range behind them."""
+    found = [triple(r) for r in ratios]
+    row_panel(axes, {}, [str(r["where"]) for r in ratios])
+    paper = plots.numbers((answer.get("data") or {}).get("paper") or [])
+    plots.logarithmic(axes, "x", np.concatenate([np.ravel(found), paper, [1.0]]))
+    axes.set_xlabel("ratio of U")
+    axes.axvline(1, color=plots.INK, lw=1, zorder=1.5)
+    if len(paper) == 2 and np.isfinite(paper).all():
+        axes.axvspan(*paper, color=plots.BAND, lw=0, zorder=0)
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": plots.SOFT, "fontsize": plots.SMALL}
+        where: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points"}
+        axes.annotate(f"the paper: {paper[0]:g} to {paper[1]:g}", (math.sqrt(paper.prod()), -0.5), **where, **style)
+    for y, one in enumerate(found):
+        strong = y == 0
+        shade, size = (plots.INK, 9.0) if strong else (plots.SOFT, 7.0)
+        plots.interval(axes, y, one, shade, size=size, width=2.6 if strong else 1.8)
+        beside(axes, y, spelled(one), strong)

@@ -1,0 +1,328 @@
+"""The command `study`: its runs as processes of their own, the comparison of the estimators, and the answers.
+
+Each run is an ordinary ``train`` in its own folder, a few at a time, and one that fails or is interrupted does not
+affect the others. What is finished is not run again; what was interrupted continues from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gradnorm_kernels.__main__ import commit
+
+from ..checkpoint import checkpoints
+from ..errors import UserError
+from ..folder import machine, versions
+from ..models import device_of
+from ..parse import parse_study
+from ..runlog import LOG_FILE, RUN_FILE, SUMMARY_FILE, write_json
+from ..settings import Settings
+from .measurements import Measurements, read_study
+from .spec import StudySpec
+
+#: Settings that do not change what a run measures: a study may continue with others.
+_FREE = (
+    *("output_dir", "cache_dir", "num_threads", "report_to", "save_steps", "save_total_limit", "seed", "device"),
+    "commit",
+)
+
+
+def study(arguments: list[str], console: Console) -> int:
+    """Run what a study still lacks and write its answers; returns the exit code."""
+    settings, spec, name = parse_study(arguments)
+    folder = Path(settings.output_dir or Path("runs") / f"{name}-study")
+    described = describe(settings, spec, name, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "study.json", described)
+    console.print(f"study folder: {folder}", highlight=False, soft_wrap=True)
+    jobs = _jobs(settings, spec, folder)
+    began = time.monotonic()
+    try:
+        failed = run_all(jobs, spec.jobs, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: the same command goes on in {folder}", highlight=False, soft_wrap=True)
+        return 130
+    finally:
+        described["seconds"] = round(described.get("seconds", 0.0) + time.monotonic() - began, 1)
+        write_json(folder / "study.json", described)
+    if not spec.keep_checkpoints:
+        for job in jobs:
+            if job.done:
+                drop_checkpoints(job.folder)
+    conclude(folder, console)
+    if failed:
+        names = ", ".join(job.name for job in failed)
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} did not finish: {names}; the answers use the others. Fix what their logs "
+            "say; the same command then runs what is missing"
+        )
+    return 0
+
+
+def _jobs(settings: Settings, spec: StudySpec, folder: Path) -> list[Job]:
+    """One arm after another, so that runs side by side have different seeds and do not repeat the same warm start."""
+    jobs = []
+    for arm in spec.arms:
+        for seed in spec.seeds:
+            place = folder / "runs" / f"{arm}-seed{seed}"
+            jobs.append(run_job(f"{arm} seed {seed}", spec.run_settings(settings, arm, seed, str(place))))
+    place = folder / "estimators"
+    for seed in spec.seeds[: spec.estimator_seeds]:
+        own = dataclasses.replace(settings, seed=seed, output_dir=str(place))
+        place.mkdir(parents=True, exist_ok=True)
+        config = place / f"seed{seed}.yaml"
+        write_config(config, own, study={"estimators": spec.estimators})
+        arguments = ("estimators", "--config", str(config))
+        jobs.append(Job(f"estimators seed {seed}", arguments, place, place / f"seed{seed}.json"))
+    return jobs
+
+
+def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> dict[str, Any]:
+    """The content of study.json; UserError where the folder holds a study with other settings."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    described: dict[str, Any] = {
+        "name": name,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": now,
+        "versions": versions(),
+        "commit": commit() or settings.commit or None,
+        "machine": machine(device_of(settings)),
+        "config": {
+            key: value for key, value in dataclasses.asdict(settings).items() if key not in ("seed", "output_dir")
+        },
+        "arms": spec.arms,
+        "seeds": spec.seeds,
+        "tasks": [task["name"] for task in settings.tasks],
+        "gain_window": settings.gain_window,
+    }
+    before = read_study(folder) if (folder / "study.json").is_file() else None
+    if before is None:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"output_dir {folder} holds something that is no study: name another folder")
+        return described
+    old, new = before.get("config", {}), json.loads(json.dumps(described["config"]))
+    changed = [
+        f"{key} {old[key]!r} -> {new[key]!r}"
+        for key in new
+        if key not in _FREE and old.get(key, new[key]) != new[key]  # a setting that is newer than the study
+    ]
+    changed += [
+        f"arm {arm} {before['arms'][arm]!r} -> {own!r}"
+        for arm, own in spec.arms.items()
+        if before["arms"].get(arm, own) != own
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a study with other settings ({'; '.join(changed)[:400]}): give another --output_dir, or "
+            "the settings it was started with"
+        )
+    kept = {key: before[key] for key in ("started", "seconds") if key in before}
+    return described | kept | {"continued": [*before.get("continued", []), now]}
+
+
+def conclude(folder: Path, console: Console) -> dict[str, Any]:
+    """Answers, figures and page from a study's runs, or, where they are not there, from its measurements.csv."""
+    from .figures import draw
+    from .page import page
+    from .questions import answer
+
+    described = read_study(folder)
+    stored = folder / "measurements.csv"
+    if (folder / "runs").is_dir():
+        measured = Measurements.from_runs(folder)
+        measured.write_csv(stored)
+    elif stored.is_file():
+        measured = Measurements.from_csv(stored)
+    else:
+        raise UserError(f"{folder} holds neither runs/ nor measurements.csv: there is nothing to answer from")
+    files = sorted((folder / "estimators").glob("seed*.json"))
+    measured.estimates = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    answers = answer(measured)
+    write_json(folder / "answers.json", answers)
+    draw(answers, folder / "figures")
+    (folder / "README.md").write_text(page(described, answers), encoding="utf-8")
+    table = Table(title="What these data say", box=None, pad_edge=False)
+    for column in ("question", "verdict", "answer"):
+        table.add_column(column, overflow="fold")
+    for entry in answers["answers"]:
+        table.add_row(entry["question"], entry["verdict"], entry["sentence"])
+    console.print(table, highlight=False, markup=False)
+    console.print(f"answers: {folder / 'README.md'}", highlight=False, soft_wrap=True)
+    return answers
+
+
+# Runs as processes
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train_grpo.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process. Its log goes into ``folder``; the file ``result`` exists once it is done."""
+
+    name: str
+    arguments: tuple[str, ...]
+    folder: Path
+    result: Path
+    steps: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether its result exists."""
+        return self.result.is_file()
+
+    @property
+    def progress(self) -> int:
+        """Training steps in its log so far."""
+        with contextlib.suppress(OSError):
+            return (self.folder / LOG_FILE).read_bytes().count(b'"kind": "train"')
+        return 0
+
+    def failure(self) -> str:
+        """The last line of its log."""
+        with contextlib.suppress(OSError):
+            lines = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return lines[-1] if lines else "it printed nothing"
+        return "it has no log"
+
+
+def write_config(path: Path, settings: Settings, **more: Any) -> None:
+    """A YAML file that `train --config` reads back to the same settings; ``more``: its other top-level keys."""
+    values = {**dataclasses.asdict(settings), **more}
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def run_job(name: str, settings: Settings) -> Job:
+    """The process that starts, or continues, the run in ``settings.output_dir``."""
+    folder = Path(settings.output_dir)
+    if checkpoints(folder):
+        arguments: tuple[str, ...] = ("train", "--resume", str(folder))
+    else:
+        if (folder / RUN_FILE).is_file() and not (folder / SUMMARY_FILE).is_file():
+            set_aside(folder)  # it stopped before its first checkpoint: start again, keep what it wrote
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder / "config.yaml", settings)
+        arguments = ("train", "--config", str(folder / "config.yaml"))
+    return Job(name, arguments, folder, folder / SUMMARY_FILE, settings.max_steps)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename to the first free name of <folder>.interrupted-1, -2, ..."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.interrupted-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete the weights of a finished run; its measurements stay."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    with (job.folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *job.arguments],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+
+
+def run_all(jobs: Sequence[Job], at_a_time: int, console: Console) -> list[Job]:
+    """Run what is not done, in order; returns the jobs that failed.
+
+    After Ctrl-C or SIGTERM the running jobs finish their step and save, and the caller gets a KeyboardInterrupt. A
+    second one kills them.
+    """
+    waiting = [job for job in jobs if not job.done]
+    if len(waiting) < len(jobs):
+        console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} are done already", highlight=False)
+    running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
+    failed: list[Job] = []
+    told: list[int] = []  # the signal that stopped us, if it was not Ctrl-C
+
+    def stop(number: int, frame: Any) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    with _bars(console) as bars:
+        shown = {job: bars.add_task(job.name, total=job.steps or None, visible=False) for job in waiting}
+        overall = bars.add_task("all", total=len(jobs), completed=len(jobs) - len(waiting))
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_a_time:
+                    job = waiting.pop(0)
+                    running[job] = (_start(job), time.monotonic())
+                    bars.update(shown[job], visible=True)
+                    bars.reset(shown[job], visible=True)
+                for job, (process, started) in list(running.items()):
+                    if not bars.disable:
+                        bars.update(shown[job], completed=job.progress)
+                    if process.poll() is None:
+                        continue
+                    del running[job]
+                    bars.update(shown[job], visible=False)
+                    if process.returncode or not job.done:
+                        failed.append(job)
+                        text = f"{job.name} failed ({job.failure()}): see {job.folder / 'log.txt'}"
+                        console.print(text, style="red", highlight=False, soft_wrap=True, markup=False)
+                    else:
+                        bars.update(overall, advance=1)
+                        console.print(f"{job.name}: {time.monotonic() - started:.0f} s", highlight=False)
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            # The terminal sends Ctrl-C to all of its processes: the runs have it, and a second signal would kill them.
+            _stop([process for process, _ in running.values()], console, tell=bool(told) or not os.isatty(0))
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], console: Console, tell: bool) -> None:
+    """Wait for runs that end after their step; ``tell``: ask them to."""
+    console.print("stopping: the runs finish their step and save; Ctrl-C again ends them at once", highlight=False)
+    try:
+        for process in processes:
+            if tell:
+                process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()

@@ -1,0 +1,68 @@
+"""The operators for embeddings on the triton backend, interpreted, over the layouts of ``ops/test_embedding.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradnorm_kernels import ops, reference
+from tests.ops.test_embedding import LAYOUTS, embedding, ids_of, inner, linear, truth
+from tests.tolerances import NORMS
+from tests.traps import assert_close, assert_same_bits, poisoned_memory
+
+#: Those of few tokens: the interpreter is slow.
+SMALL = [name for name, (lengths, *_) in LAYOUTS.items() if sum(lengths) <= 150]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in SMALL), ("empty segments", torch.float16)], ids=str
+)
+def test_embedding_grad_norm(name: str, dtype: torch.dtype) -> None:
+    lengths, samples, groups = LAYOUTS[name]
+    side = embedding(lengths, 19, dtype, samples)
+    gradients, sums = truth(side, groups)
+    scale = gradients.square().sum() + sums.square().sum()
+    options = {"sample_ids": side.sample_ids, "group_ids": ids_of(groups), "backend": "triton"}
+    with poisoned_memory():
+        found = ops.embedding_grad_norm(side.x, side.dy, side.cu_seqlens, **options, group_gram=True)
+        plain = ops.embedding_grad_norm(side.x, side.dy, side.cu_seqlens, **options)
+    assert plain.group_gram is None and found.group_gram is not None
+    assert_same_bits(found[:1], plain[:1], ["sample_sq_norms"])
+    for result in (found, plain):
+        assert_close(result.sample_sq_norms, gradients.square().sum((1, 2)), NORMS[dtype], scale)
+        assert_close(result.group_sq_norms, sums.square().sum((1, 2)), NORMS[dtype], scale)
+    assert_close(found.group_gram, inner(sums, sums), NORMS[dtype], scale)
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 2, 3], [1, 0, 1, 3]], ids=str)
+@pytest.mark.parametrize("samples", [None, [2, 0, 2, 3]], ids=str)
+def test_tied_grad_gram(samples: list[int] | None, groups: list[int] | None) -> None:
+    one, two = linear([31, 0, 8, 40], 19, samples=samples), embedding([9, 20, 30, 1], 19, samples=samples)
+    of_head = reference.sample_gradients(one.x, one.dy, one.cu_seqlens, sample_ids=one.sample_ids, num_samples=4)
+    gradients, sums = truth(two, groups, 4)
+    ids = {"sample_ids": one.sample_ids, "e_sample_ids": two.sample_ids, "group_ids": ids_of(groups), "num_samples": 4}
+    call = (one.x, one.dy, two.x, two.dy, one.cu_seqlens, two.cu_seqlens)
+    with poisoned_memory():
+        found = ops.tied_grad_gram(*call, **ids, backend="triton")
+    scale = of_head.flatten(1).norm(dim=1).max() * gradients.flatten(1).norm(dim=1).max() * 4
+    assert_close(found.sample_dots, (of_head * gradients).sum((1, 2)), NORMS[torch.float32], scale)
+    expected = inner(reference.group_sums(of_head, ids_of(groups)), sums)
+    assert_close(found.group_gram, expected, NORMS[torch.float32], scale)
+
+
+def test_ids_out_of_range_give_nan_and_are_not_read() -> None:
+    """On a GPU reading an id to raise would wait for it."""
+    one, two = linear([31, 9], 19), embedding([9, 20], 19)
+    two.x[3] = 1 << 40
+    call = (one.x, one.dy, two.x, two.dy, one.cu_seqlens, two.cu_seqlens)
+    found = ops.tied_grad_gram(*call, backend="triton")
+    assert found.sample_dots.isnan().all() and found.group_gram.isnan().all()
+
+
+def test_empty_calls() -> None:
+    ids, dy, cu_seqlens = torch.arange(0), torch.ones(0, 4), torch.tensor([0, 0, 0])
+    found = ops.embedding_grad_norm(ids, dy, cu_seqlens, group_gram=True, backend="triton")
+    assert found.sample_sq_norms.tolist() == [0, 0] and found.group_gram is not None and not found.group_gram.any()
+    x, wide = torch.ones(0, 4), torch.ones(0, 9)
+    cross = ops.tied_grad_gram(x, wide, ids, dy, cu_seqlens, cu_seqlens, backend="triton")
+    assert cross.sample_dots.tolist() == [0, 0] and cross.group_gram.tolist() == [[0]]
