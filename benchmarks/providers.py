@@ -23,8 +23,7 @@ from torch import Tensor
 import gradnorm_kernels as gk
 from benchmarks.batches import Batch
 from gradnorm_kernels import backends, dispatch
-from gradnorm_kernels.backends.cuda import wgrad
-from gradnorm_kernels.backends.cuda.wgrad import Tiles
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, forced
 
 
 class Result(NamedTuple):
@@ -225,24 +224,18 @@ def _all_ours() -> list[Provider]:
     return found
 
 
-#: On Hopper, the tiles of ``cuda_wgrad`` to choose from.
-_TILES = {
-    "cuda_columns_128": Tiles(128),
-    "cuda_columns_192": Tiles(192),
-    "cuda_columns_128_abreast": Tiles(128, staggered=False),
-    "cuda_columns_192_abreast": Tiles(192, staggered=False),
-    "cuda_columns_192_band_12": Tiles(192, group_m=12),
-}
+#: On Hopper, the launches of ``cuda_wgrad`` to choose from.
+_TILES = {f"cuda_{name}": candidate.config for name, candidate in CUDA_CANDIDATES.items()}
 
 
-def _with_tiles(name: str, tiles: Tiles) -> Provider:
+def _with_tiles(name: str, tiles: CudaConfig) -> Provider:
     base = _ours("cuda", "wgrad", True)
 
     def prepare(batch: Batch) -> Run:
         call = base.prepare(batch)
 
         def run() -> Result:
-            with wgrad.forced(tiles):
+            with forced(tiles):
                 return call()
 
         return run

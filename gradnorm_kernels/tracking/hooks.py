@@ -22,7 +22,8 @@ from .layers import Layer, Parameters
 from .probe import Probe
 from .quiet import is_quiet
 from .recorder import Recorder
-from .replay import Impossible
+from .replay import Impossible, tensors_in
+from .shared import SharedOutput, watch_rows
 from .skipped import Skipped
 
 
@@ -83,7 +84,10 @@ class Watcher:
         self._probe: Probe | None = None
         self._probed: set[Any] = set()
         self._depth = 0
-        self._entering = False
+        self._entering = False  # calls of containers are watched
+        self._probing = False
+        self._shared: list[SharedOutput] = []
+        self.shares_outputs = False  # some embedding's rows are read where its output is spread over them
         self.unprobed: str | None = None  # why no probe could run
 
     # Installing and removing
@@ -112,12 +116,15 @@ class Watcher:
             if self.recorder is None or is_quiet() or _in_backward():
                 return
             self._depth += 1
-            if self._depth == 1:
+            if self._depth == 1 and self._probing:
                 self._enter(module, args, kwargs)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self.recorder is not None and not is_quiet() and not _in_backward():
-                self._depth -= 1
+            if self.recorder is None or is_quiet() or _in_backward():
+                return
+            self._depth -= 1
+            if self._depth == 0 and self._shared:
+                self._read_shared(output)
 
         for name, module in model.named_modules():
             wrapper = type(module).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule")
@@ -125,7 +132,7 @@ class Watcher:
             if inside and not wrapper and id(module) not in measured:
                 removers.append(module.register_forward_pre_hook(_Hook(before), with_kwargs=True).remove)
                 removers.append(module.register_forward_hook(_Hook(after), always_call=True).remove)
-        self._depth, self._entering, self._probed = 0, True, set()
+        self._entering = True
 
         def remove() -> None:
             self._entering = False
@@ -133,6 +140,11 @@ class Watcher:
                 undo()
 
         return remove
+
+    def begin(self, recorder: Recorder, *, probing: bool) -> None:
+        """A micro-batch is open. ``probing``: look for the rows of the layers when a container is called."""
+        self.recorder, self._probing = recorder, probing
+        self._depth, self._probed, self._shared = 0, set(), []
 
     def changed(self) -> list[Layer]:
         """Layers whose class, forward, hooks or parametrizations are others than when their formula was verified."""
@@ -188,7 +200,7 @@ class Watcher:
             self._refuse(layer, str(reason), reason)
             return None
         except Unreadable as reason:
-            self._refuse_unread(layer, output, reason)
+            self._refuse_unread(layer, x, output, reason)
             return None
         if call is None:
             return None
@@ -301,10 +313,36 @@ class Watcher:
             'layers=, or pass unverified="skip" to leave it out wherever it occurs'
         ) from cause
 
-    def _refuse_unread(self, layer: Layer, output: Any, reason: Unreadable) -> None:
+    def _read_shared(self, output: Any) -> None:
+        """The outermost call is over: read the rows of outputs that all rows share, where they are spread."""
+        recorder, found = self.recorder, self._shared
+        self._shared = []
+        assert recorder is not None
+
+        def take(call: Call, dy: Tensor) -> None:
+            if self.recorder is recorder:
+                recorder.take(call, dy)
+
+        results = list(tensors_in(output))
+        for shared in found:
+            if watch_rows(shared, results, recorder.rows, take):
+                self.shares_outputs = True
+            elif output is not None:  # else the call ended with an exception
+                self._refuse_dy(shared.layer, shared.output, shared.reason)
+
+    def _refuse_unread(self, layer: Layer, x: Tensor, output: Any, reason: Unreadable) -> None:
         """A call whose rows are unknown. It matters only if a gradient comes through it, which other calls of the same
         layer may not need: what a layer computes from a table, detached, is none of the micro-batch's rows.
         """
+        formula = self._formulas.get(layer.name)
+        if layer.kind == "embedding" and self._depth > 0 and isinstance(output, Tensor) and formula is not None:
+            ids = graph_ids(output) if formula.ids_from_graph else x
+            if ids is not None and not _in_backward():
+                self._shared.append(SharedOutput(layer, ids, output, formula.factor, reason))
+                return
+        self._refuse_dy(layer, output, reason)
+
+    def _refuse_dy(self, layer: Layer, output: Any, reason: Unreadable) -> None:
         placed = any(name == layer.name for name, _ in self.placements.seen)
         if not self._lenient and not placed:
             raise reason

@@ -88,7 +88,7 @@ class GradNormTracker:
             matrix under a LoRA adapter.
         unverified: what happens to a parameter whose measurement does not pass its verification (docs/verification.md):
             "raise" an error that names it, or "skip" it: leave it out, with one warning. Default: "skip" for
-            ``layers="all"``, else "raise".
+            ``layers="all"`` while something is left to measure, else "raise".
         batch_dim: which dimension of a layer's input holds the rows of the batch: None (found by a probe in the first
             micro-batch), 0, 1, or ``{layer name or shell pattern: dimension}`` for some layers.
         verify: "once" compares the tracker's total gradient of a parameter with autograd's until it was seen to agree;
@@ -132,6 +132,7 @@ class GradNormTracker:
         self._model = model
         self._process_group = process_group
         self._lenient = (layers == "all") if unverified is None else unverified == "skip"
+        self._skip_everything = unverified == "skip"
         self._verify_always = verify == "always"
         selection = select_layers(model, layers, frozen)
         self._parameters = Parameters(model, selection)
@@ -162,6 +163,7 @@ class GradNormTracker:
         self._serial = 0
         self._warned: set[str] = set()
         self._undo: list[Callable[[], None]] = []
+        self._stop_watching: Callable[[], None] | None = None  # takes the hooks of containers out
         try:
             for layer in self._layers:
                 self._undo.append(self._watcher.install(layer, fused and layer.kind in ("linear", "conv1d")))
@@ -245,10 +247,11 @@ class GradNormTracker:
             self._unreconciled.update(self._watcher.names_of(layer))
         known = set(self._skipped.reasons)
         probing = self._unplaced and rows.batch > 1
-        stop_watching = self._watcher.watch_entries(self._model) if probing else None
+        if (probing or self._watcher.shares_outputs) and self._stop_watching is None:
+            self._stop_watching = self._watcher.watch_entries(self._model)
         reconciliation = self._reconciliation()
         recorder = self._recorder = Recorder(rows, self._parameters, self._skipped, self._exact, reconciliation)
-        self._watcher.recorder = recorder
+        self._watcher.begin(recorder, probing=probing)
         try:
             yield
             if reconciliation is not None:
@@ -270,8 +273,8 @@ class GradNormTracker:
             self._recorder = self._watcher.recorder = None
             if reconciliation is not None:
                 reconciliation.close()
-            if stop_watching is not None:
-                stop_watching()
+            if not self._watcher.shares_outputs:
+                self._stop_entries()
         self._unplaced = self._unplaced and not probing
         self._warn_never_called(recorder)
         self._warn_skipped(4)
@@ -281,8 +284,8 @@ class GradNormTracker:
         if self._parts and known != set(self._skipped.reasons):
             # Earlier micro-batches of this step counted what this one leaves out: their sums do not belong together.
             warnings.warn(
-                f"{len(self._parts)} micro-batches of this step are dropped: they were measured with parameters that "
-                "are now left out",
+                f"the {len(self._parts) + 1} micro-batches of this step so far are dropped: they were measured with "
+                "parameters that are now left out, as were earlier steps",
                 stacklevel=3,
             )
             self._reset()
@@ -338,9 +341,18 @@ class GradNormTracker:
         )
 
     def _nothing_left(self) -> bool:
-        """Whether every chosen parameter turned out not to be measurable; training goes on without estimates."""
+        """Whether every chosen parameter turned out not to be measurable.
+
+        Raises:
+            RuntimeError: they did, and nobody asked for training to go on without estimates (``unverified="skip"``).
+        """
         names = {name for layer in self._layers for name in self._watcher.names_of(layer)}
         nothing = all(name in self._skipped for name in names)
+        if nothing and not self._skip_everything:
+            raise RuntimeError(
+                f"nothing that layers= picks can be measured: {self._skipped.news()}; choose other layers, or pass "
+                'unverified="skip" to train on without estimates'
+            )
         if nothing and "nothing" not in self._warned:
             self._warned.add("nothing")
             warnings.warn("nothing that layers= picks can be measured: there will be no estimates", stacklevel=4)
@@ -400,14 +412,29 @@ class GradNormTracker:
                 raise RuntimeError(
                     'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
                 )
-            gathered = distributed.gather(
-                self._step_sums(distributed.rank(group) if group is not None else None), group
-            )
-            sums = merge([part for part, _ in gathered]) if group is not None else gathered[0][0]
+            mine = self._step_sums(distributed.rank(group) if group is not None else None)
+            gathered = distributed.gather((*mine, set(self._skipped.reasons)), group)
+            if self._ranks_differ([skipped for _, _, skipped in gathered]):
+                gathered = [(add_up([], []), False, set())]
+                self._exact = TaskSums() if self._exact is not None else None
+            sums = merge([part for part, _, _ in gathered]) if group is not None else gathered[0][0]
             exact = self._exact.gram(sums.tasks, group) if self._exact is not None else None
         finally:
             self._reset()
-        return self._publish(sums, exact, any(folded for _, folded in gathered))
+        return self._publish(sums, exact, any(folded for _, folded, _ in gathered))
+
+    def _ranks_differ(self, skipped: Sequence[set[str]]) -> bool:
+        """Whether ranks left out different parameters in this step; from the next one on all leave out the same."""
+        every = set().union(*skipped)
+        if all(names == every for names in skipped):
+            return False
+        self._skipped.add(sorted(every), "another rank could not measure it")
+        warnings.warn(
+            "ranks left out different parameters, so this step has no estimate; from the next one on all leave out "
+            f"{some(sorted(every))}",
+            stacklevel=3,
+        )
+        return True
 
     def _step_sums(self, rank: int | None) -> tuple[StepSums, bool]:
         """This rank's share of the step, and whether its blocks are folds. Ids that only this rank knows get its
@@ -477,8 +504,14 @@ class GradNormTracker:
             running[task].load_state_dict(entry)
         self.running = running
 
+    def _stop_entries(self) -> None:
+        if self._stop_watching is not None:
+            self._stop_watching()
+        self._stop_watching = None
+
     def close(self) -> None:
         """Remove every hook and swapped forward: the model is as it was before. May be called twice."""
+        self._stop_entries()
         for undo in self._undo:
             undo()
         self._undo = []

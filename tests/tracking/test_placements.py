@@ -114,7 +114,7 @@ def test_an_input_that_all_rows_share(spread: str, length: int) -> None:
     torch.manual_seed(0)
     model = Positions(spread).double()
     reasons = agree(model, next_token_losses(model, token_ids(length)), steps=2)
-    assert set(reasons) <= {"wpe.weight"}
+    assert set(reasons) == ({"wpe.weight"} if spread == "cat" else set())
     with pytest.raises(ValueError, match=r"'wpe' \(Embedding\)") if reasons else contextlib.nullcontext():
         agree(model, next_token_losses(model, token_ids(length)), layers=["wpe"])
 
@@ -165,7 +165,7 @@ def test_rows_that_depend_on_each_other_are_named() -> None:
             return super().forward(x - x.mean(0))
 
     model = Centred("batch first").double()
-    reasons = agree(model, class_losses(model, features(5)))
+    reasons = agree(model, class_losses(model, features(5)), unverified="skip")
     assert set(reasons) == {name for name, _ in model.named_parameters()}
     assert all("in other rows too" in reason for reason in reasons.values())
 

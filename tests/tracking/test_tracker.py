@@ -284,6 +284,11 @@ def test_a_norm_that_does_not_run_row_by_row_is_refused_by_name() -> None:
         model["odd"](x, y).sum().backward()
     tracker.close()
     tracker = gk.GradNormTracker(model, "all")
+    nothing = pytest.raises(RuntimeError, match=r"nothing that layers= picks can be measured.*row by row")
+    with nothing, tracker.microbatch([0, 0]):
+        model["odd"](x, y).sum().backward()
+    tracker.close()
+    tracker = gk.GradNormTracker(model, "all", unverified="skip")
     with (
         pytest.warns(UserWarning, match=r"not measured, 100\.00% of the trainable parameters: odd\.weight"),
         tracker.microbatch([0, 0]),
