@@ -125,9 +125,7 @@ class Reconciliation:
         sizes = dy.reshape(-1, dy.shape[-1]).to(wide).norm(dim=-1).double()
         # Autograd adds up in a wide dtype what it may have rounded to dy's.
         noise = 16 * rounding(wide) * sizes.sum() + 4 * rounding(dy.dtype) * sizes.norm()
-        # Norms often compute in float32 whatever their dtype, and their gradient is then rounded so.
-        computed = torch.float32 if dy.dtype == torch.float64 else dy.dtype
-        self._add_mine(name, (v * total.reshape(1, -1)).sum(1), noise, computed)
+        self._add_mine(name, (v * total.reshape(1, -1)).sum(1), noise, dy.dtype)
 
     def verdicts(self) -> dict[str, str | None]:
         """{parameter: None where both sides agree, else what is wrong}. Not in it: no gradient, or not a finite one."""

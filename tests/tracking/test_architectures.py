@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
-from tests.tracking.models_table import COMMAND, PAGE, row
-from tests.tracking.tiny_models import MODELS, ROWS, losses_of, tiny_model
+from tests.tracking.models.table import COMMAND, PAGE, row
+from tests.tracking.models.tiny import MODELS, ROWS, losses_of, tiny_model
 
 TASKS = ["a", "b", "a", "b", "a"]
 #: Of the mean squared norm. Float64 models compute norms, rotary embeddings and routers in float32.
@@ -69,8 +69,8 @@ class Truth:
     def _brute_force(self, losses: Losses) -> dict[str, Tensor]:
         trained = {key: p for key, p in self.model.named_parameters() if p.requires_grad}
         rows = []
-        for row in range(ROWS):
-            grads = torch.autograd.grad(losses([row])[0], list(trained.values()), allow_unused=True)
+        for index in range(ROWS):
+            grads = torch.autograd.grad(losses([index])[0], list(trained.values()), allow_unused=True)
             rows.append([None if g is None else g.double().flatten() for g in grads])
         found = {}
         for key, own in zip(trained, zip(*rows, strict=True), strict=True):
@@ -165,7 +165,7 @@ def test_estimates_against_brute_force(case: tuple[str, nn.Module, Truth]) -> No
 @pytest.mark.filterwarnings("ignore:not measured:UserWarning")
 @pytest.mark.filterwarnings("ignore:these measured layers were never called:UserWarning")
 def test_gradient_checkpointing(case: tuple[str, nn.Module, Truth]) -> None:
-    name, model, truth = case
+    _, model, truth = case
     if not model.supports_gradient_checkpointing:
         pytest.skip("transformers does not checkpoint this model")
     for run in CHECKPOINTED:

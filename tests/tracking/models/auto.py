@@ -26,7 +26,7 @@ MAPPINGS = {
 }
 LAYERS = 6
 COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth")
-TOKENS = 16
+TOKENS = 17  # no model has as many experts or heads
 
 SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax}
 GROUPED = {function for function in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if function}
@@ -72,7 +72,10 @@ def build(name: str, model_type: str) -> nn.Module:
 
 
 class _Softmaxes(TorchFunctionMode):
-    """Notes the module that is running when a softmax over [.., L, L] scores is computed; numbers are made up."""
+    """Notes the module that is running when a softmax over [.., L, L] scores is computed.
+
+    A meta tensor has no values, so that what the code asks of them is made up.
+    """
 
     def __init__(self, running: list[str]) -> None:
         super().__init__()
@@ -91,7 +94,8 @@ class _Softmaxes(TorchFunctionMode):
                 return torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
             if function in GROUPED:
                 return tensor.new_empty(tensor.shape[0], args[1].shape[-1])
-            scores = function in SOFTMAX and tensor.dim() >= 3 and tensor.shape[-1] >= TOKENS <= tensor.shape[-2]
+            of_tokens = tensor.dim() >= 3 and tensor.shape[-2] == TOKENS
+            scores = function in SOFTMAX and of_tokens and tensor.shape[-1] in (TOKENS, TOKENS + 1)  # with a sink
             if scores or function is F.scaled_dot_product_attention:
                 self.calls.append(self.running[-1] if self.running else "")
         return function(*args, **(kwargs or {}))
@@ -104,6 +108,8 @@ def last_attention_call(model: nn.Module, **inputs: Tensor) -> str | None:
     handles = []
     for module in model.modules():
         name = names[id(module)]
+        if next(module.parameters(), None) is None:  # a softmax or a rotary embedding of its own
+            continue
         handles.append(module.register_forward_pre_hook(lambda m, args, name=name: running.append(name)))
         handles.append(module.register_forward_hook(lambda m, args, out: running.pop() and None, always_call=True))
     mode = _Softmaxes(running)

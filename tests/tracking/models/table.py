@@ -1,6 +1,6 @@
 """docs/models.md, from the models of the test: what the tracker measures in each architecture and what it leaves out.
 
-``python -m tests.tracking.models_table`` writes the page. ``tests/tracking/test_architectures.py`` holds it to what the
+``python -m tests.tracking.models.table`` writes the page. ``tests/tracking/test_architectures.py`` holds it to what the
 tracker does.
 """
 
@@ -14,10 +14,11 @@ from pathlib import Path
 from torch import nn
 
 import gradnorm_kernels as gk
-from tests.tracking.tiny_models import MODELS, Architecture, tiny_model
+from tests.tracking.models.architecture import Architecture
+from tests.tracking.models.tiny import MODELS, losses_of, tiny_model
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-COMMAND = "python -m tests.tracking.models_table"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "models.md"
+COMMAND = "python -m tests.tracking.models.table"
 
 #: What the tracker's reasons have in common -> the words of the table. The first that fits.
 REASONS = (
@@ -27,8 +28,11 @@ REASONS = (
     (r"parameters of its own beside", "a parameter of its own beside weight and bias"),
     (r"none of its uses was a call of its layer", "used without a call of its layer"),
     (r"differs from autograd's", "also used outside its layer"),
-    (r"output is not|is not what|differs from its formula|formula", "a forward of its own"),
-    (r"dimension|token|shape", "rows could not be found in its input"),
+    (r"does not run row by row", "rows depend on each other"),
+    (r"its output (is|cannot)", "a forward of its own"),
+    (r"(how often it is called|with how many tokens)", "its tokens depend on the data"),
+    (r"could (each )?be", "its rows could be in several dimensions"),
+    (r"must be the \d+ rows", "its rows were not found"),
 )
 KINDS = {
     3: "weights of several matrices in one tensor (experts, convolutions)",
@@ -40,16 +44,16 @@ TEXT = """# Models
 
 What is measured in each architecture of transformers, on tiny models with random weights. The page is written by
 `{command}` and held to the code by `tests/tracking/test_architectures.py`, which compares the
-estimates with brute force over every parameter that is not left out: for the default layers and for `layers="all"`, watched and
-fused, without padding and with padding on either side, with both kinds of gradient checkpointing where
+estimates with brute force over every parameter that is not left out: for the default layers and for `layers="all"`,
+watched and fused, without padding and with padding on either side, with both kinds of gradient checkpointing where
 transformers supports it. Watching changes no bit of the gradients.
 
-*default measures*: the projections that `layers="last_attention"` chooses, here in models of two layers. A model without softmax
-attention is refused with a message that names layers that can be measured.
+*default measures*: the projections that `layers="last_attention"` chooses, here in models of two layers. A model
+without softmax attention is refused with a message that names layers that can be measured.
 
-*"all" leaves out*: the parameters that `layers="all"` lists in `tracker.skipped`, with their share of the trainable parameters of
-the tiny model (in a large model the share is another one) and the reason; `*` stands for a number. [verification.md](verification.md)
-explains the reasons.
+*"all" leaves out*: the parameters that `layers="all"` lists in `tracker.skipped`, with their share of the trainable
+parameters of the tiny model (in a large model the share is another one) and the reason; `*` stands for a number.
+[verification.md](verification.md) explains the reasons.
 
 | architecture | default measures | "all" leaves out | why |
 |---|---|---|---|
@@ -57,8 +61,8 @@ explains the reasons.
 
 Notes:
 
-- The parameters of a mixture's experts are tensors of three dimensions, one matrix per expert. Their gradient per row is not measured yet.
-- A vision tower sees patches, whose rows are found by the probe. Its convolution is left out.
+- The experts of a mixture are one tensor, a matrix per expert. Their gradients are not measured yet.
+- The patches that a vision tower sees belong to rows, which the probe finds. Its convolution is left out.
 - The weights of models that are not in the table are verified in the same way; see `tracker.skipped_reasons`.
 """
 
@@ -94,7 +98,6 @@ def row(name: str, model: nn.Module, tracker: gk.GradNormTracker) -> str:
 def main() -> None:
     """Measure every model and write the page."""
     from tests.tracking.test_architectures import RUNS, measure
-    from tests.tracking.tiny_models import losses_of
 
     rows = []
     for name in MODELS:
