@@ -132,7 +132,7 @@ def test_a_wrong_value_on_the_device_makes_nan(context: HostContext, monkeypatch
         1,
         torch.tensor(False),
     )
-    monkeypatch.setattr(cuda, "prepare", lambda *_: segments)
+    monkeypatch.setattr(cuda, "device_segments", lambda *_: segments)
     result = ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, weight_grad=True, group_gram=True, backend="cuda")
     for name, tensor in result._asdict().items():
         assert tensor is not None and tensor[:1].isnan().all(), name
