@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.batches import Batch, Truth
 from benchmarks.providers import Provider, Result
-from tests import tolerances
-from tests.tolerances import WEIGHT_GRAD
+from gradnorm_kernels import tolerances
+from gradnorm_kernels.tolerances import WEIGHT_GRAD
 
 
 class WrongResultError(RuntimeError):

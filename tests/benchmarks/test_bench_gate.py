@@ -13,8 +13,7 @@ from benchmarks.batches import make_batch, truth
 from benchmarks.harness import HostClock, WrongResultError, gate
 from benchmarks.providers import PEERS, PROVIDERS, YARDSTICK, Provider, Result
 from benchmarks.shapes import LAYERS, choose
-from gradnorm_kernels import reference
-from tests import tolerances
+from gradnorm_kernels import reference, tolerances
 
 
 def broken(change) -> Provider:

@@ -276,7 +276,7 @@ def test_an_installed_package_called_tests_is_not_in_the_way(tmp_path: Path) -> 
     """Some distributions bring one, and a regular package goes before a folder without ``__init__.py``."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("raise ImportError('not this one')")
-    command = [sys.executable, "-c", "import tools.gpu_check.steps, tests.tolerances"]
+    command = [sys.executable, "-c", "import tools.gpu_check.steps, tests.traps"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)
 

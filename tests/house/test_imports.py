@@ -18,6 +18,7 @@ LIBRARY = "gradnorm_kernels"
 
 #: From the top down. A room may import from itself and from the rooms before it.
 ROOMS = (
+    "tolerances",
     "reference",
     "batch",
     "checks",
