@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ops, records, step
-from benchmarks.batches import make_batch
+from benchmarks.batches import LAYERS, make_batch
 from benchmarks.harness import summary
-from benchmarks.models import MODELS
-from benchmarks.providers import PEERS, YARDSTICK
-from benchmarks.shapes import LAYERS
-from benchmarks.step_jobs import DTYPES
-from benchmarks.step_variants import VARIANTS
+from benchmarks.providers import BASELINE, PEERS
+from benchmarks.step import DTYPES
+from benchmarks.step_variants import MODELS, VARIANTS
 from gradnorm_kernels.tuning.costs import Costs
 
 GPU = "NVIDIA Made-up 1"
@@ -41,17 +39,17 @@ def pairs_of_tokens(length: int, ragged: bool, tokens: int) -> tuple[int, int, i
 
 
 def ours(name: str) -> bool:
-    return name != YARDSTICK and name not in PEERS
+    return name != BASELINE and name not in PEERS
 
 
 def does(name: str) -> str:
-    return "dW" if name == YARDSTICK else "norms" if name.endswith("norms") or name == "two_gram" else "dW and norms"
+    return "dW" if name == BASELINE else "norms" if name.endswith("norms") or name == "two_gram" else "dW and norms"
 
 
 def ratio_of(name: str, row: dict[str, Any], planted: Costs, base: float) -> float:
     """The ratio to dW alone that the planted costs give a provider; peers cost a few times dW."""
     weight, width = row["d_in"] * row["d_out"], row["d_in"] + row["d_out"]
-    if name == YARDSTICK:
+    if name == BASELINE:
         return 1.0
     stops = planted.boundary * row["samples"] / row["tokens"]
     grams = (planted.gram * row["token_pairs"] / row["tokens"] + planted.gram_token) * width / weight

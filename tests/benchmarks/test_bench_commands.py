@@ -11,18 +11,18 @@ import torch
 
 from benchmarks import ops, records, step
 from benchmarks.__main__ import main
-from benchmarks.isolate import LostError
-from benchmarks.machine import machine, nvidia_smi
-from benchmarks.models import build, linears
-from benchmarks.providers import PROVIDERS, YARDSTICK
-from benchmarks.shapes import LAYERS
+from benchmarks.batches import LAYERS
+from benchmarks.harness import LostError
+from benchmarks.providers import BASELINE, PROVIDERS
+from benchmarks.records import machine, nvidia_smi
+from benchmarks.step_variants import build, linears
 
 
 @pytest.fixture(scope="module")
 def ops_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("ops") / "ops.json"
     arguments = ["ops", "--dry-run", "--shapes", "tiny.kv", "--lengths", "1", "33", "--dtypes", "fp32"]
-    providers = [YARDSTICK, "torch", "torch_norms", "cuda", "two_gram", "bmm", "grouped_mm"]
+    providers = [BASELINE, "torch", "torch_norms", "cuda", "two_gram", "bmm", "grouped_mm"]
     assert main([*arguments, "--providers", *providers, "--out", str(path)]) == 0
     return path
 
@@ -40,7 +40,7 @@ def test_ops_measures_what_can_run_and_says_why_the_rest_cannot(ops_file):
     assert record["ceilings"]["fp32"]["product_tflops"] > 0
     assert {"torch", "python", "commit", "date", "triton", "cpu"} <= set(record["machine"])
     status = {(row["provider"], row["status"]) for row in record["rows"]}
-    assert status >= {(YARDSTICK, "ok"), ("torch", "ok"), ("torch_norms", "ok"), ("bmm", "ok"), ("two_gram", "ok")}
+    assert status >= {(BASELINE, "ok"), ("torch", "ok"), ("torch_norms", "ok"), ("bmm", "ok"), ("two_gram", "ok")}
     for row in record["rows"]:
         if row["provider"] in ("cuda", "grouped_mm"):
             assert row["status"] == "unable" and len(row["reason"]) > 10
@@ -71,7 +71,7 @@ def test_step_compares_norms_before_it_times(step_file):
 
 
 def test_step_refuses_wrong_norms(monkeypatch):
-    from benchmarks.step_jobs import StepJobs
+    from benchmarks.step import StepJobs
 
     sizes = {"prompts": 2, "completions": 1, "length": 5, "tasks": 1, "pairs": 2}
     settings = {"model": "tiny", "layers": 1, "dtype": "fp32", "checkpointing": False, "optimizer": "sgd"} | sizes
@@ -211,7 +211,7 @@ def test_a_failing_provider_is_recorded_and_stops_nobody(providers, status, monk
 
 def test_a_peer_that_fails_is_not_our_failure():
     row = {"provider": "bmm", "ours": False, "status": "failed", "reason": "broke"}
-    fine = {"provider": YARDSTICK, "ours": False, "status": "ok"}
+    fine = {"provider": BASELINE, "ours": False, "status": "ok"}
     ours = {"provider": "triton", "ours": True, "status": "failed", "reason": "broke"}
     assert ops._conclude([fine, row], 0, records.RESULTS) == 0
     assert ops._conclude([fine, row, ours], 0, records.RESULTS) == 1
@@ -233,12 +233,10 @@ def test_presets():
         for d_in, d_out in ((4096, 4096), (576, 576), (576, 1536), (1536, 1536)):
             assert (d_in, d_out, length, 16384) in batches
     first, then = ops.providers_of(parser.parse_args([]), "cuda")
-    assert set(first) == {YARDSTICK, "auto", "triton_wgrad", "cuda_wgrad"} and set(first) | set(then) == set(
-        ops.DEFAULT
-    )
+    assert set(first) == {BASELINE, "auto", "triton_wgrad", "cuda_wgrad"} and set(first) | set(then) == set(ops.DEFAULT)
     assert ops.providers_of(parser.parse_args(["--providers", "bmm"]), "cuda") == [("bmm",)]
     (costs,) = ops.providers_of(parser.parse_args(["--costs"]), "cuda")
-    assert costs[0] == YARDSTICK and {"triton_gram_norms", "cuda_wgrad"} <= set(costs) <= set(PROVIDERS)
+    assert costs[0] == BASELINE and {"triton_gram_norms", "cuda_wgrad"} <= set(costs) <= set(PROVIDERS)
     one = list(ops.cases_of(parser.parse_args(["--lengths", "5", "--ragged", "--gram"]), "cpu"))
     assert {(case.length, case.dtype) for _, case in one} == {(5, "fp32")}
 
@@ -246,7 +244,7 @@ def test_presets():
 def test_the_machine_without_a_gpu(monkeypatch):
     assert "gpu" not in machine("cpu")
     assert machine("cpu", "0123456789ab")["commit"] == "0123456789ab"
-    monkeypatch.setattr("benchmarks.machine.shutil.which", lambda name: None)
+    monkeypatch.setattr("benchmarks.records.shutil.which", lambda name: None)
     assert nvidia_smi("a GPU") == "nvidia-smi was not found"
 
 

@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 
-from benchmarks import op_jobs
-from benchmarks.batches import make_batch, truth
-from benchmarks.harness import HostClock, WrongResultError, gate
-from benchmarks.providers import PEERS, PROVIDERS, YARDSTICK, Provider, Result
-from benchmarks.shapes import LAYERS, choose
+from benchmarks import ops
+from benchmarks.batches import LAYERS, choose, make_batch, truth
+from benchmarks.harness import HostClock
+from benchmarks.providers import BASELINE, PEERS, PROVIDERS, Provider, Result, WrongResultError, gate
 from gradnorm_kernels import reference, tolerances
 
 
@@ -67,7 +66,7 @@ def test_the_gram_of_a_batch_is_the_samples_gram():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("name", [YARDSTICK, "torch", "torch_gram", "torch_norms", *PEERS])
+@pytest.mark.parametrize("name", [BASELINE, "torch", "torch_gram", "torch_norms", *PEERS])
 def test_providers_are_right(name, ragged, dtype):
     batch = make_batch(40, 24, 13, 100, ragged, dtype=dtype, groups=2)
     reason = PROVIDERS[name].unable(batch)
@@ -123,8 +122,8 @@ def test_a_chain_is_a_sample_s_tokens_a_sum_s_tokens_or_the_features(d, norms, s
 
 def measured(provider: Provider, monkeypatch) -> dict:
     monkeypatch.setitem(PROVIDERS, provider.name, provider)
-    case = op_jobs.Case("tiny.q", 17, 11, 10, False, 50, "fp32")
-    return op_jobs.measure(provider.name, op_jobs._prepare(case, torch.device("cpu")), HostClock(), 1e-3)
+    case = ops.Case("tiny.q", 17, 11, 10, False, 50, "fp32")
+    return ops.measure(provider.name, ops._prepare(case, torch.device("cpu")), HostClock(), 1e-3)
 
 
 def test_a_wrong_provider_has_no_speed(monkeypatch):

@@ -69,7 +69,7 @@ def test_near_axes_show_a_few_percent_and_say_where_they_are_cut():
 )
 def test_aims_are_drawn_where_there_is_a_target_only(layer, lengths, aims):
     axis = panels([ops_row(layer, n, "auto", None, 1) for n in lengths], layer)[1]
-    found = [line for line in axis.lines if line.get_label() == "aim of wgrad with dW"]
+    found = [line for line in axis.lines if line.get_label() == "target of wgrad with dW"]
     assert [dict(zip(*line.get_data(), strict=True)) for line in found] == ([] if aims is None else [aims])
 
 

@@ -27,7 +27,7 @@ def rows_of(*rows: dict, **case) -> list[Measured]:
 
 
 def both(layer: str, length: int, ratio: float, name: str = "auto", **case) -> list[dict]:
-    """A provider's row with this ratio, and the yardstick's."""
+    """A provider's row with this ratio, and the baseline's."""
     return [
         ops_row(layer, length, "weight_grad", 1.0, 1, **case),
         ops_row(layer, length, name, ratio, 1, **case),
@@ -176,11 +176,11 @@ def test_the_tables_name_files_columns_and_every_batch(complete, capsys):
         "`benchmarks/results/ops-a.json`: NVIDIA Made-up 1, driver 777.0, torch 9.9, triton 8.8, commit 0123456789ab"
     )
     assert source in text
-    assert "7 of its measurements were left for want of time" in text
+    assert "7 of its measurements were not made for lack of time" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    head = next(line for line in lines if "tokens a sample" in line and "layer" in line).strip("| ").split(" | ")
+    head = next(line for line in lines if "tokens per sample" in line and "layer" in line).strip("| ").split(" | ")
     shown = ["auto", "triton_wgrad", "cuda_wgrad", "triton_norms", "cuda_norms", "two_gram", "bmm", "grouped_mm"]
-    assert head == ["layer", "tokens a sample", *shown], "what is unable everywhere has no column"
+    assert head == ["layer", "tokens per sample", *shown], "what is unable everywhere has no column"
     samples = [line.split(" | ")[1] for line in lines if line.startswith(f"| {SQUARE}, 4096 → 4096 |")]
     assert samples == ["256", "1024", "1024, batch of 65536", "2048", "~1000", "gram ~1000"]
     for layer, _, _ in ops.PRESETS["quick"].more:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.isolate import LostError, Worker
+from benchmarks.harness import LostError, Worker
 
 
 class FakeClock:
