@@ -2,7 +2,7 @@
 
 With the multiply-adds of a plain product as the unit (:class:`gradnorm_kernels.tuning.costs.Costs`), the ratios to dW
 alone are
-    r of wgrad       = a + boundary N / T
+    r of wgrad       = a + epilogue N / T
     r of gram        = a + (gram S / T + gram_token) (d_in + d_out) / (d_in d_out)
     r of gram_norms  = pairs T (d_in + d_out) / (d_in d_out)        every sample a group, with all inner products
 
@@ -26,7 +26,7 @@ from benchmarks.targets import Measured, Row
 from gradnorm_kernels.tuning.costs import Costs
 
 #: The constants with standard errors.
-NAMES = ("boundary", "gram", "gram_token")
+NAMES = ("epilogue", "gram", "gram_token")
 #: The number of different lengths that each of the two lines needs: one more than it has constants.
 LEAST = 3
 #: The largest loss that choosing by the fitted constants may cause at a measured length, relative to the faster way.
@@ -66,7 +66,7 @@ def usable(found: Measured) -> bool:
     return not row.get("gram") and row.get("groups", 1) == 1 and row.get("samples", 2) > 1
 
 
-def fit(backend: str, rows: list[Row], slab: int, tile: int, element_bytes: int) -> Fit:
+def fit(backend: str, rows: list[Row], workspace: int, gram_tile: int, element_bytes: int) -> Fit:
     """The constants of a backend from right and usable rows of one shape.
 
     Raises:
@@ -100,11 +100,11 @@ def fit(backend: str, rows: list[Row], slab: int, tile: int, element_bytes: int)
     for place, name in enumerate(names[:3]):
         if found[place] <= 0:
             raise ValueError(_negative(name, found[place], errors[place], backend, shape))
-    base, boundary, gram, gram_token = (float(f"{value:.3g}") for value in found)
+    base, epilogue, gram, gram_token = (float(f"{value:.3g}") for value in found)
     price = statistics.median(row["ratio"]["median"] * weight / (row["tokens"] * width) for row in pairs)
     first = stops[0]
-    prices = (boundary, gram, gram_token, float(f"{price:.3g}"))
-    costs = Costs(first["d_in"], first["d_out"], *prices, slab, tile, element_bytes)
+    prices = (epilogue, gram, gram_token, float(f"{price:.3g}"))
+    costs = Costs(first["d_in"], first["d_out"], *prices, workspace, gram_tile, element_bytes)
     residual = max(
         abs(sum(c * f for c, f in zip(line, found, strict=True)) / row["ratio"]["median"] - 1) for line, row in lines
     )
@@ -147,7 +147,7 @@ def _least_squares(lines: list[tuple[list[float], Row]], places: list[int]) -> t
 def _negative(name: str, value: float, error: float, backend: str, shape: str) -> str:
     advice = {
         "base": "the two ways do not share one pass over the tokens: look at the rows",
-        "boundary": f"sample ends do not show: add rows of {backend}_wgrad with shorter samples (64 and 128 tokens)",
+        "epilogue": f"sample ends do not show: add rows of {backend}_wgrad with shorter samples (64 and 128 tokens)",
         "gram": f"Grams do not grow with length: add rows of {backend}_gram with longer samples (2048 and 4096 tokens)",
         "gram_token": f"add rows of {backend}_gram with shorter samples (64 and 128 tokens)",
     }[name]
@@ -166,7 +166,7 @@ def _loss(costs: Costs, stops: list[Row], grams: list[Row]) -> float:
             same = all(stop.get(key) == gram.get(key) for key in ("length", "tokens", "dtype", "layer"))
             if same and not stop["ragged"] and not gram["ragged"]:
                 length = stop["length"]
-                takes_gram = (costs.gram * length + costs.gram_token) * length * width <= costs.boundary * weight
+                takes_gram = (costs.gram * length + costs.gram_token) * length * width <= costs.epilogue * weight
                 taken, other = (gram, stop) if takes_gram else (stop, gram)
                 worst = max(worst, taken["ratio"]["q1"] / other["ratio"]["q3"] - 1)
     return worst

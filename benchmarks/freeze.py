@@ -28,7 +28,8 @@ from benchmarks.providers import TILES
 from benchmarks.targets import Measured, Record, measured
 from gradnorm_kernels import backends
 from gradnorm_kernels.tuning import costs as tuning
-from gradnorm_kernels.tuning.costs import Chip, KernelConfig
+from gradnorm_kernels.tuning.costs import Chip
+from gradnorm_kernels.tuning.tiles import KernelConfig
 
 CONFIGS = Path(tuning.__file__).parent / "configs"
 Config = dict[str, Any]
@@ -116,8 +117,8 @@ def chip_of(machine: dict[str, Any]) -> Chip:
     """The chip of a result file's machine, as :func:`gradnorm_kernels.tuning.costs.chip` describes it."""
     if "gpu" not in machine:
         return Chip("cpu")
-    major = int(str(machine["gpu"]["sm"]).split(".")[0])
-    return Chip("cuda", tuning.gpu_name(machine["gpu"]["name"]), 90 if major >= 9 else 80)
+    major, minor = str(machine["gpu"]["sm"]).split(".")
+    return Chip("cuda", tuning.gpu_name(machine["gpu"]["name"]), tuning.architecture((int(major), int(minor))))
 
 
 def _source(found: dict[Path, Record], where: dict[str, Any]) -> str:
@@ -158,7 +159,7 @@ def costs_block(backend: str, rows: list[Measured], chip: Chip, source: str) -> 
     for (d_in, d_out, element_bytes), own in sorted(shapes.items()):
         now = tuning.costs(chip, backend, element_bytes, d_in, d_out)
         try:
-            fit = cost_fit.fit(backend, [f.row for f in own], now.slab, now.tile, element_bytes)
+            fit = cost_fit.fit(backend, [f.row for f in own], now.workspace, now.gram_tile, element_bytes)
         except cost_fit.MissingError as error:
             reasons.append(str(error))
             continue
@@ -180,9 +181,8 @@ def costs_block(backend: str, rows: list[Measured], chip: Chip, source: str) -> 
             f"nothing of {backend} can be frozen: "
             + ("; ".join(reasons) if reasons else f"no rows of {', '.join(cost_fit.ways(backend))}")
         )
-    said = (
-        f"{source}; choosing by them loses at most {max(losses):.1%} at the lengths measured; slab and tile as before"
-    )
+    said = f"{source}; choosing by them loses at most {max(losses):.1%} at the lengths measured; "
+    said += "workspace and gram_tile as before"
     if loose:
         said += f"; less than its own standard error: {', '.join(loose)}"
     return {"measured_on": said, "entries": entries}

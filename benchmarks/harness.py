@@ -12,13 +12,17 @@ from typing import Any, Protocol
 
 import torch
 
+from gradnorm_kernels.tuning.timer import DeviceTimer
+
 Job = dict[str, Any]
 #: Makes, inside the child, the function that does jobs; the factory and its arguments are pickled.
 Factory = Callable[..., Callable[[Job], Job]]
 
 
 class Stopwatch(Protocol):
-    """Runs a function once and returns a function that gives the seconds it took, to be called after ``settle``.
+    """What :class:`HostClock` and :class:`gradnorm_kernels.tuning.timer.DeviceTimer` share.
+
+    A call runs a function once and returns a function that gives the seconds, to be called after ``settle``.
 
     ``late``: the share of a function's calls, since the last question, that a GPU began before the host had launched
     all of the call.
@@ -50,53 +54,8 @@ class HostClock:
         return 0.0
 
 
-#: No GPU's clock is faster: a wait of so many cycles a second is never too short.
-_CYCLES = 2.2e9
-#: Least and longest wait. A call that synchronises takes longer on the host the longer the wait before it.
-_SHORTEST, _LONGEST = 0.2e-3, 2e-3
-
-
-class DeviceClock:
-    """CUDA events around the call, with a cold L2 and the host ahead.
-
-    Before each call a buffer of four times the L2 is read, so that no input is left in it, and the GPU is kept waiting
-    for a moment, so that launches are queued before their time begins, as they are in the middle of a training step:
-    somewhat longer than the host took for the calls before, which may make dozens of launches.
-    What synchronises inside the call pays for it all the same.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self._buffer = torch.randn(max(4 * cache, 64 << 20) // 4, device=device)
-        self._sink = torch.zeros((), device=device)
-        self._device, self._wait = device, _SHORTEST
-        self._late: dict[Callable[[], object], list[bool]] = {}
-
-    def __call__(self, function: Callable[[], object]) -> Callable[[], float]:
-        torch.sum(self._buffer, dim=0, out=self._sink)
-        torch.cuda._sleep(int(self._wait * _CYCLES))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began = time.perf_counter()
-        start.record()
-        function()
-        end.record()
-        self._late.setdefault(function, []).append(start.query())
-        host = time.perf_counter() - began
-        # It falls slowly, so that the two calls of a pair find the same.
-        self._wait = min(max(1.3 * host, 0.95 * self._wait, _SHORTEST), _LONGEST)
-        return lambda: start.elapsed_time(end) / 1e3
-
-    def settle(self) -> None:
-        torch.cuda.synchronize(self._device)
-
-    def late(self, function: Callable[[], object]) -> float:
-        calls = self._late.get(function, [])
-        self._late.clear()  # functions hold on to their tensors
-        return sum(calls) / max(len(calls), 1)
-
-
 def stopwatch(device: torch.device) -> Stopwatch:
-    return DeviceClock(device) if device.type == "cuda" else HostClock()
+    return DeviceTimer(device) if device.type == "cuda" else HostClock()
 
 
 def pairs(

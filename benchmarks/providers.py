@@ -24,8 +24,7 @@ from torch import Tensor
 import gradnorm_kernels as gk
 from benchmarks.batches import Batch, Truth
 from gradnorm_kernels import backends, dispatch, tolerances
-from gradnorm_kernels.backends.cuda import wgrad
-from gradnorm_kernels.backends.cuda.wgrad import Tiles
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, forced
 
 
 class Result(NamedTuple):
@@ -194,7 +193,7 @@ def _ours(backend: str, algorithm: str, weight_grad: bool) -> Provider:
             backend=backend,
         ).plan
         longest = max(batch.lengths)
-        return {"backend": plan.backend, "gram_tokens": min(plan.gram_tokens, longest), "sums": plan.sums}
+        return {"backend": plan.backend, "gram_tokens": min(plan.gram_tokens, longest), "sums": plan.group_sums}
 
     what = f"fused_grad_norm, backend={backend!r}, algorithm={algorithm!r}" + (", with dW" if weight_grad else "")
     does = "dW and norms" if weight_grad else "norms"
@@ -285,24 +284,18 @@ def _all_ours() -> list[Provider]:
     return found
 
 
-#: On Hopper, the tiles of ``cuda_wgrad`` to choose from.
-_TILES = {
-    "cuda_columns_128": Tiles(128),
-    "cuda_columns_192": Tiles(192),
-    "cuda_columns_128_abreast": Tiles(128, staggered=False),
-    "cuda_columns_192_abreast": Tiles(192, staggered=False),
-    "cuda_columns_192_band_12": Tiles(192, group_m=12),
-}
+#: On Hopper, the launches of ``cuda_wgrad`` to choose from.
+_TILES = {f"cuda_{name}": candidate.config for name, candidate in CUDA_CANDIDATES.items()}
 
 
-def _with_tiles(name: str, tiles: Tiles) -> Provider:
+def _with_tiles(name: str, tiles: CudaConfig) -> Provider:
     base = _ours("cuda", "wgrad", True)
 
     def prepare(batch: Batch) -> Run:
         call = base.prepare(batch)
 
         def run() -> Result:
-            with wgrad.forced(tiles):
+            with forced(tiles):
                 return call()
 
         return run

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from gradnorm_kernels import GradNormTracker, StepStats, TaskSampler
@@ -281,12 +282,28 @@ class Grpo:
             "positions": {name: task.position for name, task in self.tasks.items()},
         }
 
+    def _take_optimizer_settings(self) -> None:
+        """The optimizer's settings of this run in place of the loaded ones: the same bits where nothing changed."""
+        settings, scheduler = self.settings, self.scheduler
+        for group in self.optimizer.param_groups:
+            group["betas"], group["eps"] = (settings.adam_beta1, settings.adam_beta2), settings.adam_epsilon
+            group["weight_decay"] = settings.weight_decay
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = [settings.learning_rate for _ in scheduler.base_lrs]
+            for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"] = settings.learning_rate
+                group["lr"] = settings.learning_rate * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.step_number = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.sampler.load_state_dict(state["sampler"])
+        self._take_optimizer_settings()
+        # Another strategy or floor changes the draws from here on; the averages they follow stay.
+        sampler = {"exponent": self.sampler.exponent, "floor": self.sampler.floor}
+        self.sampler.load_state_dict({**state["sampler"], **sampler})
         if self.balancer and state.get("balancer"):
             self.balancer.load_state_dict(state["balancer"])
         if self.tracker and state["tracker"]:

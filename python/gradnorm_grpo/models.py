@@ -90,6 +90,19 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a completion: all that the tokenizer or the model's generation settings declare.
+
+    A chat model often declares two, the end of the text and the end of its turn.
+    """
+    declared = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, (list, tuple)) else [declared])} - {None}
+    unknown = sorted(i for i in ids if not 0 <= i < model.get_input_embeddings().num_embeddings)
+    if unknown:
+        raise UserError(f"eos_token_id of the generation settings holds {unknown}, which the vocabulary does not have")
+    return sorted(ids)
+
+
 def decoder_layers(model: Any) -> torch.nn.ModuleList:
     """The list of decoder layers: the longest ModuleList of a model, whatever the architecture calls it."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]

@@ -29,12 +29,15 @@ from .tasks import build_tasks
 from .warm_start import warm_start
 
 
-def untrained(settings: Settings) -> Grpo:
+def untrained(settings: Settings, console: Console) -> Grpo:
     """The settings' tasks and model before any training, in the seed's random state."""
     set_seed(settings.seed)
     tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
     model, tokenizer = load_model(settings)
-    return Grpo(settings, model, tokenizer, tasks, Prompter(tokenizer, tasks, settings))
+    prompter = Prompter(tokenizer, tasks, settings)
+    for remark in prompter.check(tasks):
+        console.print(remark, style="yellow", highlight=False, soft_wrap=True)
+    return Grpo(settings, model, tokenizer, tasks, prompter)
 
 
 def only_tracked(grpo: Grpo) -> None:
@@ -57,7 +60,7 @@ def probe(settings: Settings, name: str, console: Console) -> Path:
     """Measure ``probe_prompts`` prompts of every task, equally many of each at a time; returns the run's folder."""
     started = time.monotonic()
     settings = dataclasses.replace(settings, full_steps=0)  # only the tracked layers will ask for gradients
-    grpo = untrained(settings)
+    grpo = untrained(settings, console)
     model, tasks, names = grpo.model, list(grpo.tasks.values()), list(grpo.tasks)
     if grpo.tracker is None:
         raise UserError("track is false: a probe has nothing to measure")

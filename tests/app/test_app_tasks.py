@@ -352,9 +352,9 @@ HOSTILE = [
 @pytest.mark.parametrize("name", sorted(VERIFIERS))
 def test_hostile_text_is_wrong_and_quick(name: str) -> None:
     data = {"metadata": {"numbers": [10], "target": 10}, "result": "10"}
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert [text[:40] for text in HOSTILE if VERIFIERS[name](text, "10", data)] == []
-    assert time.perf_counter() - begun < 5.0
+    assert time.process_time() - begun < 5.0
     assert VERIFIERS[name]("10", "10", data)
 
 

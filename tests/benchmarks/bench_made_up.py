@@ -19,7 +19,7 @@ from gradnorm_kernels.tuning.costs import Costs
 
 GPU = "NVIDIA Made-up 1"
 #: What the made-up kernels cost, and their whole pass over that of the plain product.
-PLANTED = Costs(0, 0, boundary=24.0, gram=0.9, gram_token=150.0, pairs=0.6, slab=1, tile=1)
+PLANTED = Costs(0, 0, epilogue=24.0, gram=0.9, gram_token=150.0, pairs=0.6, workspace=1, gram_tile=1)
 BASE = 1.02
 SECONDS_A_MULTIPLY_ADD = 2.5e-15
 
@@ -51,7 +51,7 @@ def ratio_of(name: str, row: dict[str, Any], planted: Costs, base: float) -> flo
     weight, width = row["d_in"] * row["d_out"], row["d_in"] + row["d_out"]
     if name == BASELINE:
         return 1.0
-    stops = planted.boundary * row["samples"] / row["tokens"]
+    stops = planted.epilogue * row["samples"] / row["tokens"]
     grams = (planted.gram * row["token_pairs"] / row["tokens"] + planted.gram_token) * width / weight
     if name.endswith("gram_norms"):
         return planted.pairs * row["tokens"] * width / weight

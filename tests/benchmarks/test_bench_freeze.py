@@ -17,7 +17,9 @@ from benchmarks.providers import TILES
 from gradnorm_kernels import backends, dispatch
 from gradnorm_kernels.dispatch import Problem, choose
 from gradnorm_kernels.tuning import costs as tuning
-from gradnorm_kernels.tuning.costs import Chip, Costs, KernelConfig
+from gradnorm_kernels.tuning import tiles
+from gradnorm_kernels.tuning.costs import Chip, Costs
+from gradnorm_kernels.tuning.tiles import KernelConfig
 from tests.benchmarks import bench_made_up as made_up
 from tests.benchmarks.bench_made_up import PLANTED, not_ok, ops_record, write
 from tests.tuning import test_tuning
@@ -61,7 +63,7 @@ def shipped(monkeypatch: pytest.MonkeyPatch) -> Iterator:
         forget()
 
     def forget() -> None:
-        for cached in (tuning.entries, tuning.costs, tuning.faster, tuning._kernel_config, dispatch.choose):
+        for cached in (tuning.entries, tuning.costs, tuning.faster, tiles._kernel_config, dispatch.choose):
             cached.cache_clear()
 
     yield put
@@ -83,17 +85,17 @@ def test_planted_constants_are_found_again(tmp_path, seed):
         (4096, 4096, 2),
     ]
     for entry in block["entries"]:
-        assert entry["boundary"] == pytest.approx(planted.boundary, rel=0.25)
+        assert entry["epilogue"] == pytest.approx(planted.epilogue, rel=0.25)
         assert entry["gram"] == pytest.approx(planted.gram, rel=0.15)
         assert entry["gram_token"] == pytest.approx(planted.gram_token, rel=0.25, abs=20)
         assert entry["pairs"] == pytest.approx(planted.pairs, rel=0.05)
     assert "NVIDIA Made-up 1, driver 777.0, torch 9.9, triton 8.8, commit 0123456789ab" in block["measured_on"]
-    assert "ops-made-up.json" in block["measured_on"] and "slab and tile as before" in block["measured_on"]
+    assert "ops-made-up.json" in block["measured_on"] and "workspace and gram_tile as before" in block["measured_on"]
 
 
 def test_without_noise_they_are_found_exactly(tmp_path):
     for entry in frozen(tmp_path, rows(scatter=0.0))["costs"]["triton"]["entries"]:
-        for name in ("boundary", "gram", "gram_token", "pairs"):
+        for name in ("epilogue", "gram", "gram_token", "pairs"):
             assert entry[name] == pytest.approx(getattr(PLANTED, name), rel=0.006), name
 
 
@@ -101,7 +103,7 @@ def test_batches_of_another_size_do_not_mix_in(tmp_path):
     # A call's own cost weighs more in small batches.
     more = rows(kinds=[(256, False, False), (1024, False, False)], tokens=2048, base=2.0, scatter=0.0)
     for entry in frozen(tmp_path, [*more, *rows(scatter=0.0)])["costs"]["triton"]["entries"]:
-        assert entry["boundary"] == pytest.approx(PLANTED.boundary, rel=0.006)
+        assert entry["epilogue"] == pytest.approx(PLANTED.epilogue, rel=0.006)
         assert entry["gram_token"] == pytest.approx(PLANTED.gram_token, rel=0.006)
 
 
@@ -109,7 +111,7 @@ def test_dispatch_then_stands_on_the_right_side_of_the_crossover(tmp_path, shipp
     monkeypatch.setattr(
         backends, "unavailable_reason", lambda name, *_: None if name in ("torch", "triton") else "not here"
     )
-    planted = dataclasses.replace(PLANTED, boundary=90.0)
+    planted = dataclasses.replace(PLANTED, epilogue=90.0)
     shipped(frozen(tmp_path, rows(planted=planted)))
     decided = 0
     for d in (576, 2048, 4096):
@@ -121,34 +123,34 @@ def test_dispatch_then_stands_on_the_right_side_of_the_crossover(tmp_path, shipp
         weight, width = d * d, 2 * d
 
         def gram_is_cheaper(length: int, weight: int = weight, width: int = width) -> bool:
-            return (planted.gram * length + planted.gram_token) * length * width < planted.boundary * weight
+            return (planted.gram * length + planted.gram_token) * length * width < planted.epilogue * weight
 
         for length in (16, 32, 64, 128, 256, 512, 1024, 2048):
-            prices = (planted.gram * length + planted.gram_token) * length * width, planted.boundary * weight
+            prices = (planted.gram * length + planted.gram_token) * length * width, planted.epilogue * weight
             if max(prices) < 1.1 * min(prices):
                 continue  # by so little either is right
             assert (plan(length).gram_tokens >= length) == gram_is_cheaper(length), (d, length)
         # All pairs of tokens against slabs of every sample's gradient, with the samples' Gram.
         for tokens in (256, 512, 1024, 2048, 4096, 16384):
             samples = tokens // 64
-            dear = planted.boundary * weight
+            dear = planted.epilogue * weight
             cheap = min(dear, (planted.gram * 64 + planted.gram_token) * 64 * width)
             slabs = [(tokens + samples * samples) * weight + samples * norm for norm in (cheap, dear)]
             by_pairs = planted.pairs * tokens * tokens * width
             if not 0.85 * slabs[0] < by_pairs < 1.2 * slabs[1]:
                 decided += 1
-                found = plan(64, tokens, weight_grad=False, groups=samples).sums
+                found = plan(64, tokens, weight_grad=False, groups=samples).group_sums
                 assert (found == "gram") == (by_pairs < slabs[0]), (d, tokens)
     assert decided > 10
 
 
 def test_the_file_passes_the_checks_of_the_shipped_ones(tmp_path, monkeypatch):
     folder = tmp_path / "tuned" / CHIP.gpu
-    monkeypatch.setattr(tuning, "tuned_folder", lambda: tmp_path / "tuned")
-    monkeypatch.setattr(tuning, "_stamp", lambda: {"format": 1, "triton": "8.8"})
+    monkeypatch.setattr(tiles, "tuned_folder", lambda: tmp_path / "tuned")
+    monkeypatch.setattr(tiles, "_stamp", lambda: {"format": 1, "triton": "8.8"})
     config = KernelConfig("wgrad", 90, 2, 128, 128, 64, 8, 4, descriptors=True)
-    tuning.save_tuned(CHIP.gpu, 2048, 2048, config)
-    tuning.save_tuned(CHIP.gpu, 4096, 4096, dataclasses.replace(config, kernel="gram"))
+    tiles.save_tuned(CHIP.gpu, 2048, 2048, config)
+    tiles.save_tuned(CHIP.gpu, 4096, 4096, dataclasses.replace(config, kernel="gram"))
     made = rows() + rows("cuda", base=1.2)
     content = frozen(tmp_path, made, "--tuned", str(folder.parent))
     assert list(content) == ["costs", "kernels", "faster"]
@@ -164,7 +166,7 @@ def test_the_file_passes_the_checks_of_the_shipped_ones(tmp_path, monkeypatch):
     (configs / f"{CHIP.gpu}.json").write_text((tmp_path / "configs.json").read_text())
     monkeypatch.setattr(test_tuning, "resources", SimpleNamespace(files=lambda package: configs.parent))
     test_tuning.test_frozen_files_are_whole()
-    content["costs"]["triton"]["entries"][0]["boundary"] = -1
+    content["costs"]["triton"]["entries"][0]["epilogue"] = -1
     (configs / f"{CHIP.gpu}.json").write_text(json.dumps(content))
     with pytest.raises(AssertionError):
         test_tuning.test_frozen_files_are_whole()
@@ -223,7 +225,7 @@ def test_a_shape_without_all_rows_is_left_out_and_named(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("boundary", -20.0), ("gram", -0.2), ("gram_token", -300.0)],
+    [("epilogue", -20.0), ("gram", -0.2), ("gram_token", -300.0)],
 )
 def test_negative_constants_are_refused_with_what_to_measure(tmp_path, capsys, name, value):
     planted = dataclasses.replace(PLANTED, **{name: value})
@@ -245,13 +247,13 @@ def test_a_constant_that_noise_hides_is_named(tmp_path):
         middle = row["ratio"]["median"]
         row["ratio"] |= {"q1": middle - 3, "q3": middle + 3}
     said = frozen(tmp_path, made)["costs"]["triton"]["measured_on"]
-    hidden = ", ".join(f"{name} at 4096 x 4096" for name in ("boundary", "gram", "gram_token"))
+    hidden = ", ".join(f"{name} at 4096 x 4096" for name in ("epilogue", "gram", "gram_token"))
     assert said.endswith(f"less than its own standard error: {hidden}")
 
 
 def test_rows_that_do_not_follow_the_model_are_refused(tmp_path, capsys):
     # At one length, where Grams are the cheaper way by all the others, they are not.
-    made = rows(layers=["llama-3.1-8b.q"], scatter=0.0, planted=dataclasses.replace(PLANTED, boundary=150.0))
+    made = rows(layers=["llama-3.1-8b.q"], scatter=0.0, planted=dataclasses.replace(PLANTED, epilogue=150.0))
     for row in made:
         if row["provider"] == "triton_gram" and row["length"] == 256:
             row["ratio"] = {key: 2 * value for key, value in row["ratio"].items()}
@@ -297,7 +299,7 @@ def test_faster_passes_over_a_shape_with_wrong_rows(tmp_path, capsys, shipped, m
 
 def test_other_blocks_stay_as_they_were(tmp_path, capsys):
     first = frozen(tmp_path, rows() + rows("cuda", base=1.3))
-    second = frozen(tmp_path, rows(planted=dataclasses.replace(PLANTED, boundary=200.0)))
+    second = frozen(tmp_path, rows(planted=dataclasses.replace(PLANTED, epilogue=200.0)))
     assert second["costs"]["cuda"] == first["costs"]["cuda"] and second["faster"] == first["faster"]
     assert second["costs"]["triton"] != first["costs"]["triton"]
     assert "kept as they were: faster, costs of cuda" in capsys.readouterr().out

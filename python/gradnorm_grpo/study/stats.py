@@ -18,7 +18,7 @@ and shrinks to zero at n = N. By the law of total variance, the spread over fres
 expectation given the N prompts, which the jackknife over all N estimates: ``sd_fresh``.
 
 Student's t, Spearman's and Pearson's correlation are written out, not taken from scipy: scipy's differ in the last
-digit, and recomputed studies should equal the published ones. tests/study/test_stats.py holds them to scipy's.
+digit, and a recomputed study should equal the published one. tests/study/test_study_statistics.py compares both.
 """
 
 from __future__ import annotations

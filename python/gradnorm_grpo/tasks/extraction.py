@@ -15,14 +15,11 @@ MAX_LENGTH = 400  # characters of a final answer, or of the end of a text, that 
 _MAX_DIGITS, _MAX_EXPONENT = 40, 400
 
 
-def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` (or ``\fbox{...}``, ``\boxed x``) holds, its braces balanced.
-
-    None without a box, "" where the box never closes.
-    """
+def boxed(text: str) -> str:
+    r"""What the last ``\boxed{...}`` (or ``\fbox{...}``, ``\boxed x``) holds; "" without one, or if it never closes."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
-        return None
+        return ""
     rest = text[start:].split("box", 1)[1].removeprefix("ed")
     if not rest.lstrip().startswith("{"):
         return rest.split("$")[0].strip()
@@ -50,8 +47,8 @@ def marked(text: str) -> str | None:
     """The final answer that a tag, a box or ``####`` marks; None where the text marks none."""
     inner = tagged(text)
     text = text if inner is None else inner
-    if (box := boxed(text)) is not None:
-        return box
+    if "\\boxed" in text or "\\fbox" in text:
+        return boxed(text)
     _, hashes, rest = text.rpartition("####")
     return rest.strip().split("\n")[0].strip() if hashes else inner
 
@@ -109,7 +106,7 @@ _SCAN = re.compile(
     |(?P<money>[{_CURRENCY}])?[ ]?(?P<open>\()?[ ]?(?P<sign>[-+])?(?P<gap>[ ]?)
     (?P<money2>[{_CURRENCY}])?[ ]?(?P<sign2>-)?
     (?P<digits>{_DIGITS})
-    (?:[eE](?P<exponent>[-+]?[0-9]{{1,5}})(?![\w.])
+    (?:[eE](?P<exponent>[-+]?[0-9]{{1,5}})(?!\w|\.[0-9])
       |[ ]?[×x*·][ ]?10[ ]?(?:(?:\^|\*\*)[ ]?\{{?(?P<power>[-+]?[0-9]{{1,5}})\}}?|(?P<raised>⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]{{1,5}}))
       |[ ](?P<over>[0-9]+)[ ]?/[ ]?(?P<under>[0-9]+)
       |[ ]?/[ ]?(?P<denominator>[0-9]+)

@@ -26,12 +26,9 @@ from itertools import combinations
 from typing import Any
 
 from .extraction import boxed
+from .rows import BadRow, own_text
 
 Row = Mapping[str, Any]
-
-
-class BadRow(ValueError):
-    """What is wrong with one row, in words that follow its number."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +55,14 @@ def _text(row: Row, *names: str) -> str:
     """The first of the columns that is there and not blank."""
     for name in names:
         value = row.get(name)
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip()
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool) and own_text(row, name).strip():
+            return own_text(row, name).strip()
     raise BadRow(f"needs {' or '.join(names)}, got the columns {', '.join(map(str, row)) or 'none'}")
 
 
 def read_math(row: Row) -> Parts:
     """A problem of MATH; its answer is the one in the box."""
-    answer = row.get("answer") if isinstance(row.get("answer"), (str, int, float)) else None
-    answer = str(answer).strip() if answer is not None else ""
+    answer = own_text(row, "answer").strip() if isinstance(row.get("answer"), (str, int, float)) else ""
     answer = answer or boxed(_text(row, "solution"))
     if not answer:
         raise BadRow(f"has no \\boxed{{...}} in its solution: {_text(row, 'solution')[-60:]!r}")

@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, one_of
-from .formats import FORMATS, BadRow, Format, Parts, fill
+from .formats import FORMATS, Format, Parts, fill
+from .rows import BadRow, Row, json_lines, own_text, read_csv, read_json, read_text
 from .spec import Example, TaskSpec
 from .synthetic import GENERATORS
 from .verifiers import VERIFIERS, Verifier, exact, reasoning_gym_verifier
@@ -32,6 +32,7 @@ class Stream:
     make: Callable[[int, int], Example]
     verifier: Verifier
     held_out: int
+    questions: Sequence[str] | None = None  # all of them, where they are rows; None where they are generated
 
 
 # A prompt, its answer (or a function that finds it when it is first wanted), and what the verifier may look at.
@@ -79,7 +80,7 @@ def _rows_stream(spec: TaskSpec, questions: list[Question], verifier: str, seed:
         _, answer, data = questions[row]
         return Example(prompts[row], rewrite(answer if isinstance(answer, str) else answer()), data)
 
-    return Stream(make, VERIFIERS[verifier], len(rows.held_out))
+    return Stream(make, VERIFIERS[verifier], len(rows.held_out), prompts)
 
 
 # reasoning_gym
@@ -152,32 +153,34 @@ def open_jsonl(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
 
 
 def _read_jsonl(path: Path, task: str) -> list[Question]:
-    """(prompt, answer, the whole line) of every line ``{"prompt": ..., "answer": ...}``.
+    """(prompt, answer, the whole line) of every line ``{"prompt": ..., "answer": ...}``; the answer is any JSON value.
 
     Raises UserError for a file that cannot be read, holds fewer than two questions, or has a bad line, named by its
     number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"path of task {task!r}, {path}, cannot be read: {error}") from error
     rows: list[Question] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, answer = row["prompt"], row["answer"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+    for number, row in json_lines(text):
+        if isinstance(row, Exception) or row.get("answer") is None or "prompt" not in row:
+            line = text.split("\n")[number - 1].strip()
+            reason = f" ({row})" if isinstance(row, Exception) else ""
             raise UserError(
-                f'{path}, line {number}: every line must be {{"prompt": text, "answer": text or number}}, '
-                f"got {line[:80]!r}"
-            ) from error
-        if not isinstance(prompt, str) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
-            raise UserError(
-                f"{path}, line {number}: prompt must be text and answer text or a number, got {line[:80]!r}"
+                f'{path}, line {number}: every line must be {{"prompt": text, "answer": text, number or JSON}}, '
+                f"got {line[:80]!r}{reason}"
             )
-        rows.append((prompt, str(answer), row))
+        try:
+            answer, prompt = own_text(row, "answer"), own_text(row, "prompt")
+        except BadRow as error:
+            raise UserError(f"{path}, line {number} {error}") from error
+        if not isinstance(row["prompt"], str) or not answer.strip():
+            raise UserError(
+                f"{path}, line {number}: prompt must be text and answer must not be blank, got prompt "
+                f"{prompt[:80]!r} and answer {answer[:80]!r}"
+            )
+        rows.append((prompt, answer, dict(row)))
     if len(rows) < 2:
         raise UserError(
             f"path of task {task!r}, {path}, holds {len(rows)} questions: at least 2 are needed, one to hold out"
@@ -189,7 +192,8 @@ def _read_jsonl(path: Path, task: str) -> list[Question]:
 
 
 COLUMNS = ("prompt", "answer")
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv}
+SUFFIXES = (*READERS, ".parquet")
 HUB_TIMEOUT = 5.0  # seconds until the Hub counts as out of reach
 
 
@@ -262,10 +266,27 @@ def _by_columns(spec: TaskSpec) -> Format:
         for column in needed:
             if row.get(column) is None or not str(row[column]).strip():
                 raise BadRow(f"needs {column}, got the columns {', '.join(map(str, row)) or 'none'}")
-        texts = {str(key): str(value) for key, value in row.items() if value is not None}
-        return Parts(texts, str(row[columns["answer"]]).strip(), dict(row))
+        answer = columns["answer"]
+        if spec.verifier == "exact" and isinstance(row[answer], float) and not isinstance(row, Row):
+            raise BadRow(
+                f"holds a floating-point number in {answer}, whose own text is lost: use the verifier numeric, or give "
+                "path= of a JSON or CSV file"
+            )
+        return Parts(_texts(row, needed), own_text(row, answer).strip(), dict(row))
 
     return Format(read, spec.template or f"{{{columns['prompt']}}}", spec.verifier)
+
+
+def _texts(row: Mapping[str, Any], needed: Iterable[str] = ()) -> dict[str, str]:
+    """The text of every column that has one; of those ``needed`` every one, or BadRow says why not."""
+    texts = {}
+    for column in row:
+        try:
+            texts[str(column)] = own_text(row, column)
+        except BadRow:
+            if column in needed:
+                raise
+    return texts
 
 
 def _questions(
@@ -280,7 +301,7 @@ def _questions(
             if spec.levels and parts.level not in spec.levels:
                 continue
             # What a format takes from a row, and any column beside it.
-            names = {str(key): str(value) for key, value in row.items()} | parts.texts if spec.template else parts.texts
+            names = _texts(row) | parts.texts if spec.template else parts.texts
             questions.append((fill(form.template, names), parts.answer, parts.data))
         except BadRow as error:
             problem = f"row {number} {error}"
@@ -292,8 +313,8 @@ def _questions(
     return questions, bad
 
 
-def load_rows(spec: TaskSpec) -> Any:
-    """The rows of one split, a `datasets.Dataset`: its items are dictionaries from column to value.
+def load_rows(spec: TaskSpec) -> Iterable[Mapping[str, Any]]:
+    """The rows of one split, mappings from column to value.
 
     ``path`` names a local file (json, jsonl, csv or parquet) or a folder of them; otherwise ``dataset`` is a name on
     the Hub. Raises UserError when nothing can be loaded; an unreachable Hub is noticed within seconds, and then only a
@@ -313,7 +334,7 @@ def load_rows(spec: TaskSpec) -> Any:
             return _load_local(spec)
         reason = _why_unreachable(spec.dataset)
         with _cache_only(bool(reason)):
-            return datasets.load_dataset(spec.dataset, spec.subset or None, split=spec.split)
+            return datasets.load_dataset(spec.dataset, spec.subset or None, split=spec.split)  # type: ignore[no-any-return]
     except UserError:
         raise
     # Whatever goes wrong in there, a server's answer or a broken file, is one sentence to the person who named it.
@@ -322,28 +343,48 @@ def load_rows(spec: TaskSpec) -> Any:
             cause = f"the Hub cannot be reached ({reason}) and there is no copy in the cache"
         else:
             cause = _first_line(error.__cause__ or error)
-        advice = (
-            "check path, subset and split" if spec.path else "give path= of a local copy, or check subset and split"
-        )
-        name = spec.path or spec.dataset
+        advice = "check path" if spec.path else "give path= of a local copy, or check"
         raise UserError(
-            f"the data set {name!r} of task {spec.name!r} could not be loaded: {cause}; {advice}"
+            f"the data set {spec.path or spec.dataset!r} of task {spec.name!r} could not be loaded: {cause}; {advice}"
+            f"{',' if spec.path else ''} subset and split"
         ) from error
 
 
-def _load_local(spec: TaskSpec) -> Any:
+def _load_local(spec: TaskSpec) -> Iterable[Mapping[str, Any]]:
     import datasets
 
     path = Path(spec.path)
     if path.is_dir():
-        return datasets.load_dataset(str(path), spec.subset or None, split=spec.split)
-    if not path.is_file():
-        raise UserError(f"path of task {spec.name!r}, {path}, is neither a file nor a folder")
-    if path.suffix not in READERS:
-        raise UserError(f"path of task {spec.name!r}, {path}, must end in one of {', '.join(READERS)}, or be a folder")
-    if spec.subset:
-        raise UserError(f"subset of task {spec.name!r} must be left out for a single file, got {spec.subset!r}")
-    return datasets.load_dataset(READERS[path.suffix], data_files={"train": str(path)}, split=spec.split)
+        builder = datasets.load_dataset_builder(str(path), spec.subset or None)
+        files = {str(split): [Path(file) for file in found] for split, found in builder.config.data_files.items()}
+        if not all(file.suffix in READERS for found in files.values() for file in found):
+            return datasets.load_dataset(str(path), spec.subset or None, split=spec.split)  # type: ignore[no-any-return]
+    else:
+        if not path.is_file():
+            raise UserError(f"path of task {spec.name!r}, {path}, is neither a file nor a folder")
+        if path.suffix not in SUFFIXES:
+            raise UserError(
+                f"path of task {spec.name!r}, {path}, must end in one of {', '.join(SUFFIXES)}, or be a folder"
+            )
+        if spec.subset:
+            raise UserError(f"subset of task {spec.name!r} must be left out for a single file, got {spec.subset!r}")
+        files = {"train": [path]}
+        if path.suffix not in READERS:
+            return datasets.load_dataset("parquet", data_files={"train": str(path)}, split=spec.split)  # type: ignore[no-any-return]
+    instruction = datasets.ReadInstruction.from_spec(spec.split)
+    rows = {split: _read_files(found) if split in spec.split else [] for split, found in files.items()}
+    parts = instruction.to_absolute({split: len(found) for split, found in rows.items()})
+    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+
+
+def _read_files(files: Iterable[Path]) -> list[Row]:
+    rows: list[Row] = []
+    for file in files:
+        try:
+            rows += READERS[file.suffix](file)
+        except ValueError as error:
+            raise ValueError(f"{file.name}: {error}") from error
+    return rows
 
 
 def _why_unreachable(dataset: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
@@ -26,6 +26,23 @@ class Task:
         self.held_out = self._distinct(seed + HELD_OUT_SEED, stream.held_out)
         self._held_out_questions = {example.question for example in self.held_out}
         self.position = 0  # examples of the training stream used so far
+        self.left_out = 0  # drawn and passed over because they do not fit, see leave_out
+        self._fits: Callable[[Example], bool] = lambda example: True
+
+    @property
+    def questions(self) -> Sequence[str] | None:
+        """All questions of a task made of rows; None where they are generated."""
+        return self._stream.questions
+
+    def preview(self, count: int) -> list[str]:
+        """The held-out questions and the first ``count`` of the training stream, which stays where it is."""
+        stream = (self._stream.make(self._seed, index).question for index in range(count))
+        return [*(example.question for example in self.held_out), *stream]
+
+    def leave_out(self, fits: Callable[[Example], bool]) -> None:
+        """From now on, pass over examples that do not fit, in training, evaluation and the warm start."""
+        self._fits = fits
+        self.held_out = [example for example in self.held_out if fits(example)]
 
     def _distinct(self, seed: int, count: int) -> list[Example]:
         """Up to ``count`` different questions; a small data set may have fewer, and half of it stays for training."""
@@ -39,14 +56,18 @@ class Task:
 
     def next_example(self) -> Example:
         """The next training example; moves ``position``."""
-        for _ in range(1000):
+        for _ in range(max(1000, len(self.questions or ()))):
             example = self._stream.make(self._seed, self.position)
             self.position += 1
-            if example.question not in self._held_out_questions:
+            if example.question in self._held_out_questions:
+                continue
+            if self._fits(example):
                 return example
+            self.left_out += 1
         raise UserError(
-            f"task {self.name!r} has no question left to train on: the {len(self.held_out)} held-out ones are all it "
-            "makes; lower eval_prompts or widen the task's config"
+            f"task {self.name!r} has no question left to train on: the {len(self._held_out_questions)} held-out ones "
+            "are all it makes, or the others are too long; lower eval_prompts, widen the task's config, or raise "
+            "max_prompt_length"
         )
 
     def solved_examples(self, count: int, seed: int = FEW_SHOT_SEED) -> list[Example]:
@@ -54,7 +75,7 @@ class Task:
         kept: list[Example] = []
         for index in range(20 * count + 100):
             example = self._stream.make(self._seed + seed, index)
-            if example.answer and example.question not in self._held_out_questions:
+            if example.answer and example.question not in self._held_out_questions and self._fits(example):
                 kept.append(example)
             if len(kept) == count:
                 break

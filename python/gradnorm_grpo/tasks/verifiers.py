@@ -141,8 +141,8 @@ def math_verify(text: str, answer: str, data: dict[str, Any]) -> bool:
     """
     found = marked(text)
     if found is None:
-        formulas = _LATEX.findall(text[-5 * MAX_LENGTH :])
-        pieces = _ANSWER_IS.split(text[-5 * MAX_LENGTH :])
+        tail = without_emphasis(text[-5 * MAX_LENGTH :])
+        formulas, pieces = _LATEX.findall(tail), _ANSWER_IS.split(tail)
         if formulas:
             found = next(group for group in formulas[-1] if group)
         elif len(pieces) > 1:
@@ -158,8 +158,9 @@ def math_verify(text: str, answer: str, data: dict[str, Any]) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     latex = [LatexExtractionConfig()]
-    parsed = [parse(f"\\boxed{{{part}}}", latex, raise_on_error=False) for part in (gold, found)]
-    return bool(all(parsed) and verify(*parsed, raise_on_error=False))
+    wanted = parse(answer if re.search(r"\\boxed|\$", answer) else f"\\boxed{{{answer}}}", latex)
+    given = parse(f"\\boxed{{{found}}}", latex, raise_on_error=False)
+    return bool(wanted and given and verify(wanted, given, raise_on_error=False))
 
 
 def _unboxed(text: str) -> str:
@@ -211,16 +212,30 @@ def arithmetic_value(text: str) -> tuple[Fraction, list[int]]:
         raise ValueError(str(error)) from error
 
 
+_OPERATORS = str.maketrans({"\u2212": "-", "\u00d7": "*", "\u00b7": "*", "\u00f7": "/"})
+
+
 def expression(text: str, answer: str, data: dict[str, Any]) -> bool:
-    """An expression that uses each of metadata["numbers"] once and equals metadata["target"] (24 if there is none)."""
-    try:
-        result, used = arithmetic_value(text)
-    except ValueError:
-        return False
+    """An expression that uses each of metadata["numbers"] once and equals metadata["target"] (24 if there is none).
+
+    The final answer counts, in plain or LaTeX operators. "= 24" may follow it if that is the target.
+    """
     metadata = data.get("metadata")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("numbers"), list):
         return False
-    return sorted(used) == sorted(metadata["numbers"]) and result == metadata.get("target", 24)
+    target = metadata.get("target", 24)
+    text = without_emphasis(final_answer(text)[:MAX_LENGTH]).strip()
+    text = re.sub(r"^(?:\$|\\\()(.*?)(?:\$|\\\))$", r"\1", text).translate(_OPERATORS)
+    text = re.sub(r"\\(?:times|cdot)(?![A-Za-z])", "*", re.sub(r"\\div(?![A-Za-z])", "/", text))
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", text)
+    left, equals, right = text.partition("=")
+    try:
+        if equals and right.strip() != str(target):
+            return False
+        result, used = arithmetic_value(left)
+    except ValueError:
+        return False
+    return sorted(used) == sorted(metadata["numbers"]) and result == target
 
 
 VERIFIERS: dict[str, Verifier] = {

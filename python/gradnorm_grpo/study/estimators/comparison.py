@@ -148,7 +148,7 @@ def _only_what_matters(settings: Settings) -> Settings:
 
 def _where_grpo_begins(settings: Settings, console: Console) -> Grpo:
     """Model and tasks after the warm start, in the random state from which GRPO starts."""
-    grpo = untrained(settings)
+    grpo = untrained(settings, console)
     if settings.warm_start_steps:
         tasks = list(grpo.tasks.values())
         cached = warm_start(grpo.model, grpo.tokenizer, tasks, grpo.prompter, settings, lambda step, loss: None)
