@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import ops
+from benchmarks import ops, providers
 from benchmarks.batches import LAYERS, choose, make_batch, truth
 from benchmarks.harness import HostClock
 from benchmarks.providers import BASELINE, PEERS, PROVIDERS, Provider, Result, WrongResultError, gate
 from gradnorm_kernels import reference, tolerances
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, cuda_config
+
+EMPTY = SimpleNamespace(sample_sq_norms=None, weight_grad=None, group_sq_norms=None, group_gram=None)
 
 
 def broken(change) -> Provider:
@@ -148,6 +152,28 @@ def test_a_right_provider_has_its_numbers(monkeypatch):
     assert row["tflops"] == pytest.approx(2 * 50 * 17 * 11 / row["seconds"]["median"] / 1e12)
     assert row["gbps"] == pytest.approx(4 * (50 * 17 + 50 * 11 + 17 * 11) / row["seconds"]["median"] / 1e9)
     assert row["repeats"] >= 5
+
+
+@pytest.mark.parametrize("name", CUDA_CANDIDATES)
+def test_a_candidate_tile_is_forced_during_the_call_only(name, monkeypatch):
+    config = CUDA_CANDIDATES[name].config
+
+    def launched() -> CudaConfig:
+        return cuda_config(90, (128, 192), 4096)
+
+    def call(*_, **options):
+        seen.append((launched(), options))
+        return EMPTY
+
+    before, seen = launched(), []
+    monkeypatch.setattr(providers.gk, "fused_grad_norm", call)
+    run = PROVIDERS[f"cuda_{name}"].prepare(make_batch(17, 11, 10, 50, False))
+    assert not seen and launched() == before
+    run()
+    ((during, options),) = seen
+    assert during == config and launched() == before
+    assert (options["backend"], options["algorithm"], options["weight_grad"]) == ("cuda", "wgrad", True)
+    assert tuple(f"cuda_{name}" for name in CUDA_CANDIDATES) == providers.TILES
 
 
 def test_memory_limits_name_the_sizes(monkeypatch):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.providers import TILES
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES
 from tools.gpu_check.isolated import SILENCE
 from tools.gpu_check.running import Step
 
@@ -27,7 +27,8 @@ ONE_KERNEL = "import torch; assert torch.ones(1000, device='cuda').sum().item() 
 #: What is tuned: widths in and out. Square 4096, a wide layer, and small ones on either side of a full GPU.
 TUNED = ((4096, 4096), (2048, 11008), (576, 576), (1536, 1536))
 # The CUDA kernel's tiles are few: all are timed at each shape, and the choice is written into the code by hand.
-_CUDA_TILES = ("--providers", "weight_grad", *TILES, "--lengths", "2048", "256", "--ragged", "--gram", "--shapes")
+_CUDA_TILES = ("--providers", "weight_grad", *(f"cuda_{name}" for name in CUDA_CANDIDATES))
+_CUDA_TILES += ("--lengths", "2048", "256", "--ragged", "--gram", "--shapes")
 _CUDA_TILES += ("llama-3.1-8b.q", "qwen2.5-3b.gate_up", "qwen2.5-1.5b.q", "smollm2-135m.gate_up")
 # NVIDIA's tools lock the clocks unless they are told not to.
 _NCU = ("ncu", "--clock-control", "none")
