@@ -1,4 +1,4 @@
-"""The benchmarks' gate and the batches it looks at: a wrong provider is refused, and a right one is not."""
+"""The benchmarks' batches, providers and gate: a wrong provider is refused, and a right one is not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMPTY = SimpleNamespace(sample_sq_norms=None, weight_grad=None, group_sq_norms=N
 
 
 def broken(change) -> Provider:
-    """bmm with its result changed."""
+    """``bmm`` with a changed result."""
     peer = PROVIDERS["bmm"]
 
     def prepare(batch):
@@ -52,7 +52,7 @@ def test_truth_agrees_with_the_reference(ragged, groups):
     torch.testing.assert_close(expected.total, total)
 
 
-def test_truth_of_some_samples_keeps_the_sums_of_all():
+def test_truth_of_some_samples_has_the_sums_of_all():
     batch = make_batch(13, 7, 9, 100, True)
     whole, some = truth(batch), truth(batch, most=3)
     assert 3 <= len(some.checked) < batch.samples
@@ -97,7 +97,7 @@ def test_the_gate_refuses_a_wrong_result(change, what):
         gate(broken(change), batch, truth(batch))
 
 
-def test_a_peer_that_rounds_is_not_held_to_float32():
+def test_a_peer_that_rounds_has_a_wider_tolerance():
     batch = make_batch(40, 24, 13, 100, False, dtype=torch.bfloat16)
     rounded = PROVIDERS["bmm"]
     gate(rounded, batch, truth(batch))
@@ -105,7 +105,7 @@ def test_a_peer_that_rounds_is_not_held_to_float32():
         gate(dataclasses.replace(rounded, rounds=False), batch, truth(batch))
 
 
-def test_only_tensor_cores_are_allowed_more_and_only_for_long_chains():
+def test_only_tensor_cores_have_a_wider_tolerance_and_only_for_long_chains():
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
         assert tolerances.norms(dtype, gpu, 1000) == tolerances.NORMS[dtype]
@@ -115,7 +115,7 @@ def test_only_tensor_cores_are_allowed_more_and_only_for_long_chains():
 
 
 @pytest.mark.parametrize(("d", "norms", "sums"), [(24, 100, 131), (120, 120, 131), (777, 777, 777)])
-def test_a_chain_is_a_sample_s_tokens_a_sum_s_tokens_or_the_features(d, norms, sums, monkeypatch):
+def test_a_chain_is_as_long_as_the_tokens_of_a_sample_or_a_sum_or_as_the_features(d, norms, sums, monkeypatch):
     chains = []
     monkeypatch.setattr(tolerances, "norms", lambda dtype, device, chain: chains.append(chain) or 1.0)
     batch = make_batch(d, 8, 1, 131, False, gram=True)
@@ -136,7 +136,7 @@ def test_a_wrong_provider_has_no_speed(monkeypatch):
     assert not {"seconds", "ratio", "tflops", "errors"} & set(row)
 
 
-def test_a_provider_that_is_right_only_at_first_has_no_speed(monkeypatch):
+def test_a_provider_that_is_right_only_in_its_first_call_has_no_speed(monkeypatch):
     calls = []
 
     def change(result: Result) -> Result:

@@ -1,4 +1,4 @@
-"""The benchmarks' clocks and quantiles, and the child process that providers run in."""
+"""The benchmarks' pairs and quantiles, and the child process that providers run in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness import LostError, Worker
 
 
 class FakeClock:
-    """A clock that a function moves."""
+    """A clock that advances when a function says so."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -65,7 +65,7 @@ def test_repeats_fit_the_budget():
 
 
 def jobs(greeting: str):
-    """What the child of the tests below does."""
+    """The jobs of the child process in the tests below."""
 
     def work(job):
         if job["do"] == "die":
