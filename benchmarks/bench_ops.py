@@ -28,7 +28,7 @@ NAMES = [name for name in PROVIDERS if not name.endswith(("wgrad_norms", "gram_n
 def test_provider(benchmark: BenchmarkFixture, name: str, d: int, length: int) -> None:
     batch = make_batch(d, d, length, TOKENS, ragged=False, device=DEVICE, dtype=DTYPE)
     provider = PROVIDERS[name]
-    reason = provider.unable(batch)
+    reason = provider.unavailable_reason(batch)
     if reason is not None:
         pytest.skip(reason)
     run = provider.prepare(batch)

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             expected = truth(batch)
             for name in options.providers:
                 provider = PROVIDERS[name]
-                reason = provider.unable(batch)
+                reason = provider.unavailable_reason(batch)
                 if reason is not None:
                     print(f"{d:>5} {length:>17} {name:<10} {reason}")
                     continue

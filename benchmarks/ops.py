@@ -402,7 +402,7 @@ def measure(name: str, prepared: _Prepared, watch: Stopwatch, seconds: float) ->
     row: dict[str, Any] = {"provider": name, "does": provider.does, "ours": provider.ours, "samples": batch.samples}
     row["tokens"] = len(batch.x)
     row["token_pairs"] = sum(length * length for length in batch.lengths)
-    reason = provider.unable(batch)
+    reason = provider.unavailable_reason(batch)
     if reason is not None:
         return row | {"status": "unable", "reason": reason}
     if provider.ran is not None:

@@ -42,7 +42,7 @@ Run = Callable[[], Result]
 
 @dataclass(frozen=True)
 class Provider:
-    """``prepare(batch)`` gives the function to time; ``unable(batch)`` the reason why there is none, or None.
+    """``prepare(batch)`` gives the function to time; ``unavailable_reason(batch)`` says why there is none, or None.
 
     ``does`` is "dW", "norms" or "dW and norms". ``ran(batch)``, for ours: what dispatch chose. ``rounds``: parts of the
     result are rounded to the inputs' dtype before they are added (stored gradients, or partial sums of a BLAS).
@@ -52,7 +52,7 @@ class Provider:
     what: str
     does: str
     prepare: Callable[[Batch], Run]
-    unable: Callable[[Batch], str | None] = lambda batch: None
+    unavailable_reason: Callable[[Batch], str | None] = lambda batch: None
     ran: Callable[[Batch], dict[str, object]] | None = None
     rounds: bool = False
 
@@ -173,7 +173,7 @@ def _ours(backend: str, algorithm: str, weight_grad: bool) -> Provider:
 
         return run
 
-    def unable(batch: Batch) -> str | None:
+    def unavailable_reason(batch: Batch) -> str | None:
         return (
             None
             if backend == "auto"
@@ -197,7 +197,7 @@ def _ours(backend: str, algorithm: str, weight_grad: bool) -> Provider:
 
     what = f"fused_grad_norm, backend={backend!r}, algorithm={algorithm!r}" + (", with dW" if weight_grad else "")
     does = "dW and norms" if weight_grad else "norms"
-    return Provider("_".join(parts) or "auto", what, does, prepare, unable, ran)
+    return Provider("_".join(parts) or "auto", what, does, prepare, unavailable_reason, ran)
 
 
 def _bmm_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def _two_gram_of(x: Tensor, dy: Tensor) -> Tensor:
     return (_bmm_float32(x, x.mT) * _bmm_float32(dy, dy.mT)).sum((1, 2))
 
 
-def _two_gram_unable(batch: Batch) -> str | None:
+def _two_gram_unavailable(batch: Batch) -> str | None:
     longest = max(batch.lengths)
     need = 3 * 4 * batch.samples * longest * longest
     limit = GPU_SHARE * torch.cuda.mem_get_info(batch.x.device)[0] if batch.x.is_cuda else CPU_LIMIT
@@ -266,7 +266,7 @@ def _grouped_mm(batch: Batch) -> Run:
     return run
 
 
-def _grouped_mm_unable(batch: Batch) -> str | None:
+def _grouped_mm_unavailable(batch: Batch) -> str | None:
     if not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has no _grouped_mm"
     if batch.x.dtype != torch.bfloat16:
@@ -300,17 +300,19 @@ def _with_tiles(name: str, tiles: CudaConfig) -> Provider:
 
         return run
 
-    def unable(batch: Batch) -> str | None:
-        reason = base.unable(batch)
+    def unavailable_reason(batch: Batch) -> str | None:
+        reason = base.unavailable_reason(batch)
         if reason is None and torch.cuda.get_device_capability(batch.x.device)[0] < 9:
             reason = "other tiles are for Hopper's kernel"
         return reason
 
-    return replace(base, name=name, what=f"{base.what}, {tiles}", prepare=prepare, unable=unable)
+    return replace(
+        base, name=name, what=f"{base.what}, {tiles}", prepare=prepare, unavailable_reason=unavailable_reason
+    )
 
 
 _PEERS = (
-    Provider("two_gram", "the two-Gram formula", "norms", _two_gram, _two_gram_unable),
+    Provider("two_gram", "the two-Gram formula", "norms", _two_gram, _two_gram_unavailable),
     Provider(
         "bmm",
         "every sample's gradient by torch.bmm",
@@ -332,7 +334,7 @@ _PEERS = (
         "every sample's gradient by torch._grouped_mm (a loop of products where the GPU is no sm_90 or sm_100)",
         "dW and norms",
         _grouped_mm,
-        _grouped_mm_unable,
+        _grouped_mm_unavailable,
         rounds=True,
     ),
 )

@@ -73,7 +73,7 @@ def test_the_gram_of_a_batch_is_the_samples_gram():
 @pytest.mark.parametrize("name", [BASELINE, "torch", "torch_gram", "torch_norms", *PEERS])
 def test_providers_are_right(name, ragged, dtype):
     batch = make_batch(40, 24, 13, 100, ragged, dtype=dtype, groups=2)
-    reason = PROVIDERS[name].unable(batch)
+    reason = PROVIDERS[name].unavailable_reason(batch)
     if reason is not None:
         assert name == "grouped_mm" and "bfloat16" in reason
         return
@@ -179,8 +179,8 @@ def test_a_candidate_tile_is_forced_during_the_call_only(name, monkeypatch):
 def test_memory_limits_name_the_sizes(monkeypatch):
     monkeypatch.setattr("benchmarks.providers.CPU_LIMIT", 1000)
     batch = make_batch(40, 24, 13, 100, False)
-    assert "stores 7 gradients" in str(PROVIDERS["bmm"].unable(batch))
-    assert "two Grams of 13 tokens" in str(PROVIDERS["two_gram"].unable(batch))
+    assert "stores 7 gradients" in str(PROVIDERS["bmm"].unavailable_reason(batch))
+    assert "two Grams of 13 tokens" in str(PROVIDERS["two_gram"].unavailable_reason(batch))
 
 
 def test_layers_are_chosen_by_name():

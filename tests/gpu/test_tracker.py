@@ -60,7 +60,5 @@ def test_training_is_the_same_to_the_last_bit_while_watched(device: torch.device
     try:
         assert_same_bits(gradients[0], gradients[1], names)
     except AssertionError as error:
-        raise AssertionError(
-            f"torch's own backward is not deterministic, so this shows nothing: {error}"
-        ) from None
+        raise AssertionError(f"torch's own backward is not deterministic, so this shows nothing: {error}") from None
     assert_same_bits(gradients[0], gradients[2], names)
