@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "launchers.h"
+#include "tiles.h"
 
 namespace py = pybind11;
 
@@ -89,8 +90,8 @@ void segmented_wgrad(const py::kwargs& given) {
   field("d_out", args.d_out);
   field("ends", args.ends);
   field("groups", args.groups);
-  field("slots", args.slots);
-  field("stretches", args.stretches);
+  field("slots", args.samples);
+  field("stretches", args.segments);
   field("sums", args.sums);
   field("sums_kept", args.sums_kept);
   field("open", args.open);
@@ -136,18 +137,18 @@ void visit(Fields& field, gradnorm::WgradNorm& args) {
   field("tokens", args.tokens);
   field("d_in", args.d_in);
   field("d_out", args.d_out);
-  field("item_start", args.item_start);
-  field("item_end", args.item_end);
-  field("item_target", args.item_target);
-  field("item_group", args.item_group);
-  field("items", args.items);
+  field("segment_start", args.segment_start);
+  field("segment_end", args.segment_end);
+  field("segment_sample", args.segment_sample);
+  field("segment_group", args.segment_group);
+  field("segments", args.segments);
   field("samples", args.samples);
   field("groups", args.groups);
   field("split_start", args.split_start);
   field("splits", args.splits);
   field("sample_sq", args.sample_sq);
   field("group_sq", args.group_sq);
-  field("parts", args.parts);
+  field("workspace", args.workspace);
   field("weight_grad", args.weight_grad);
   field("running", args.running);
   field("block_n", args.block_n);
@@ -169,7 +170,7 @@ void visit(Fields& field, gradnorm::Gram& args) {
   field("token_rank", args.token_rank);
   field("reach", args.reach);
   field("pairwise", args.pairwise);
-  field("fragments", args.fragments);
+  field("partials", args.partials);
   field("partial", args.partial);
 }
 
@@ -187,13 +188,13 @@ void visit(Fields& field, gradnorm::GramSums& args) {
   field("ranks", args.ranks);
   field("samples", args.samples);
   field("reach", args.reach);
-  field("fragments", args.fragments);
+  field("partials", args.partials);
   field("pairwise", args.pairwise);
   field("out", args.out);
 }
 
-void visit(Fields& field, gradnorm::PartSums& args) {
-  field("parts", args.parts);
+void visit(Fields& field, gradnorm::SplitFixup& args) {
+  field("workspace", args.workspace);
   field("elements", args.elements);
   field("split_first", args.split_first);
   field("split_last", args.split_last);
@@ -216,6 +217,13 @@ void visit(Fields& field, gradnorm::TokenSums& args) {
   field("out", args.out);
 }
 
+template <size_t kCount>
+std::vector<int> columns(const gradnorm::WgradTile (&tiles)[kCount]) {
+  std::vector<int> found;
+  for (const gradnorm::WgradTile& tile : tiles) found.push_back(tile.columns);
+  return found;
+}
+
 void bind_cuda(py::module_& m) {
   using namespace gradnorm;
   m.def("driver_version", &driver_version);
@@ -226,10 +234,14 @@ void bind_cuda(py::module_& m) {
   m.def("gram_sm80", &call<Gram, &gram_sm80>);
   m.def("column_sums", &call<ColumnSums, &column_sums>);
   m.def("gram_sums", &call<GramSums, &gram_sums>);
-  m.def("part_sums", &call<PartSums, &part_sums>);
-  m.def("part_sums_rows", &part_sums_rows, py::arg("elements"));
+  m.def("split_fixup", &call<SplitFixup, &split_fixup>);
+  m.def("split_fixup_rows", &split_fixup_rows, py::arg("elements"));
   m.def("token_sums", &call<TokenSums, &token_sums>);
   m.attr("GRAM_TILE") = kGramTile;
+  py::dict tiles;  // architecture -> the columns of the tiles that its wgrad is compiled for
+  tiles[py::int_(80)] = columns(kSm80WgradTiles);
+  tiles[py::int_(90)] = columns(kSm90WgradTiles);
+  m.attr("WGRAD_TILES") = tiles;
 }
 #endif
 

@@ -4,7 +4,7 @@
 // Tokens are taken in the order of their samples, through a table of rows, in tiles of 64. A block of 128 threads makes
 // two products for a pair of tiles, x x^T over d_in and dy dy^T over d_out, with one pipeline of cp.async over both, and
 // sums their elementwise product by samples. Only pairs on and right of the diagonal are made. A tile and a sample that
-// meet are a fragment: its number is the tile's plus the sample's rank, which no other pair has, as both ascend.
+// meet give one partial sum. Its number is the tile's plus the sample's rank, unique because both ascend.
 #include "device/launch.cuh"
 #include "device/ptx_sm80.cuh"
 
@@ -95,8 +95,8 @@ __device__ __forceinline__ SharedAddress term_at(SharedAddress shared, int row, 
   return shared + (row * kPitch + column) * 4;
 }
 
-// Sums the terms of a pair of tiles by samples and writes a number for each pair of fragments, or, where only samples
-// with themselves count, for each fragment of the row tile. Terms are chosen, not multiplied with zeros: a NaN stays in
+// Sums the terms of a pair of tiles by samples and writes one partial sum per pair of (tile, sample), or, where only samples
+// with themselves count, per sample of the row tile. Terms are selected, not multiplied by zero: a NaN stays in
 // its sample.
 __device__ __forceinline__ void write_sums(const Gram& args, SharedAddress shared, int row_tile, int column_tile) {
   const SharedAddress row_ranks = shared + kRanksAt, column_ranks = row_ranks + kTile * 4;
@@ -132,8 +132,8 @@ __device__ __forceinline__ void write_sums(const Gram& args, SharedAddress share
       if (row_rank < 0 || (row > 0 && rank_at(row_ranks, row - 1) == row_rank)) continue;
       float sum = 0.0f;
       for (int i = column; i < end; ++i) sum += load_shared_float(term_at(shared, row, i));
-      const int64_t fragment = row_tile + row_rank;
-      store_global(args.partial + fragment * args.fragments + column_tile + rank, sum);
+      const int64_t partial_row = row_tile + row_rank;
+      store_global(args.partial + partial_row * args.partials + column_tile + rank, sum);
     }
   } else if (threadIdx.x < kTile) {
     bool meets = false;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
   float x_products[2][4][4] = {}, dy_products[2][4][4] = {};
   for (int step = 0; step < kStages - 1; ++step) loader.issue(step, x_steps, steps);
   for (int step = 0; step < steps; ++step) {
-    // The block has arrived for everybody, and nobody reads the one before it any more.
+    // The step has arrived for everybody, and nobody reads the one before it any more.
     copy_wait<kStages - 2>();
     sync_block();
     loader.issue(step + kStages - 1, x_steps, steps);

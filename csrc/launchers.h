@@ -21,7 +21,7 @@ extern const BuildInfo build;
 
 enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// The CPU launcher: sums of per-sample gradients dy_t x_t^T over stretches of tokens, and their squared norms. Stretches
+// The CPU launcher: sums of per-sample gradients dy_t x_t^T over segments of tokens, and their squared norms. Segments
 // are in the order of their tokens, none is empty, those of a group lie together. Memory is the host's.
 struct SegmentedWgrad {
   const void* x;      // [tokens, d_in], rows x_stride elements apart
@@ -29,15 +29,15 @@ struct SegmentedWgrad {
   int64_t x_stride, dy_stride;
   int type;           // any Type
   int64_t tokens, d_in, d_out;
-  const int64_t* ends;    // [stretches] the token after a stretch's last
-  const int64_t* groups;  // [stretches] the position of its group's sum, from 0, each the one before or one more
-  const int64_t* slots;   // [stretches] where in sample_sq its squared norm is added, or -1: not measured
-  int64_t stretches;
+  const int64_t* ends;    // [segments] the token after a segment's last
+  const int64_t* groups;  // [segments] the position of its group's sum, from 0, each the one before or one more
+  const int64_t* samples;  // [segments] where in sample_sq its squared norm is added, or -1: not measured
+  int64_t segments;
   float* sums;        // [groups, d_out, d_in] the groups' sums if sums_kept, else [1, d_out, d_in]: the last group's
   bool sums_kept;
-  float* open;        // [d_out, d_in] scratch
+  float* open;        // [d_out, d_in] workspace
   float* total;       // [d_out, d_in] the sum over the groups, or null
-  double* sample_sq;  // [measured stretches] added to
+  double* sample_sq;  // [measured segments] added to
   double* group_sq;   // [groups] added to
   void* workspace;    // segmented_wgrad_workspace() bytes
   int isa;            // position in BuildInfo::cpu_isas
@@ -57,35 +57,35 @@ int driver_version();
 // The CUDA launchers. Pointers are to device memory of the current device; a stream is a cudaStream_t (null: the default
 // stream). Nothing is allocated, nothing waits for the device, so every launch can be captured in a graph.
 //
-// Items are stretches of rows in the order of (group, sample): rows item_start[i] to item_end[i] of x and dy, of group
-// item_group[i]. Empty ones are skipped.
+// Segments are in the order of (group, sample): rows segment_start[i] to segment_end[i] of x and dy, of group
+// segment_group[i]. Empty ones are skipped.
 struct WgradNorm {
   const void* x;         // [tokens, d_in], rows x_stride elements apart
   const void* dy;        // [tokens, d_out], rows dy_stride elements apart
   int64_t x_stride, dy_stride;
   int type;              // kBFloat16 or kFloat16
   int tokens, d_in, d_out;
-  const int32_t* item_start;   // [items]
-  const int32_t* item_end;     // [items]
-  const int32_t* item_target;  // [items] the sample whose norm the item belongs to, or -1: not measured
-  const int32_t* item_group;   // [items] ascending
-  int items, samples, groups;
-  const int32_t* split_start;  // [splits + 1] split p takes items split_start[p] to split_start[p + 1]: whole samples
+  const int32_t* segment_start;   // [segments]
+  const int32_t* segment_end;     // [segments]
+  const int32_t* segment_sample;  // [segments] the sample that is measured, or -1
+  const int32_t* segment_group;   // [segments] ascending
+  int segments, samples, groups;
+  const int32_t* split_start;  // [splits + 1] split p takes segments split_start[p] to split_start[p + 1]: whole samples
   int splits;
-  float* sample_sq;    // [rows, samples] sums of squares a tile, zeroed by the caller
-  float* group_sq;     // [rows, groups] the same of the groups' sums, zeroed by the caller; null with parts
-  float* parts;        // [splits + groups - 1, d_out, d_in] or null: the sum of group g in split p goes to p + g, which
-                       // no other pair has, as both ascend along the items; zeroed by the caller. Needed if splits > 1
-  void* weight_grad;   // [d_out, d_in] in the type of x, or null; null with parts
-  float* running;      // [d_out, d_in] scratch, for weight_grad of more than one group; else null
-  int block_n;         // columns of d_in in a tile: sm80 128; sm90 128 or 192
+  float* sample_sq;    // [rows, samples] sums of squares per tile, zeroed by the caller
+  float* group_sq;     // [rows, groups] the same of the groups' sums, zeroed by the caller; null with workspace
+  float* workspace;    // [splits + groups - 1, d_out, d_in] or null: the sum of group g in split p goes to p + g, unique
+                       // because both ascend along the segments; zeroed by the caller. Needed if splits > 1
+  void* weight_grad;   // [d_out, d_in] in the type of x, or null; null with workspace
+  float* running;      // [d_out, d_in] workspace for weight_grad of more than one group; else null
+  int block_n;         // columns of d_in per tile, one of tiles.h
   int group_m;         // rows of tiles walked together, for the L2 cache
   bool staggered;      // sm90: a block's second consumer stays a stage behind the first; changes no result
   int multiprocessors; // blocks of a persistent grid
 };
 void wgrad_norm_sm80(const WgradNorm& args, void* stream);
 void wgrad_norm_sm90(const WgradNorm& args, void* stream);
-// Rows of sample_sq and group_sq that a launch writes: tiles of the weight, times the parts a tile is summed in.
+// Rows of sample_sq and group_sq that a launch writes: tiles of the weight, times the parts that a tile's squares are summed in.
 int64_t wgrad_norm_sm80_rows(int d_in, int d_out, int block_n);
 int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n);
 
@@ -103,9 +103,9 @@ struct Gram {
   const int32_t* token_rank;  // [tokens]
   int reach;       // tiles of columns from the diagonal on that a tile of rows is paired with
   bool pairwise;   // all pairs of samples; else each with itself
-  int fragments;   // tiles + ranks
-  float* partial;  // pairwise: [fragments, fragments], on and right of the diagonal tile; else [fragments, reach]: the sum
-                   // of a fragment with its sample's tokens in a tile of columns; zeroed by the caller
+  int partials;    // partial sums per side: tiles + ranks
+  float* partial;  // pairwise: [partials, partials], on and right of the diagonal tile; else [partials, reach]: a sample's
+                   // tokens in a tile of rows with its tokens in a tile of columns; zeroed by the caller
 };
 void gram_sm80(const Gram& args, void* stream);
 
@@ -124,28 +124,29 @@ struct GramSums {
   const float* partial;        // as in Gram
   const int32_t* rank_begin;   // [ranks + 1] the first token of each rank; a rank may be empty
   const int32_t* rank_sample;  // [ranks] -1: the rank has no sample
-  int ranks, samples, reach, fragments;
+  int ranks, samples, reach, partials;
   bool pairwise;
   double* out;                 // [samples], or [samples, samples]; what no rank names stays as it is
 };
 void gram_sums(const GramSums& args, void* stream);
 
-// The sums of groups over the splits' parts, their squares, and the sum of all, from what wgrad_norm left in `parts`.
-struct PartSums {
-  const float* parts;       // [splits + groups - 1, elements]
+// The split-K fix-up: the sums of groups over the splits, their squares, and the sum of all, from what wgrad_norm left in
+// `workspace`.
+struct SplitFixup {
+  const float* workspace;   // [splits + groups - 1, elements]
   int64_t elements;         // d_out d_in
-  const int32_t* split_first;  // [groups] the splits that have items of a group, first and last; first > last: none
+  const int32_t* split_first;  // [groups] the splits that have segments of a group, first and last; first > last: none
   const int32_t* split_last;   // [groups]
   const int32_t* outer;     // [groups] ascending: which outer group a group belongs to
   int groups, outer_groups;
-  float* group_sq;          // [rows, groups] sums of squares, rows as part_sums_rows has them
+  float* group_sq;          // [rows, groups] sums of squares, rows as split_fixup_rows has them
   float* outer_sq;          // [rows, outer_groups], zeroed by the caller
   float* sums;              // [outer_groups, elements] or null: the outer groups' sums, zeroed by the caller
   int type;                 // of weight_grad
   void* weight_grad;        // [elements] or null: the sum of all
 };
-int64_t part_sums_rows(int64_t elements);
-void part_sums(const PartSums& args, void* stream);
+int64_t split_fixup_rows(int64_t elements);
+void split_fixup(const SplitFixup& args, void* stream);
 
 // out[s] = sum over the tokens of a sample of values[row]; ranks as in GramSums.
 struct TokenSums {

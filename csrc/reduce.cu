@@ -1,5 +1,5 @@
-// The second kernels: what the tiles left is summed in fp64 (and parts of one gradient in fp32, before they are squared),
-// each number by one warp or thread in a fixed order. Small and bound by memory; the same for every architecture.
+// The second kernels: partial sums of tiles are added in fp64, and parts of one gradient in fp32 before they are squared
+// (the split-K fix-up), each number by one warp or thread in a fixed order. Bound by memory; the same on every GPU.
 #include "device/launch.cuh"
 #include "device/tile_sums.cuh"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kPerThread = 8;  // elements of the weight that a thread of part_sums has
+constexpr int kPerThread = 8;  // elements of the weight that a thread of split_fixup has
 constexpr int kChunk = kThreads * kPerThread;
 
 // The sum of a value over the lanes of a warp, the same bits in every lane.
@@ -20,7 +20,7 @@ __device__ __forceinline__ double warp_total(double value) {
 
 __device__ __forceinline__ int64_t warp_index() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; }
 
-// A warp a column.
+// A warp per column.
 __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_constant__ ColumnSums args) {
   const int64_t column = warp_index();
   if (column >= args.columns) return;
@@ -43,7 +43,7 @@ __device__ __forceinline__ Tiles tiles_of(const GramSums& args, int rank) {
   return {begin / kGramTile, (end - 1) / kGramTile};
 }
 
-// A warp a rank: each fragment with its own sample's tokens; what is off the diagonal stands for two.
+// A warp per rank: its partial sums with the sample's own tokens; one off the diagonal counts twice.
 __global__ void __launch_bounds__(kThreads) gram_norms_kernel(const __grid_constant__ GramSums args) {
   const int64_t index = warp_index();
   if (index >= args.ranks) return;
@@ -53,16 +53,16 @@ __global__ void __launch_bounds__(kThreads) gram_norms_kernel(const __grid_const
   const Tiles tiles = tiles_of(args, rank);
   double sum = 0.0;
   for (int tile = tiles.first; tile <= tiles.last; ++tile) {
-    const float* fragment = args.partial + static_cast<int64_t>(tile + rank) * args.reach;
+    const float* partial_row = args.partial + static_cast<int64_t>(tile + rank) * args.reach;
     for (int offset = threadIdx.x % 32; offset <= tiles.last - tile; offset += 32) {
-      sum += static_cast<double>(load_global(fragment + offset)) * (offset == 0 ? 1.0 : 2.0);
+      sum += static_cast<double>(load_global(partial_row + offset)) * (offset == 0 ? 1.0 : 2.0);
     }
   }
   sum = warp_total(sum);
   if (threadIdx.x % 32 == 0) store_global(args.out + sample, sum);
 }
 
-// A warp a pair of ranks, the first not above the second; the result goes to both places.
+// A warp per pair of ranks, the first not above the second; the result goes to both places.
 __global__ void __launch_bounds__(kThreads) gram_pairs_kernel(const __grid_constant__ GramSums args) {
   const int64_t index = warp_index();
   const int first = static_cast<int>(index / args.ranks), second = static_cast<int>(index % args.ranks);
@@ -75,10 +75,10 @@ __global__ void __launch_bounds__(kThreads) gram_pairs_kernel(const __grid_const
   double sum = 0.0;
   for (int i = threadIdx.x % 32; i < count; i += 32) {
     const int row = rows.first + i / width, column = columns.first + i % width;
-    const int64_t row_fragment = row + first, column_fragment = column + second;
+    const int64_t row_partial = row + first, column_partial = column + second;
     // A sample's own tiles left of the diagonal were not made: their mirror images were.
-    const int64_t at = row <= column ? row_fragment * args.fragments + column_fragment
-                                     : column_fragment * args.fragments + row_fragment;
+    const int64_t at = row <= column ? row_partial * args.partials + column_partial
+                                     : column_partial * args.partials + row_partial;
     sum += static_cast<double>(load_global(args.partial + at));
   }
   sum = warp_total(sum);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) gram_pairs_kernel(const __grid_const
   if (a != b) store_global(args.out + static_cast<int64_t>(b) * args.samples + a, sum);
 }
 
-// A warp a rank.
+// A warp per rank.
 __global__ void __launch_bounds__(kThreads) token_sums_kernel(const __grid_constant__ TokenSums args) {
   const int64_t rank = warp_index();
   if (rank >= args.ranks) return;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) token_sums_kernel(const __grid_const
   if (threadIdx.x % 32 == 0) store_global(args.out + sample, sum);
 }
 
-// The block's sum of a value per thread to `to`. `turn` alternates between calls, so that one barrier a call is enough.
+// The block's sum of a value per thread to `to`. `turn` alternates between calls, so that one barrier per call is enough.
 __device__ __forceinline__ void block_sum(float value, int turn, float* to) {
   const SharedAddress sums = shared_base() + turn % 2 * (kWarps * 4);
   value = warp_sum(value);
@@ -111,9 +111,9 @@ __device__ __forceinline__ void block_sum(float value, int turn, float* to) {
   if (threadIdx.x == 0) store_global(to, shared_sum(sums, kWarps));
 }
 
-// A block a chunk of the weight's elements, all groups one after another.
+// A block per chunk of the weight's elements, all groups one after another.
 template <int kType>
-__global__ void __launch_bounds__(kThreads) part_sums_kernel(const __grid_constant__ PartSums args) {
+__global__ void __launch_bounds__(kThreads) split_fixup_kernel(const __grid_constant__ SplitFixup args) {
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kChunk + threadIdx.x;
   float outer_sum[kPerThread] = {}, total[kPerThread] = {};
   int turn = 0;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) part_sums_kernel(const __grid_consta
     float sum[kPerThread] = {};
     const int last = load_global(args.split_last + group);
     for (int split = load_global(args.split_first + group); split <= last; ++split) {
-      const float* part = args.parts + (split + group) * args.elements;
+      const float* part = args.workspace + (split + group) * args.elements;
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
         const int64_t element = begin + i * kThreads;
@@ -166,7 +166,7 @@ void column_sums(const ColumnSums& args, void* stream) {
 void gram_sums(const GramSums& args, void* stream) {
   if (args.pairwise) {
     // Then a pair of ranks has fewer pairs of tiles than 2^31, in which gram_pairs_kernel counts them.
-    if (args.fragments > 46340) throw std::runtime_error("gram_sums: more than 46340 fragments; use smaller batches");
+    if (args.partials > 46340) throw std::runtime_error("gram_sums: more than 46340 partial sums per side; use smaller batches");
     const int64_t pairs = static_cast<int64_t>(args.ranks) * args.ranks;
     launch("gram_sums", gram_pairs_kernel, blocks_for(pairs), kThreads, 0, stream, args);
   } else {
@@ -178,11 +178,11 @@ void token_sums(const TokenSums& args, void* stream) {
   launch("token_sums", token_sums_kernel, blocks_for(args.ranks), kThreads, 0, stream, args);
 }
 
-int64_t part_sums_rows(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
+int64_t split_fixup_rows(int64_t elements) { return (elements + kChunk - 1) / kChunk; }
 
-void part_sums(const PartSums& args, void* stream) {
-  auto* kernel = args.type == kBFloat16 ? part_sums_kernel<kBFloat16> : part_sums_kernel<kFloat16>;
-  launch("part_sums", kernel, part_sums_rows(args.elements), kThreads, 2 * kWarps * 4, stream, args);
+void split_fixup(const SplitFixup& args, void* stream) {
+  auto* kernel = args.type == kBFloat16 ? split_fixup_kernel<kBFloat16> : split_fixup_kernel<kFloat16>;
+  launch("split_fixup", kernel, split_fixup_rows(args.elements), kThreads, 2 * kWarps * 4, stream, args);
 }
 
 }  // namespace gradnorm

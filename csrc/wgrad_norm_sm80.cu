@@ -1,21 +1,23 @@
 // Segmented weight gradient for sm_80: norms at each sample's and group's end, and the sum, from one pass of tensor-core
 // products over all tokens (launchers.h says what goes where).
 //
-// A block of 256 threads takes a tile of 128 x 128 of the weight after another and runs through the token blocks of all
-// its tiles as one sequence (items.cuh). Blocks of 32 tokens, four deep: cp.async brings rows of dy and x into shared
+// A block of 256 threads takes one 128 x 128 tile of the weight after another and runs through the K tiles of all of them
+// as one sequence (segments.cuh). K tiles of 32 tokens, four deep: cp.async brings rows of dy and x into shared
 // memory as they lie, tokens by columns, while ldmatrix.trans and mma.sync work on earlier ones; a sample's end drains
-// nothing. Rows behind a run's end and columns behind the matrix are never read, but filled with zeros.
+// nothing. Rows behind a segment's end and columns behind the matrix are never read, but filled with zeros.
 // Each of the 8 warps has 64 x 32 of the tile: its accumulator is the sample at hand, next to it the group's sum.
 #include "device/launch.cuh"
 #include "device/tile_sums.cuh"
+#include "tiles.h"
 
 namespace gradnorm {
 namespace {
 
-constexpr int kTile = 128;    // rows and columns of a tile of the weight
-constexpr int kBlockK = 32;   // tokens of a block
-constexpr int kStages = 4;    // token blocks in shared memory
-constexpr int kNotes = 2 * kStages;  // steps whose notes are kept: a slow warp still reads one that others are past
+constexpr int kTile = kSm80WgradTiles[0].columns;    // rows and columns of a tile of the weight
+constexpr int kBlockK = kSm80WgradTiles[0].tokens;   // tokens of a K tile
+constexpr int kStages = kSm80WgradTiles[0].stages;   // K tiles in shared memory
+static_assert(kTile == 128 && kBlockK == 32, "the layout of warps and fragments is for this tile");
+constexpr int kNotes = 2 * kStages;  // K tiles whose notes are kept: a slow warp still reads one that others have left
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowBytes = kTile * 2;
@@ -24,13 +26,13 @@ constexpr int kStageBytes = 2 * kOperandBytes;  // dy, then x
 constexpr int kNotesAt = kStages * kStageBytes;
 constexpr int kSumsAt = kNotesAt + kNotes * 16;
 constexpr int kSharedBytes = kSumsAt + 2 * 2 * kWarps * 4;
-constexpr int kStop = 1 << 8;  // among StepEnd bits: the sequence has ended
+constexpr int kStop = 1 << 8;  // among SegmentEnd bits: the sequence has ended
 
 // Byte offset of 8 columns (a chunk) of a token's row in a stage. Chunks are permuted within a row, so that the same
 // chunk of eight rows, which ldmatrix fetches together, lies in different banks.
 __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row & 7)) << 4); }
 
-// Brings token blocks into shared memory, in the order of the cursor.
+// Brings K tiles into shared memory, in the order of the cursor.
 class Loader {
  public:
   __device__ __forceinline__ Loader(const WgradNorm& args, SharedAddress shared, int tile_rows, int tile_columns)
@@ -40,7 +42,7 @@ class Loader {
         tile_rows_(tile_rows),
         tile_columns_(tile_columns) {}
 
-  // Starts the copies of the next token block, the step-th, and notes what it is. Every call ends a group of copies.
+  // Starts the copies of the next K tile, the step-th, and notes what it is. Every call ends a group of copies.
   __device__ __forceinline__ void issue(int step) {
     const int chunk = threadIdx.x % 16, first_row = threadIdx.x / 16;
     if (cursor_.rows > 0) {
@@ -58,7 +60,7 @@ class Loader {
     if (threadIdx.x == 0) {
       const int ends = cursor_.rows > 0 ? cursor_.ends : kStop;
       store_shared_int4(shared_ + kNotesAt + step % kNotes * 16,
-                        make_int4(ends, cursor_.target(), cursor_.group(), cursor_.work));
+                        make_int4(ends, cursor_.sample(), cursor_.group(), cursor_.work));
     }
     if (cursor_.rows > 0) cursor_.advance();
     copy_commit();
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
   float sum[4][4][4] = {};
   Fragments fragments[2];
   bool first_group = true;
-  int due = 0;  // StepEnd bits of the step before: its warps' sums of squares lie in shared memory, to be added up
+  int due = 0;  // SegmentEnd bits of the step before: its warps' sums of squares lie in shared memory, to be added up
 
   // Add up what the warps left at the end of step - 1, a barrier ago.
   auto collect = [&](int step) {
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
     if (threadIdx.x == 0 && (due & kSampleEnd) != 0 && note.y >= 0) {
       store_global(args.sample_sq + tile * args.samples + note.y, shared_sum(sums, kWarps));
     }
-    if (threadIdx.x == 32 && (due & kGroupEnd) != 0 && args.parts == nullptr) {
+    if (threadIdx.x == 32 && (due & kGroupEnd) != 0 && args.workspace == nullptr) {
       store_global(args.group_sq + tile * args.groups + note.z, shared_sum(sums + kWarps * 4, kWarps));
     }
     due = 0;
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (half == 1) {
-        // The next block has arrived for everybody, and nobody reads this one any more.
+        // The next K tile has arrived for everybody, and nobody reads this one any more.
         copy_wait<kStages - 2>();
         sync_block();
         collect(step);
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
       if ((ends & kGroupEnd) != 0) {
         const int4 note = load_shared_int4(shared + kNotesAt + step % kNotes * 16);
         const TilePlace place = place_of(note.w, tile_rows, tile_columns, args.group_m);
-        const bool last = (ends & kWorkEnd) != 0, stored = args.parts != nullptr || args.weight_grad != nullptr;
+        const bool last = (ends & kTileEnd) != 0, stored = args.workspace != nullptr || args.weight_grad != nullptr;
         const int row = place.row * kTile + warp_row + lane / 4;
         const int column = place.column * kTile + warp_column + lane % 4 * 2;
 #pragma unroll
@@ -228,8 +230,8 @@ int64_t wgrad_norm_sm80_rows(int d_in, int d_out, int) {
 }
 
 void wgrad_norm_sm80(const WgradNorm& args, void* stream) {
-  const int64_t works = wgrad_norm_sm80_rows(args.d_in, args.d_out, kTile) * args.splits;
-  const int64_t blocks = works < args.multiprocessors ? works : args.multiprocessors;
+  const int64_t work_tiles = wgrad_norm_sm80_rows(args.d_in, args.d_out, kTile) * args.splits;
+  const int64_t blocks = work_tiles < args.multiprocessors ? work_tiles : args.multiprocessors;
   auto* kernel = args.type == kBFloat16 ? wgrad_norm_kernel<kBFloat16> : wgrad_norm_kernel<kFloat16>;
   launch("wgrad_norm_sm80", kernel, blocks, kThreads, kSharedBytes, stream, args);
 }

@@ -2,9 +2,12 @@
 // tensor-core products over all tokens (launchers.h says what goes where, device/sm90_wgrad.cuh how).
 //
 // Left out until it can be measured on a GPU: clusters of blocks with multicast copies.
+#include <utility>
+
 #include "device/launch.cuh"
 #include "device/sm90_encode.cuh"
 #include "device/sm90_wgrad.cuh"
+#include "tiles.h"
 
 namespace gradnorm {
 namespace {
@@ -36,21 +39,33 @@ void require(bool holds, const char* what) {
 
 template <typename C>
 void start(const WgradNorm& args, void* stream) {
-  const int64_t works = wgrad_norm_sm90_rows(args.d_in, args.d_out, C::kColumns) / sm90::kConsumers * args.splits;
-  require(works <= 0x7fffffff, "more tiles than a 32-bit number counts");
-  const int64_t blocks = works < args.multiprocessors ? works : args.multiprocessors;
+  const int64_t work_tiles = wgrad_norm_sm90_rows(args.d_in, args.d_out, C::kColumns) / sm90::kConsumers * args.splits;
+  require(work_tiles <= 0x7fffffff, "more tiles than a 32-bit number counts");
+  const int64_t blocks = work_tiles < args.multiprocessors ? work_tiles : args.multiprocessors;
   launch(kName, sm90::wgrad_norm_kernel<C>, blocks, sm90::kThreads, sm90::Shared<C>::kBytes, stream,
          ragged_map(args.x, args.x_stride, args.tokens, args.d_in, args.type),
          ragged_map(args.dy, args.dy_stride, args.tokens, args.d_out, args.type), args);
 }
 
-template <int kType>
-void start(const WgradNorm& args, void* stream) {
-  if (args.block_n == 192) {
-    start<sm90::Config<kType, 192, 5>>(args, stream);
-  } else {
-    start<sm90::Config<kType, 128, 7>>(args, stream);
-  }
+constexpr int kTiles = sizeof(kSm90WgradTiles) / sizeof(kSm90WgradTiles[0]);
+
+// Launches the tile whose columns are args.block_n. False if there is none.
+template <int kType, size_t... kIndex>
+bool start_tile(const WgradNorm& args, void* stream, std::index_sequence<kIndex...>) {
+  const auto start_if = [&](auto config, int columns) {
+    if (args.block_n != columns) return false;
+    start<decltype(config)>(args, stream);
+    return true;
+  };
+  return (start_if(sm90::Config<kType, kSm90WgradTiles[kIndex].columns, kSm90WgradTiles[kIndex].stages>(),
+                   kSm90WgradTiles[kIndex].columns) ||
+          ...);
+}
+
+std::string compiled_columns() {
+  std::string text;
+  for (const WgradTile& tile : kSm90WgradTiles) text += (text.empty() ? "" : " or ") + std::to_string(tile.columns);
+  return text;
 }
 
 }  // namespace
@@ -61,7 +76,6 @@ int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n) {
 }
 
 void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
-  require(args.block_n == 128 || args.block_n == 192, "block_n must be 128 or 192");
   require(args.type == kBFloat16 || args.type == kFloat16, "x and dy must be bfloat16 or float16");
   // The copy engine takes nothing else (cuTensorMapEncodeTiled), and nothing is said of a stride of 0, one row for all
   // tokens: the caller copies such a matrix into padded rows.
@@ -69,7 +83,10 @@ void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
   const auto spaced = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
   require(aligned && (args.tokens == 1 || (spaced(args.x_stride) && spaced(args.dy_stride))),
           "x and dy must start at a multiple of 16 bytes, with rows a positive multiple of 8 elements apart");
-  args.type == kBFloat16 ? start<kBFloat16>(args, stream) : start<kFloat16>(args, stream);
+  const auto tiles = std::make_index_sequence<kTiles>();
+  const bool compiled = args.type == kBFloat16 ? start_tile<kBFloat16>(args, stream, tiles)
+                                               : start_tile<kFloat16>(args, stream, tiles);
+  if (!compiled) throw std::runtime_error(std::string(kName) + ": block_n must be " + compiled_columns());
 }
 
 }  // namespace gradnorm

@@ -16,8 +16,7 @@ import torch
 
 from . import __version__, backends
 from .backends import native
-from .tuning import autotune
-from .tuning import costs as tuning
+from .tuning import autotune, costs, tiles
 
 
 def _version_of(package: str) -> str:
@@ -62,9 +61,9 @@ def _compiled() -> str:
 def _tuned() -> str:
     """How many tuned configs this machine's GPU has, and where."""
     if not torch.cuda.is_available():
-        return f"none: there is no GPU (they would be in {tuning.tuned_folder()})"
-    chip = tuning.chip(torch.device("cuda", torch.cuda.current_device()))
-    return f"{len(tuning.tuned(chip.gpu))} configs for {chip.gpu} in {tuning.tuned_folder()}"
+        return f"none: there is no GPU (they would be in {tiles.tuned_folder()})"
+    chip = costs.chip(torch.device("cuda", torch.cuda.current_device()))
+    return f"{len(tiles.tuned(chip.gpu))} configs for {chip.gpu} in {tiles.tuned_folder()}"
 
 
 def describe() -> str:

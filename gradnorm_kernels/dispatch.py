@@ -84,7 +84,7 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
     d_in = problem.d_in if problem.op in _WITH_ALGORITHMS else problem.d_out
     prices = tuning.costs(problem.chip, name, problem.dtype.itemsize, d_in, problem.d_out)
     if problem.op not in _WITH_ALGORITHMS:
-        return Choice(Plan(name, 0, "wgrad", prices.slab, prices.tile), why, 0.0, 0.0)
+        return Choice(Plan(name, 0, "wgrad", prices.workspace, prices.gram_tile), why, 0.0, 0.0)
     weight, tokens = problem.d_in * problem.d_out, problem.tokens
     width = problem.d_in + problem.d_out
     samples, groups = max(problem.samples, 1), max(problem.groups, 1)
@@ -92,10 +92,10 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
     crossover = _crossover(prices, weight / width) if width else 0
     gram_tokens = {"wgrad": 0, "gram": ALL_TOKENS, "auto": crossover}[algorithm]
     mean = tokens / samples
-    norm_cost = min(prices.boundary * weight, (prices.gram * mean + prices.gram_token) * mean * width)
+    norm_cost = min(prices.epilogue * weight, (prices.gram * mean + prices.gram_token) * mean * width)
     if groups >= samples:
         # Every sample is a group of its own: its sum is formed anyway, and with it the norm.
-        gram_tokens, norm_cost = 0, prices.boundary * weight
+        gram_tokens, norm_cost = 0, prices.epilogue * weight
     wgrad_cost = tokens * weight + norm_cost * samples + (groups * groups * weight if problem.group_gram else 0)
     pairs = tokens * tokens if problem.group_gram else tokens * tokens / groups
     gram_cost = prices.pairs * pairs * width
@@ -103,7 +103,7 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
     if algorithm == "gram" and groups >= samples and not problem.weight_grad:
         by_pairs = True
 
-    plan = Plan(name, gram_tokens, "gram" if by_pairs else "wgrad", prices.slab, prices.tile)
+    plan = Plan(name, gram_tokens, "gram" if by_pairs else "wgrad", prices.workspace, prices.gram_tile)
     return Choice(plan, why, wgrad_cost, gram_cost)
 
 
@@ -148,10 +148,10 @@ def _candidates(kind: str) -> list[Backend]:
 def _crossover(prices: tuning.Costs, ratio: float) -> int:
     """The longest sample whose Gram costs no more than its end in segmented wgrad.
 
-    ``ratio`` is d_in d_out / (d_in + d_out). Solves ``gram L^2 + gram_token L = boundary ratio``.
+    ``ratio`` is d_in d_out / (d_in + d_out). Solves ``gram L^2 + gram_token L = epilogue ratio``.
     """
     half = prices.gram_token / (2 * prices.gram)
-    return int(math.sqrt(half * half + prices.boundary * ratio / prices.gram) - half)
+    return int(math.sqrt(half * half + prices.epilogue * ratio / prices.gram) - half)
 
 
 def _reasons(problem: Problem, algorithm: str, choice: Choice) -> tuple[str, ...]:

@@ -10,22 +10,22 @@
 
 namespace gradnorm::cpu {
 
-// Floats that a vector of any of the instruction sets holds at most: the width of a slot of squares.
+// Floats that a vector of any of the instruction sets holds at most: the width of a partial sum of squares.
 constexpr int kLanes = 16;
 
-// Tokens of one block that belong to one stretch of one sample.
-struct Step {
+// Tokens of one block that belong to one segment of one sample.
+struct SegmentPart {
   int32_t tokens;
-  int32_t square;  // the slot of squares that the finished gradient's squares are added to, or -1
-  bool ends;       // the gradient is finished: it is added to the running sum, and the next step starts from zero
+  int32_t square;  // the partial sum that the finished gradient's squares are added to, or -1
+  bool ends;       // the gradient is finished: it is added to the running sum, and the next part starts from zero
 };
 
 // One micro-tile over one block. `running`, `open` and `total` point at the tile's first element; rows are `stride` apart.
 struct Tile {
   const float* dy_panel;  // [tokens, rows]
   const float* x_panel;   // [tokens, columns]
-  const Step* steps;      // [step_count], covering the block's tokens; only the last may not end
-  int step_count;
+  const SegmentPart* parts;      // [part_count], covering the block's tokens; only the last may not end
+  int part_count;
   int rows, columns;  // of the tile that lie inside the matrix
   int64_t stride;
   float* open;     // the unfinished gradient of the sample that crosses the block's ends
@@ -35,8 +35,8 @@ struct Tile {
   bool keep;       // `running` is written back at the block's end
   float* total;    // where the group's sum goes at its end, or null
   bool total_set;  // it is the first group: `total` is not read
-  int group_square;  // the slot that the squares of the group's sum are added to, or -1 if the group goes on
-  float* squares;    // [slots][kLanes]
+  int group_square;  // the partial sum that the squares of the group's sum are added to, or -1 if the group goes on
+  float* squares;    // [partial sums][kLanes]
 };
 
 struct Kernel {

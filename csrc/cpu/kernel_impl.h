@@ -2,7 +2,7 @@
 //
 // The including file defines VECTOR_BYTES, TILE_ROWS, TILE_VECTORS (columns, in vectors) and RUNNING_IN_REGISTERS:
 // with 32 wide registers the running sum lives beside the accumulators, and the end of a sample touches no memory but
-// one slot of squares; with 16 it lives in memory.
+// one partial sum of squares; with 16 it lives in memory.
 //
 // Everything here is in an unnamed namespace, and nothing is taken from the standard library: an inline function
 // compiled for a newer instruction set must not be the one that the linker keeps for all.
@@ -17,7 +17,7 @@
 namespace {
 
 using gradnorm::cpu::kLanes;
-using gradnorm::cpu::Step;
+using gradnorm::cpu::SegmentPart;
 using gradnorm::cpu::Tile;
 
 using Vector = float __attribute__((vector_size(VECTOR_BYTES)));
@@ -44,10 +44,10 @@ inline __attribute__((always_inline)) void each(Operation operation) {
   }
 }
 
-inline __attribute__((always_inline)) void add_squares(const Registers& value, float* slot) {
+inline __attribute__((always_inline)) void add_squares(const Registers& value, float* partial) {
   Vector sums[4] = {};
   each([&](int i, int j) { sums[(i * kVectors + j) % 4] += value[i][j] * value[i][j]; });
-  store(slot, load(slot) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  store(partial, load(partial) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
 // acc += the product of `tokens` rows of the panels, which are moved on.
@@ -77,7 +77,7 @@ inline __attribute__((always_inline)) void run_tile(const Tile& tile) {
     }
   }
   // The rows below are the next tile's.
-  const bool touched = tile.steps[0].ends;
+  const bool touched = tile.parts[0].ends;
   for (int i = 0; !edge && i < kRows; ++i) {
     for (int j = 0; j < kColumns; j += 16) {
       const int64_t next = (kRows + i) * stride + j;
@@ -88,12 +88,12 @@ inline __attribute__((always_inline)) void run_tile(const Tile& tile) {
   Registers acc = {};
 #if RUNNING_IN_REGISTERS
   Registers sum = {};
-  if (!tile.fresh && tile.steps[0].ends) each([&](int i, int j) { sum[i][j] = load(tile.running + i * stride + j * kWidth); });
+  if (!tile.fresh && tile.parts[0].ends) each([&](int i, int j) { sum[i][j] = load(tile.running + i * stride + j * kWidth); });
 #endif
   bool fresh = tile.fresh, open = tile.open_in;
-  for (int s = 0; s < tile.step_count; ++s) {
-    const Step& step = tile.steps[s];
-    multiply(acc, dy, x, step.tokens);
+  for (int s = 0; s < tile.part_count; ++s) {
+    const SegmentPart& part = tile.parts[s];
+    multiply(acc, dy, x, part.tokens);
     if (edge) {
       each([&](int i, int j) {
         acc[i][j] = i < tile.rows ? reinterpret_cast<Vector>(reinterpret_cast<Mask>(acc[i][j]) & inside[j]) : Vector{};
@@ -103,11 +103,11 @@ inline __attribute__((always_inline)) void run_tile(const Tile& tile) {
       each([&](int i, int j) { acc[i][j] += load(tile.open + i * stride + j * kWidth); });
       open = false;
     }
-    if (!step.ends) {
+    if (!part.ends) {
       each([&](int i, int j) { store(tile.open + i * stride + j * kWidth, acc[i][j]); });
       break;
     }
-    if (step.square >= 0) add_squares(acc, tile.squares + step.square * kLanes);
+    if (part.square >= 0) add_squares(acc, tile.squares + part.square * kLanes);
 #if RUNNING_IN_REGISTERS
     each([&](int i, int j) { sum[i][j] += acc[i][j]; });
 #else
@@ -123,7 +123,7 @@ inline __attribute__((always_inline)) void run_tile(const Tile& tile) {
     fresh = false;
     each([&](int i, int j) { acc[i][j] = Vector{}; });
   }
-  if (!tile.steps[0].ends) return;
+  if (!tile.parts[0].ends) return;
 #if !RUNNING_IN_REGISTERS
   if (tile.group_square < 0) return;
   Registers sum;
@@ -163,8 +163,8 @@ void run_edge(const Tile& tile) {
   inner.running = running;
   inner.total = tile.total ? total : nullptr;
   run_tile<true>(inner);
-  const bool touched = tile.steps[0].ends;
-  const bool written[3] = {!tile.steps[tile.step_count - 1].ends, touched && tile.keep, touched && tile.group_square >= 0};
+  const bool touched = tile.parts[0].ends;
+  const bool written[3] = {!tile.parts[tile.part_count - 1].ends, touched && tile.keep, touched && tile.group_square >= 0};
   for (int k = 0; k < 3; ++k) {
     for (int i = 0; places[k] && written[k] && i < tile.rows; ++i) {
       std::memcpy(places[k] + i * tile.stride, copies[k] + i * kColumns, bytes);

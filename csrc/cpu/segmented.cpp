@@ -47,7 +47,7 @@ struct Geometry {
     limit = std::min(tokens, most_tokens(d_in, d_out));
     dy_floats = dy_panels * dy_stride(limit);
     packed_floats = dy_floats + x_panels * x_stride(limit);
-    partial_floats = units * most_slots(limit) * static_cast<int64_t>(sizeof(double) / sizeof(float));
+    partial_floats = units * most_partials(limit) * static_cast<int64_t>(sizeof(double) / sizeof(float));
   }
 
   // From a panel to the next, in floats: whole lines, and one more, or the panels' beginnings would often fall into one
@@ -60,16 +60,16 @@ struct Geometry {
   }
 };
 
-class Run {
+class SegmentedWgradCall {
  public:
-  explicit Run(const SegmentedWgrad& args)
+  explicit SegmentedWgradCall(const SegmentedWgrad& args)
       : args_(args), shape_(args.isa, args.tokens, args.d_in, args.d_out), schedule_(make_schedule(args)) {
     const auto start = reinterpret_cast<uintptr_t>(args.workspace);
     packed_ = reinterpret_cast<float*>(divide_up(start, kAlignment) * kAlignment);
     partials_ = reinterpret_cast<double*>(packed_ + 2 * shape_.packed_floats);
   }
 
-  void all() {
+  void run() {
     const int threads = args_.tokens * args_.d_in * args_.d_out < kSerialWork ? 1 : args_.threads;
     const int phases = static_cast<int>(schedule_.phases.size());
     for (int p = -1; p < phases; ++p) {
@@ -114,15 +114,15 @@ class Run {
     const int64_t to = shape_.dy_panels * (row_block + 1) / shape_.row_blocks;
     const float* const dy = packed(p);
     const float* const x = packed(p) + shape_.dy_floats + unit % shape_.x_panels * shape_.x_stride(phase.tokens);
-    alignas(kAlignment) float squares[most_slots(kMostTokens) * kLanes];
+    alignas(kAlignment) float squares[most_partials(kMostTokens) * kLanes];
     std::memset(squares, 0, phase.targets.size() * kLanes * sizeof(float));
 
     for (int b = phase.block; b < phase.block + phase.blocks; ++b) {
       const Block& block = schedule_.blocks[b];
       Tile tile;
       tile.x_panel = x + block.first * kernel.columns;
-      tile.steps = schedule_.steps.data() + block.step;
-      tile.step_count = block.steps;
+      tile.parts = schedule_.parts.data() + block.part;
+      tile.part_count = block.parts;
       tile.columns = static_cast<int>(std::min<int64_t>(kernel.columns, args_.d_in - column));
       tile.stride = args_.d_in;
       tile.open_in = block.open_in;
@@ -144,17 +144,17 @@ class Run {
     }
 
     double* const partials = partials_ + unit * static_cast<int64_t>(phase.targets.size());
-    for (size_t slot = 0; slot < phase.targets.size(); ++slot) {
+    for (size_t index = 0; index < phase.targets.size(); ++index) {
       double sum = 0;
-      for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(squares[slot * kLanes + lane]);
-      partials[slot] = sum;
+      for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(squares[index * kLanes + lane]);
+      partials[index] = sum;
     }
   }
 
   void reduce(const Phase& phase) const {
-    const int64_t slots = static_cast<int64_t>(phase.targets.size());
+    const int64_t count = static_cast<int64_t>(phase.targets.size());
     for (int64_t unit = 0; unit < shape_.units; ++unit) {
-      for (int64_t slot = 0; slot < slots; ++slot) *phase.targets[slot] += partials_[unit * slots + slot];
+      for (int64_t index = 0; index < count; ++index) *phase.targets[index] += partials_[unit * count + index];
     }
   }
 
@@ -168,8 +168,7 @@ class Run {
 }  // namespace
 
 void segmented_wgrad(const SegmentedWgrad& args) {
-  Run run(args);
-  run.all();
+  SegmentedWgradCall(args).run();
 }
 
 int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out) {

@@ -38,13 +38,13 @@ __device__ __forceinline__ uint64_t panel_descriptor(SharedAddress panel) {
 constexpr uint64_t kDescriptorStep = kStepTokens * 128 >> 4;
 constexpr int kMnMajor = 1;  // 9.7.15.5.1.2: imm-trans is 1 where M or N is contiguous
 
-// What a run of rows is and what ends with it. Written with its first stage.
+// What a segment is and what ends with it. Written with its first stage.
 struct Tag {
   int flags;
-  int target;  // the sample that is measured, or -1
-  int slot;    // the group, or the index in `parts`
+  int sample;     // -1: not measured
+  int sum_index;  // the group, or the index in `workspace`
   int tile;
-  int blocks;  // stages
+  int k_tiles;  // stages
   int steps;   // of 16 tokens at the end of the first stage; the others are full
 };
 enum Flag : int {
@@ -96,8 +96,8 @@ struct Shared {
 
   __device__ __forceinline__ void store_tag(int stage, const Tag& tag) const {
     const SharedAddress at = base + kTagsAt + stage * 32;
-    store_shared_int4(at, make_int4(tag.flags, tag.target, tag.slot, tag.tile));
-    store_shared_int4(at + 16, make_int4(tag.blocks, tag.steps, 0, 0));
+    store_shared_int4(at, make_int4(tag.flags, tag.sample, tag.sum_index, tag.tile));
+    store_shared_int4(at + 16, make_int4(tag.k_tiles, tag.steps, 0, 0));
   }
   __device__ __forceinline__ Tag load_tag(int stage) const {
     const SharedAddress at = base + kTagsAt + stage * 32;

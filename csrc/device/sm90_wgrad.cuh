@@ -1,7 +1,7 @@
 // Segmented wgrad for sm_90a: dW tiles, ||G_i||^2 and ||sum of G_i||^2 from one pass over the tokens.
 //
-// A block owns a tile of 128 rows (d_out) by kColumns columns (d_in), for one split of the samples. Its first
-// warpgroup, the producer, is one thread that walks the items and keeps copies of 64 tokens in flight, across samples
+// A block owns a tile of 128 rows (d_out) by kColumns columns (d_in), for one split of the segments. Its first
+// warpgroup, the producer, is one thread that walks the segments and keeps copies of 64 tokens in flight, across samples
 // and tiles. The other two, the consumers, own 64 rows each and multiply what arrives. At a sample's end they square
 // their accumulators and add them to the running sum in registers, while the producer's copies of the next sample, and
 // the other consumer's products, go on: for that the second consumer keeps a stage behind the first (`staggered`).
@@ -10,28 +10,28 @@
 
 #include <type_traits>
 
-#include "items.cuh"
+#include "segments.cuh"
 #include "sm90_fragment.cuh"
 #include "sm90_tiles.cuh"
 
 namespace gradnorm::sm90 {
 
-// The items of a split as runs of rows: empty ones left out, neighbours that nothing separates joined.
-struct Walk {
+// The segments of a split: empty ones left out, neighbours of one sample and group merged.
+struct SegmentWalk {
   const WgradNorm& args;
-  int item, last;
+  int index, last;
 
-  __device__ __forceinline__ bool next(Run& run) {
+  __device__ __forceinline__ bool next(Segment& segment) {
     bool found = false;
-    for (; item < last; ++item) {
-      const Run here{load_global(args.item_start + item), load_global(args.item_end + item),
-                     load_global(args.item_target + item), load_global(args.item_group + item)};
+    for (; index < last; ++index) {
+      const Segment here{load_global(args.segment_start + index), load_global(args.segment_end + index),
+                     load_global(args.segment_sample + index), load_global(args.segment_group + index)};
       if (here.end <= here.row) continue;
       if (!found) {
-        run = here;
+        segment = here;
         found = true;
-      } else if (here.row == run.end && here.target == run.target && here.group == run.group) {
-        run.end = here.end;
+      } else if (here.row == segment.end && here.sample == segment.sample && here.group == segment.group) {
+        segment.end = here.end;
       } else {
         break;
       }
@@ -50,26 +50,26 @@ __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap*
   for (int work = blockIdx.x; work < tiles * args.splits; work += gridDim.x) {
     const TilePlace place = place_of(work, tile_rows, tile_columns, args.group_m);
     const int first_row = place.row * kTileRows, first_column = place.column * C::kColumns;
-    Walk walk{args, load_global(args.split_start + place.split), load_global(args.split_start + place.split + 1)};
-    Run run{}, following{};
+    SegmentWalk walk{args, load_global(args.split_start + place.split), load_global(args.split_start + place.split + 1)};
+    Segment segment{}, following{};
     int first_group = kFirstGroup;
-    for (bool more = walk.next(run); more; run = following) {
+    for (bool more = walk.next(segment); more; segment = following) {
       more = walk.next(following);
-      const bool group_ends = !more || following.group != run.group;
-      // The first block takes the rows that fill no block: the consumers' loop over the others has no condition in it.
-      int rows = (run.end - run.row - 1) % kPanelTokens + 1;
-      const int blocks = (run.end - run.row - 1) / kPanelTokens + 1;
-      Tag tag{0, run.target, run.group, work % tiles, blocks, (rows - 1) / kStepTokens + 1};
-      if (args.parts != nullptr) tag.slot += place.split;
-      if (group_ends || following.target != run.target) tag.flags |= kSampleEnds;
+      const bool group_ends = !more || following.group != segment.group;
+      // The first K tile takes the rows that do not fill one: the consumers' loop over the others has no condition in it.
+      int rows = (segment.end - segment.row - 1) % kPanelTokens + 1;
+      const int k_tiles = (segment.end - segment.row - 1) / kPanelTokens + 1;
+      Tag tag{0, segment.sample, segment.group, work % tiles, k_tiles, (rows - 1) / kStepTokens + 1};
+      if (args.workspace != nullptr) tag.sum_index += place.split;
+      if (group_ends || following.sample != segment.sample) tag.flags |= kSampleEnds;
       if (group_ends) {
         tag.flags |= kGroupEnds | first_group | (more ? 0 : kLastGroup);
         first_group = 0;
       }
-      for (int row = run.row; row < run.end; row += rows, rows = kPanelTokens) {
+      for (int row = segment.row; row < segment.end; row += rows, rows = kPanelTokens) {
         const int stage = ring.stage;
         mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
-        if (row == run.row) shared.store_tag(stage, tag);
+        if (row == segment.row) shared.store_tag(stage, tag);
         mbarrier_arrive_expect(shared.full(stage), C::kStageBytes);
         // In the maps (ragged_map) this box holds zeros and then, to its end, the `rows` rows from `row` on.
         const int begin = rows - kPanelTokens;
@@ -135,17 +135,17 @@ template <typename C>
 __device__ __forceinline__ void finish_group(const WgradNorm& args, const Shared<C>& shared, Consumer& me,
                                              const Tag& tag, const Fragment& in, float (&sum)[C::kFragment]) {
   const bool even = args.d_in % 2 == 0;
-  float* to = args.parts;  // where the sum is stored in fp32, or null
+  float* to = args.workspace;  // where the sum is stored in fp32, or null
   if (to != nullptr) {
-    to += int64_t{tag.slot} * args.d_out * args.d_in;
+    to += int64_t{tag.sum_index} * args.d_out * args.d_in;
   } else {
     const int64_t partial = int64_t{2} * tag.tile + me.group;
-    me.store_sum(shared, in.sum_of_squares(sum), args.group_sq + partial * args.groups + tag.slot);
+    me.store_sum(shared, in.sum_of_squares(sum), args.group_sq + partial * args.groups + tag.sum_index);
     if (args.weight_grad == nullptr) return;
     if (!(tag.flags & kLastGroup)) to = args.running;
   }
   const int64_t first = int64_t{in.row} * args.d_in + in.column;
-  if (args.parts == nullptr && !(tag.flags & kFirstGroup)) {
+  if (args.workspace == nullptr && !(tag.flags & kFirstGroup)) {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       const float* from = args.running + first + 8 * upper * args.d_in;
@@ -209,7 +209,7 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
 #pragma unroll
     for (int i = 0; i < C::kFragment; ++i) product[i] = sum[i] = 0.0f;
     Tag tag;
-    do {  // a run of rows
+    do {  // a segment
       int stage = ring.stage;
       mbarrier_wait(shared.full(stage), ring.parity);
       tag = shared.load_tag(stage);
@@ -230,7 +230,7 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
       // The sums over threads of the sample before are made while the tensor cores are busy with this one.
       me.store_sum(shared, ended_sq, ended_out);
       ended_out = nullptr;
-      for (int block = 1; block < tag.blocks; ++block) {
+      for (int k_tile = 1; k_tile < tag.k_tiles; ++k_tile) {
         const int behind = stage;
         stage = ring.stage;
         mbarrier_wait(shared.full(stage), ring.parity);
@@ -245,9 +245,9 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
       if (tag.flags & kSampleEnds) {
         if (tag.tile != tile) in = fragment_of<C>(args, place_of(tag.tile, tile_rows, tile_columns, args.group_m), me);
         tile = tag.tile;
-        if (tag.target >= 0) {
+        if (tag.sample >= 0) {
           ended_sq = in.sum_of_squares(product);
-          ended_out = args.sample_sq + (int64_t{2} * tag.tile + me.group) * args.samples + tag.target;
+          ended_out = args.sample_sq + (int64_t{2} * tag.tile + me.group) * args.samples + tag.sample;
         }
 #pragma unroll
         for (int i = 0; i < C::kFragment; ++i) sum[i] += product[i];

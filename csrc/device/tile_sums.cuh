@@ -2,7 +2,7 @@
 // end, and one thread adds them up after a barrier that comes anyway. Nothing is added atomically.
 #pragma once
 
-#include "items.cuh"
+#include "segments.cuh"
 
 namespace gradnorm {
 
@@ -65,13 +65,13 @@ __device__ __forceinline__ float2 load_pair(const float* matrix, int rows, int c
   return pair;
 }
 
-// A pair of the group's sum goes where the launch wants it: to `parts`, or into weight_grad, which for several groups is
+// A pair of the group's sum goes where the launch wants it: to `workspace`, or into weight_grad, which for several groups is
 // kept in fp32 in `running` until the tile's last group.
 template <int kType>
-__device__ __forceinline__ void store_sum(const WgradNorm& args, int slot, bool first, bool last, int row, int column,
+__device__ __forceinline__ void store_sum(const WgradNorm& args, int sum_index, bool first, bool last, int row, int column,
                                           float2 pair) {
-  if (args.parts != nullptr) {
-    store_pair(args.parts + static_cast<int64_t>(slot) * args.d_out * args.d_in, args.d_out, args.d_in, row, column, pair);
+  if (args.workspace != nullptr) {
+    store_pair(args.workspace + static_cast<int64_t>(sum_index) * args.d_out * args.d_in, args.d_out, args.d_in, row, column, pair);
     return;
   }
   if (!first) {

@@ -1,4 +1,4 @@
-"""Other people's trainers: what attaches the tracker, the sampler and the balancer to them.
+"""Integrations with other trainers, which put the tracker, the sampler and the balancer on them.
 
-Nothing here imports a trainer's library before it is asked for.
+Nothing here imports a trainer's library before it is needed.
 """

@@ -10,6 +10,8 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .attention import last_attention, linear_kind
+
 Kind = Literal["linear", "conv1d", "embedding", "vector"]
 LayerChoice = str | Sequence[str]
 
@@ -42,12 +44,11 @@ def kind_of(module: nn.Module) -> Kind | None:
     own = list(module.parameters(recurse=False))
     if not own:
         return None
-    if isinstance(module, nn.Linear):
-        return "linear"
+    linear = linear_kind(module)
+    if linear:
+        return linear
     if isinstance(module, nn.Embedding):
         return None if module.sparse or module.max_norm is not None or module.scale_grad_by_freq else "embedding"
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and own[0].dim() == 2:
-        return "conv1d"
     leaf = next(module.children(), None) is None
     if leaf and all(parameter.dim() <= 1 for parameter in own) and not isinstance(module, _BatchNorm):
         return "vector"
@@ -56,39 +57,6 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-
-
-def last_attention(model: nn.Module) -> list[str]:
-    """Names of the linear projections inside the attention of the last decoder layer.
-
-    The decoder's layers are the longest ``nn.ModuleList`` of the model; the attention is the submodule of its last
-    element whose attribute name or class name says attention.
-
-    Raises:
-        ValueError: no such list, or no attention in its last element.
-    """
-    stacks = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    if not stacks:
-        raise ValueError(
-            'layers="last_attention" needs a model with a list of decoder layers; this one has none: '
-            "name the modules instead"
-        )
-    prefix, stack = max(stacks, key=lambda item: len(item[1]))
-    block = f"{prefix}.{len(stack) - 1}"
-    names: list[str] = []
-    for name, module in stack[-1].named_modules():
-        path = name.split(".")
-        inside = any("attn" in part.lower() or "attention" in part.lower() for part in path)
-        if inside and kind_of(module) in ("linear", "conv1d"):
-            names.append(f"{block}.{name}")
-    if not names:
-        raise ValueError(
-            f'layers="last_attention" found no attention projections inside {block!r}: '
-            "name the modules instead, as in layers=[...]"
-        )
-    return names
 
 
 def _matching(model: nn.Module, layers: LayerChoice) -> list[str]:

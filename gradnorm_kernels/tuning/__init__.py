@@ -1,1 +1,1 @@
-"""Measured constants, tile configurations and the command that finds them on a GPU."""
+"""Measured constants and launch configs: costs, every backend's tiles, the autotuner, the GPU timer, ``configs/``."""

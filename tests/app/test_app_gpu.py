@@ -45,7 +45,7 @@ def _said(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.cuda's answers about an H200."""
-    properties = SimpleNamespace(total_memory=143_771 << 20)
+    properties = SimpleNamespace(total_memory=143_771 << 20, shared_memory_per_block_optin=232_448)
     answers = {
         "is_available": lambda: True,
         "get_device_name": lambda device=None: "NVIDIA H200",

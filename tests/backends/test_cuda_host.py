@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradnorm_kernels import ops, reference
+from gradnorm_kernels import checks, ops, reference
 from gradnorm_kernels.backends import Plan, cuda, native
 from gradnorm_kernels.backends.cuda import tables, wgrad
 from gradnorm_kernels.backends.cuda.launch import old_driver, operand
 from gradnorm_kernels.segments import Segments
 from tests import traps
-from tests.cuda_host.backend import HostMachine, host_machine, install
+from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -34,10 +34,10 @@ def host(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) 
 
 
 @pytest.fixture
-def machine(host: Host, monkeypatch: pytest.MonkeyPatch) -> HostMachine:
-    machine = host_machine(host)
-    install(monkeypatch, machine)
-    return machine
+def context(host: Host, monkeypatch: pytest.MonkeyPatch) -> HostContext:
+    context = host_context(host)
+    install(monkeypatch, context)
+    return context
 
 
 # Every trap once in the default run, with the algorithms, variants and dtypes taking turns; all of them if asked for.
@@ -48,13 +48,13 @@ TURNS = [
 
 @pytest.mark.parametrize(("trap", "algorithm", "wanted", "dtype"), TURNS, ids=[str(turn[0]) for turn in TURNS])
 def test_traps(
-    machine: HostMachine, trap: traps.Trap, algorithm: str, wanted: dict[str, bool], dtype: torch.dtype
+    context: HostContext, trap: traps.Trap, algorithm: str, wanted: dict[str, bool], dtype: torch.dtype
 ) -> None:
     traps.check(trap.build(dtype), "cuda", algorithm, **wanted)
 
 
 @pytest.mark.parametrize("algorithm", traps.ALGORITHMS)
-def test_pairs(machine: HostMachine, algorithm: str) -> None:
+def test_pairs(context: HostContext, algorithm: str) -> None:
     traps.check_pairs(traps.ODD.build(BF16), "cuda", algorithm)
 
 
@@ -62,41 +62,41 @@ def test_pairs(machine: HostMachine, algorithm: str) -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("algorithm", traps.ALGORITHMS)
 @pytest.mark.parametrize("trap", traps.TRAPS, ids=str)
-def test_traps_in_full(machine: HostMachine, trap: traps.Trap, algorithm: str, dtype: torch.dtype) -> None:
+def test_traps_in_full(context: HostContext, trap: traps.Trap, algorithm: str, dtype: torch.dtype) -> None:
     for wanted in VARIANTS:
         traps.check(trap.build(dtype), "cuda", algorithm, **wanted)
     traps.check_pairs(trap.build(dtype), "cuda", algorithm)
 
 
-def launches(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches(context: HostContext, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the launches from here on."""
     names: list[str] = []
-    original = HostMachine.launch
+    original = HostContext.launch
 
-    def launch(self: HostMachine, name: str, **fields: object) -> None:
+    def launch(self: HostContext, name: str, **fields: object) -> None:
         names.append(name)
         original(self, name, **fields)
 
-    monkeypatch.setattr(HostMachine, "launch", launch)
+    monkeypatch.setattr(HostContext, "launch", launch)
     return names
 
 
 @pytest.mark.parametrize(
     ("lengths", "groups", "launched"),
     [
-        # Few long samples: splits that end anywhere, sums of samples stored.
-        ([1500, 777], [0, 1], ["wgrad_norm_sm80", "part_sums"]),
+        # Few long samples: splits that end anywhere, sums of samples in the workspace.
+        ([1500, 777], [0, 1], ["wgrad_norm_sm80", "split_fixup"]),
         # Many samples on a small weight: splits between samples.
-        ([97, 60, 113] * 13, [0, 1, 1] * 13, ["wgrad_norm_sm80", "part_sums"]),
+        ([97, 60, 113] * 13, [0, 1, 1] * 13, ["wgrad_norm_sm80", "split_fixup"]),
     ],
 )
 def test_splits(
     host: Host, monkeypatch: pytest.MonkeyPatch, lengths: list[int], groups: list[int], launched: list[str]
 ) -> None:
     """More multiprocessors than tiles: the tokens are split, and squares are taken of whole sums."""
-    machine = host_machine(host, multiprocessors=7)
-    install(monkeypatch, machine)
-    names = launches(machine, monkeypatch)
+    context = host_context(host, multiprocessors=7)
+    install(monkeypatch, context)
+    names = launches(context, monkeypatch)
     case = traps.packed(lengths, 40, 24, BF16, group_ids=groups)
     result = traps.check(case, "cuda", "wgrad", weight_grad=True)
     assert names[: len(launched)] == launched
@@ -106,21 +106,21 @@ def test_splits(
     plain = ops.fused_grad_norm(
         case.x, case.dy, case.cu_seqlens, group_ids=case.group_ids, weight_grad=True, algorithm="wgrad", backend="cuda"
     )
-    assert "part_sums" not in names
+    assert "split_fixup" not in names
     torch.testing.assert_close(plain.sample_sq_norms, result.sample_sq_norms, rtol=1e-5, atol=0)
     torch.testing.assert_close(plain.group_sq_norms, result.group_sq_norms, rtol=1e-5, atol=0)
 
 
-def test_slabs_of_the_groups_gram(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the stored sums would take too much memory, rows of the weight are done one slab after another."""
-    names = launches(machine, monkeypatch)
-    monkeypatch.setattr(wgrad, "_PARTS", 3 * 2 * 4 * 70 * 130)
+def test_the_groups_gram_with_a_small_workspace(context: HostContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the workspace would be too large, the rows of the weight are taken in several passes."""
+    names = launches(context, monkeypatch)
+    monkeypatch.setattr(wgrad, "_WORKSPACE", 3 * 2 * 4 * 70 * 130)
     case = traps.packed([30, 7, 64, 50], 70, 300, BF16, group_ids=[0, 1, 2, 1])
     traps.check(case, "cuda", "wgrad", weight_grad=True, group_gram=True)
     assert names.count("wgrad_norm_sm80") == 2 * 3
 
 
-def test_a_wrong_value_on_the_device_makes_nan(machine: HostMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_value_on_the_device_makes_nan(context: HostContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Index values that nobody reads on the host are clamped, and results are NaN: of dW the first row."""
     case = traps.packed([5, 6, 7], 16, 24, BF16)
     segments = Segments(
@@ -132,7 +132,7 @@ def test_a_wrong_value_on_the_device_makes_nan(machine: HostMachine, monkeypatch
         1,
         torch.tensor(False),
     )
-    monkeypatch.setattr(cuda, "prepare", lambda *_: segments)
+    monkeypatch.setattr(cuda, "device_segments", lambda *_: segments)
     result = ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, weight_grad=True, group_gram=True, backend="cuda")
     for name, tensor in result._asdict().items():
         assert tensor is not None and tensor[:1].isnan().all(), name
@@ -140,7 +140,7 @@ def test_a_wrong_value_on_the_device_makes_nan(machine: HostMachine, monkeypatch
 
 
 @pytest.mark.parametrize("algorithm", ["wgrad", "gram"])
-def test_more_than_two_to_the_31_elements(machine: HostMachine, algorithm: str) -> None:
+def test_more_than_two_to_the_31_elements(context: HostContext, algorithm: str) -> None:
     """Offsets of 64 bits: the rows of x lie far apart, and only a few of their elements are ever touched."""
     tokens, lengths = 2100, [700, 1, 1300, 99]
     x = torch.empty(tokens, 1 << 20, dtype=BF16)[:, :16]
@@ -154,11 +154,11 @@ def test_more_than_two_to_the_31_elements(machine: HostMachine, algorithm: str) 
     torch.testing.assert_close(result.group_sq_norms, expected[1], rtol=2e-5, atol=0)
 
 
-def test_no_bank_conflicts(machine: HostMachine) -> None:
+def test_no_bank_conflicts(context: HostContext) -> None:
     """ldmatrix gets its eight rows in one turn."""
     case = traps.packed([70, 3, 40], 200, 136, BF16)
     conflicts = []
-    original = machine.module
+    original = context.module
 
     class Counting:
         def __getattr__(self, name: str) -> object:
@@ -168,37 +168,37 @@ def test_no_bank_conflicts(machine: HostMachine) -> None:
 
             def call(**fields: object) -> None:
                 function(**fields)
-                conflicts.append(machine.host.bank_conflicts())
+                conflicts.append(context.host.bank_conflicts())
 
             return call
 
-    object.__setattr__(machine, "module", Counting())
+    object.__setattr__(context, "module", Counting())
     ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, algorithm="gram", weight_grad=True, backend="cuda")
     assert conflicts == [0, 0]
 
 
-def test_more_blocks_than_a_grid_has(machine: HostMachine) -> None:
+def test_more_blocks_than_a_grid_has(context: HostContext) -> None:
     """An error, not the grid that the number's low 32 bits stand for."""
     tensors = dict.fromkeys(("x", "dy", "token_row", "token_rank", "partial"))
-    sizes = {"x_stride": 8, "dy_stride": 8, "type": 1, "d_in": 8, "d_out": 8, "fragments": 100_000, "pairwise": True}
+    sizes = {"x_stride": 8, "dy_stride": 8, "type": 1, "d_in": 8, "d_out": 8, "partials": 100_000, "pairwise": True}
     with pytest.raises(RuntimeError, match=r"^gram_sm80: more than 2\^31 - 1 blocks"):
-        machine.launch("gram_sm80", **tensors, **sizes, tokens=64 << 16, reach=1 << 16)
+        context.launch("gram_sm80", **tensors, **sizes, tokens=64 << 16, reach=1 << 16)
     tables = dict.fromkeys(("partial", "rank_begin", "rank_sample", "out"))
-    with pytest.raises(RuntimeError, match="^gram_sums: more than 46340 fragments"):
-        machine.launch("gram_sums", **tables, ranks=2, samples=2, reach=46340, fragments=46342, pairwise=True)
+    with pytest.raises(RuntimeError, match="^gram_sums: more than 46340 partial sums per side"):
+        context.launch("gram_sums", **tables, ranks=2, samples=2, reach=46340, partials=46342, pairwise=True)
 
 
 def test_the_driver_is_asked_for_its_version(host: Host) -> None:
     assert host.module.driver_version() == 13000
 
 
-def test_a_failed_launch_says_which(machine: HostMachine) -> None:
+def test_a_failed_launch_says_which(context: HostContext) -> None:
     """An error of the device is an exception that names the launch: here, a buffer that is too short."""
     zeros = torch.zeros(4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="^column_sums: global write of 8 bytes .* outside of every buffer"):
-        machine.launch("column_sums", partial=torch.zeros(3, 5), rows=3, columns=5, out=zeros)
+        context.launch("column_sums", partial=torch.zeros(3, 5), rows=3, columns=5, out=zeros)
     with pytest.raises(TypeError, match="missing argument: rows"):
-        machine.launch("column_sums", partial=torch.zeros(3, 5), columns=5, out=zeros)
+        context.launch("column_sums", partial=torch.zeros(3, 5), columns=5, out=zeros)
 
 
 def test_without_a_device_a_launch_says_which() -> None:
@@ -240,22 +240,22 @@ def test_a_driver_older_than_the_toolkit_is_named() -> None:
 
 
 def test_splits_end_between_samples() -> None:
-    items = tables.whole_samples(segments([10, 0, 30, 5, 5, 50], [0, 0, 1, 1, 2, 4], [0, 0, 0, 0, 1, 1]), 3, 100)
-    assert items.split_start.tolist() == [0, 4, 6, 6]  # cuts at 0, 33, 66: samples begin at 0, 10, 45 and 50
-    first, last = tables.split_ranges(items, 3)
+    split = tables.whole_samples(segments([10, 0, 30, 5, 5, 50], [0, 0, 1, 1, 2, 4], [0, 0, 0, 0, 1, 1]), 3, 100)
+    assert split.split_start.tolist() == [0, 4, 6, 6]  # cuts at 0, 33, 66: samples begin at 0, 10, 45 and 50
+    first, last = tables.split_ranges(split, 3)
     assert first.tolist() == [0, 1, 1] and last.tolist() == [0, 1, 0]
 
 
 def test_splits_anywhere_cut_samples() -> None:
-    items = tables.anywhere(segments([70, 0, 20, 10], [0, 1, 2, 2], [0, 0, 0, 0]), 4, 100)
-    pieces = list(zip(items.start.tolist(), items.end.tolist(), items.group.tolist(), strict=True))
-    assert [piece for piece in pieces if piece[0] < piece[1]] == [
+    split = tables.anywhere(segments([70, 0, 20, 10], [0, 1, 2, 2], [0, 0, 0, 0]), 4, 100)
+    found = list(zip(split.start.tolist(), split.end.tolist(), split.group.tolist(), strict=True))
+    assert [segment for segment in found if segment[0] < segment[1]] == [
         *((0, 25, 0), (25, 50, 0), (50, 70, 0)),
         *((70, 75, 2), (75, 90, 2), (90, 100, 2)),
     ]
     tokens = [
-        sum(end - start for start, end, _ in pieces[a:b])
-        for a, b in zip(items.split_start, items.split_start[1:], strict=False)
+        sum(end - start for start, end, _ in found[a:b])
+        for a, b in zip(split.split_start, split.split_start[1:], strict=False)
     ]
     assert tokens == [25, 25, 25, 25]
 
@@ -284,5 +284,6 @@ def test_what_it_does_not_take(device: str, dtype: torch.dtype, text: str) -> No
 
 def test_more_tokens_than_can_be_counted() -> None:
     x = torch.empty(1, 1, dtype=BF16).expand(2**31, 1)
+    batch = checks.grad_gram(x, x, None, None, 1, "gram", "cuda", backends=("cuda",))
     with pytest.raises(ValueError, match="fewer than 2\\^31 - 1024 tokens"):
-        cuda.grad_gram(x, x, None, None, cuda.checks.Sizes(2**31, 1, 1, 1, 1, 1), Plan("cuda", 0, "gram", 1, 1))
+        cuda.grad_gram(batch, Plan("cuda", 0, "gram", 1, 1))

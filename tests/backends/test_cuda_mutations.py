@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from gradnorm_kernels import ops, reference
+from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
 from tests import traps
-from tests.cuda_host.backend import host_machine, install
+from tests.cuda_host.backend import host_context, install
 from tests.cuda_host.build import Host, Patch, Tree
-from tests.tolerances import NORMS, WEIGHT_GRAD
 
-WGRAD, GRAM, REDUCE, ITEMS = "wgrad_norm_sm80.cu", "gram_sm80.cu", "reduce.cu", "device/items.cuh"
+WGRAD, GRAM, REDUCE, SEGMENTS = "wgrad_norm_sm80.cu", "gram_sm80.cu", "reduce.cu", "device/segments.cuh"
 COPY, RACE, WRONG = "before the copy into it", "race at shared", "wrong"
 
 MUTATIONS = {
@@ -31,7 +31,7 @@ MUTATIONS = {
         Patch(WGRAD, r"copy_wait<kStages - 2>(\(\);\s+sync_block\(\);\s+collect)", r"copy_wait<kStages - 1>\1"),
         COPY,
     ),
-    "no barrier between token blocks": (Patch(WGRAD, r"sync_block\(\);(\s+collect\(step\);)", r"\1"), COPY),
+    "no barrier between K tiles": (Patch(WGRAD, r"sync_block\(\);(\s+collect\(step\);)", r"\1"), COPY),
     "no barrier before the last sums": (Patch(WGRAD, r"sync_block\(\);(\s+collect\(step \+ 1\);)", r"\1"), RACE),
     "notes overwritten too soon": (Patch(WGRAD, r"kNotes = 2 \* kStages", "kNotes = kStages"), RACE),
     "one place for the sums of two steps": (
@@ -53,10 +53,10 @@ MUTATIONS = {
         WRONG,
     ),
     "a sample's end inside a sample": (
-        Patch(ITEMS, r" \|\| next_\.target != now_\.target\) ends", r" || true) ends"),
+        Patch(SEGMENTS, r" \|\| next_\.sample != now_\.sample\) ends", r" || true) ends"),
         WRONG,
     ),
-    "rows that do not touch are one run": (Patch(ITEMS, r" && start == run\.end", ""), WRONG),
+    "rows that do not touch are one run": (Patch(SEGMENTS, r" && start == segment\.end", ""), WRONG),
     # The Gram.
     "Gram: no wait": (Patch(GRAM, r"copy_wait<kStages - 2>\(\);", ""), COPY),
     "Gram: terms written over a stage in use": (
@@ -91,7 +91,7 @@ def fault(monkeypatch: pytest.MonkeyPatch, host: Host) -> str:
         *((several, 2, "wgrad"), (several, 2, "gram")),
         *((split, 5, "wgrad"), (gaps, 1, "gram")),
     ):
-        install(monkeypatch, host_machine(host, multiprocessors=multiprocessors))
+        install(monkeypatch, host_context(host, multiprocessors=multiprocessors))
         ids = {"sample_ids": case.sample_ids, "group_ids": case.group_ids, "weight_grad": True}
         call = (case.x, case.dy, case.cu_seqlens)
         try:

@@ -139,9 +139,11 @@ DEFECTS = {
         UNORDERED + "|numbers",
     ),
     "sample not begun afresh": Defect(KERNEL, r"add = 0;(?=\n      \})", ";", "numbers"),
-    "samples run together": Defect(KERNEL, r"following\.target != run\.target", "false", "numbers"),
-    "rows apart joined": Defect(KERNEL, r"here\.row == run\.end", "true", "numbers", "apart"),
-    "part of another split": Defect(KERNEL, r"tag\.slot \+= place\.split;", ";", "numbers|write the same", "splits"),
+    "samples run together": Defect(KERNEL, r"following\.sample != segment\.sample", "false", "numbers"),
+    "rows apart joined": Defect(KERNEL, r"here\.row == segment\.end", "true", "numbers", "apart"),
+    "part of another split": Defect(
+        KERNEL, r"tag\.sum_index \+= place\.split;", ";", "numbers|write the same", "splits"
+    ),
     "running sum forgotten": Defect(KERNEL, r"first_group = 0;", ";", "numbers"),
     "columns behind the matrix": Defect(FRAGMENT, r"columns > 2 \* kCount - 7", "true", "numbers", "inf"),
     "columns behind a row": Defect(

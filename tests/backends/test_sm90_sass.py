@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = 4  # two types, two tiles
+TILES = len(re.findall(r"\{\d+, \d+, \d+\}", (ROOT / "csrc" / "tiles.h").read_text().split("kSm90WgradTiles")[1]))
+KERNELS = 2 * TILES  # two types
 # 65536 registers of a multiprocessor for 384 threads, in steps of 8; and what setmaxnreg gives a consumer. It shares
 # out what the launch took: of 160 a thread the second consumer would wait for ever for its share.
 REGISTERS_AT_START, REGISTERS_OF_A_PRODUCER, REGISTERS_OF_A_CONSUMER = 168, 40, 232
@@ -74,7 +75,9 @@ def test_instructions(compiled: tuple[str, Path]) -> None:
     assert len(functions) == KERNELS
     for function in functions:
         name = function.split()[0]
-        columns = 192 if "ELi192E" in name else 128
+        config = re.search(r"ConfigILi\dELi(\d+)ELi\d+E", name)
+        assert config is not None, name
+        columns = int(config[1])
         # A sample's first block has 1, 2, 3 or 4 products, the loop over the others 4; both operands transposed, that
         # is MN-major, and one group left in flight.
         products = re.findall(r"HGMMA\.(\S+) (.*)", function)

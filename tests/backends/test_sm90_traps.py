@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.batches import make_batch, truth
-from benchmarks.harness import gate
-from benchmarks.providers import PROVIDERS, TILES
 from gradnorm_kernels.backends.cuda import wgrad
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, forced
 from tests import traps
-from tests.cuda_host.backend import HostMachine, host_machine, install
+from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -39,14 +37,14 @@ def host(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) 
 def launched(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the launches, with ``backend="cuda"`` on a machine of compute capability 9.0."""
     names: list[str] = []
-    original = HostMachine.launch
+    original = HostContext.launch
 
-    def launch(self: HostMachine, name: str, **fields: object) -> None:
+    def launch(self: HostContext, name: str, **fields: object) -> None:
         names.append(name)
         original(self, name, **fields)
 
-    monkeypatch.setattr(HostMachine, "launch", launch)
-    install(monkeypatch, host_machine(host, arch=90))
+    monkeypatch.setattr(HostContext, "launch", launch)
+    install(monkeypatch, host_context(host, arch=90))
     return names
 
 
@@ -65,28 +63,36 @@ def test_pairs(launched: list[str]) -> None:
 
 
 def test_both_tiles_are_chosen(host: Host) -> None:
-    machine = host_machine(host, arch=90)
-    assert wgrad.block_n(machine, 576, 576) == 192
-    assert wgrad.block_n(machine, 4096, 4096) == 128
+    context = host_context(host, arch=90)
+    assert wgrad.launch_config(context, 576).columns == 192
+    assert wgrad.launch_config(context, 4096).columns == 128
 
 
-@pytest.mark.parametrize("name", TILES)
+def test_candidates_are_compiled(host: Host) -> None:
+    assert host.module.WGRAD_TILES == {80: [128], 90: [128, 192]}
+    for candidate in CUDA_CANDIDATES.values():
+        assert candidate.config.columns in host.module.WGRAD_TILES[candidate.config.arch]
+
+
+@pytest.mark.parametrize("name", CUDA_CANDIDATES)
 def test_tiles_that_are_asked_for_are_launched_and_right(
     host: Host, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     seen: list[tuple[object, ...]] = []
-    original = HostMachine.launch
+    original = HostContext.launch
 
-    def launch(self: HostMachine, name: str, **fields: object) -> None:
+    def launch(self: HostContext, name: str, **fields: object) -> None:
         if name == "wgrad_norm_sm90":
             seen.append((fields["block_n"], fields["staggered"], fields["group_m"]))
         original(self, name, **fields)
 
-    monkeypatch.setattr(HostMachine, "launch", launch)
-    install(monkeypatch, host_machine(host, arch=90))
-    batch = make_batch(200, 136, 33, 99, True, dtype=BF16)
-    gate(PROVIDERS[name], batch, truth(batch))
+    monkeypatch.setattr(HostContext, "launch", launch)
+    install(monkeypatch, host_context(host, arch=90))
+    with forced(CUDA_CANDIDATES[name].config):
+        traps.check(traps.packed([40, 19, 40], 200, 136, BF16), "cuda", "wgrad", weight_grad=True)
     wanted = {"columns_128": (128, True, 8), "columns_192": (192, True, 8), "columns_192_band_12": (192, True, 12)}
     wanted |= {f"columns_{width}_abreast": (width, False, 8) for width in (128, 192)}
-    assert set(seen) == {wanted[name.removeprefix("cuda_")]}
-    assert wgrad.block_n(host_machine(host, arch=90), 4096, 4096) == 128, "the tiles stay as they were afterwards"
+    assert set(seen) == {wanted[name]}
+    assert wgrad.launch_config(host_context(host, arch=90), 4096).columns == 128, (
+        "the tiles stay as they were afterwards"
+    )

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from gradnorm_kernels.tuning import costs as tuning
-from gradnorm_kernels.tuning.costs import KernelConfig
+from gradnorm_kernels.tuning.tiles import KernelConfig
 
 ELEMENTS = {2: ("bf16", "fp16"), 4: ("fp32",)}
 ARCHITECTURES = (80, 90)

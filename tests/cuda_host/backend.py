@@ -13,13 +13,13 @@ from torch import Tensor
 
 from gradnorm_kernels import backends
 from gradnorm_kernels.backends import cuda
-from gradnorm_kernels.backends.cuda.launch import Machine
+from gradnorm_kernels.backends.cuda.launch import LaunchContext
 from tests.cuda_host.build import Host
 
 
 @dataclass(frozen=True)
-class HostMachine(Machine):
-    """A machine whose kernels may touch the tensors of their launch and nothing else. Each launch has its own seed."""
+class HostContext(LaunchContext):
+    """A launch context whose kernels may touch their own launch's tensors only. Each launch has its own seed."""
 
     host: Any = None
     seeds: Iterator[int] = field(default_factory=lambda: iter(range(1 << 30)))
@@ -33,17 +33,17 @@ class HostMachine(Machine):
         super().launch(name, **fields)
 
 
-def host_machine(host: Host, arch: int = 80, multiprocessors: int = 2) -> HostMachine:
+def host_context(host: Host, arch: int = 80, multiprocessors: int = 2) -> HostContext:
     """A GPU of few multiprocessors, so that blocks go from tile to tile."""
-    return HostMachine(host.module, arch, multiprocessors, 0, host)
+    return HostContext(host.module, arch, multiprocessors, 0, host)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, machine: HostMachine) -> None:
-    """Let ``backend="cuda"`` take CPU tensors and run on this machine."""
+def install(monkeypatch: pytest.MonkeyPatch, context: HostContext) -> None:
+    """Let ``backend="cuda"`` take CPU tensors and run in this launch context."""
 
     @contextlib.contextmanager
-    def here(device: torch.device) -> Iterator[Machine]:
-        yield machine
+    def here(device: torch.device) -> Iterator[LaunchContext]:
+        yield context
 
     anywhere = replace(
         cuda.BACKEND, unavailable_reason=lambda: None, unsupported_reason=lambda device_type, dtype: None
@@ -51,4 +51,4 @@ def install(monkeypatch: pytest.MonkeyPatch, machine: HostMachine) -> None:
     monkeypatch.setattr(cuda, "BACKEND", anywhere)
     before = backends._process_reason
     monkeypatch.setattr(backends, "_process_reason", lambda name: None if name == "cuda" else before(name))
-    monkeypatch.setattr(cuda, "machine", here)
+    monkeypatch.setattr(cuda, "launch_context", here)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_kernels import reference
+from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
 from tests.cuda_host.build import Host
-from tests.tolerances import NORMS, WEIGHT_GRAD
 
 TYPES = {torch.bfloat16: 1, torch.float16: 2}
 NAN = float("nan")
@@ -20,11 +20,11 @@ _NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which mmap names from Python 3.13 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch. Item i has ``lengths[i]`` rows, is part of sample ``samples[i]`` and of group ``groups[i]``.
+    """One launch. Segment i has ``lengths[i]`` rows of sample ``samples[i]`` and group ``groups[i]``.
 
-    ``gap`` rows of NaN, of no item, follow each item. ``unmeasured``: samples without a norm. ``parts``: sums of groups
-    are wanted one by one for each of ``splits``. ``poison``: a value for one element of dy, and its item. ``stride``:
-    elements from one row of x to the next, for matrices of more than 2^31.
+    ``gap`` rows of NaN, of no segment, follow each segment. ``unmeasured``: samples without a norm. ``parts``: the
+    groups' sums of each of ``splits`` go to the workspace. ``poison``: a value for one element of dy, and its segment.
+    ``stride``: elements from one row of x to the next, for matrices of more than 2^31.
     """
 
     lengths: tuple[int, ...]
@@ -119,9 +119,9 @@ def _ints(values: list[int]) -> Tensor:
 def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
     """What the kernel and what the reference make of a case. Raises RuntimeError with the host execution's finding."""
     generator = torch.Generator().manual_seed(len(case.lengths))
-    items = range(len(case.lengths))
-    samples, groups = case.samples or tuple(items), case.groups or (0,) * len(items)
-    starts = [sum(case.lengths[:i]) + case.gap * i for i in items]
+    segments = range(len(case.lengths))
+    samples, groups = case.samples or tuple(segments), case.groups or (0,) * len(segments)
+    starts = [sum(case.lengths[:i]) + case.gap * i for i in segments]
     ends = [start + length for start, length in zip(starts, case.lengths, strict=True)]
     tokens = ends[-1] + case.gap
     x = _matrix(tokens, case.d_in, case.stride, case.dtype, generator)
@@ -136,22 +136,22 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
     count, kinds = max(samples) + 1, max(groups) + 1
     rows = host.module.wgrad_norm_sm90_rows(d_in=case.d_in, d_out=case.d_out, block_n=case.block_n)
     targets = [-1 if sample in case.unmeasured else sample for sample in samples]
-    # Splits begin at the first item of a sample.
-    begins = [i for i in items if i == 0 or samples[i] != samples[i - 1]]
-    cuts = [begins[p * len(begins) // case.splits] for p in range(case.splits)] + [len(items)]
+    # Splits begin at the first segment of a sample.
+    begins = [i for i in segments if i == 0 or samples[i] != samples[i - 1]]
+    cuts = [begins[p * len(begins) // case.splits] for p in range(case.splits)] + [len(segments)]
     parts = case.parts
     weight = case.d_out * case.d_in
     buffers = {
         "x": x,
         "dy": dy,
-        "item_start": _ints(starts),
-        "item_end": _ints(ends),
-        "item_target": _ints(targets),
-        "item_group": _ints(list(groups)),
+        "segment_start": _ints(starts),
+        "segment_end": _ints(ends),
+        "segment_sample": _ints(targets),
+        "segment_group": _ints(list(groups)),
         "split_start": _ints(cuts),
         "sample_sq": torch.zeros(rows, count),
         "group_sq": None if parts else torch.zeros(rows, kinds),
-        "parts": virtual((case.splits + kinds - 1) * weight, torch.float32) if parts else None,
+        "workspace": virtual((case.splits + kinds - 1) * weight, torch.float32) if parts else None,
         "weight_grad": torch.full((case.d_out, case.d_in), NAN, dtype=case.dtype)
         if case.weight_grad and not parts
         else None,
@@ -170,7 +170,7 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
         tokens=tokens,
         d_in=case.d_in,
         d_out=case.d_out,
-        items=len(items),
+        segments=len(segments),
         samples=count,
         groups=kinds,
         splits=case.splits,
@@ -194,7 +194,7 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
         expected_sq[sample] = 0.0
     sample_sq = buffers["sample_sq"].double().sum(0)
     if parts:
-        group_sq, weight_grad = _from_parts(buffers["parts"], case, cuts, groups)
+        group_sq, weight_grad = _from_parts(buffers["workspace"], case, cuts, groups)
     else:
         group_sq = buffers["group_sq"].double().sum(0)[present]
         weight_grad = buffers["weight_grad"].double() if case.weight_grad else expected_weight
@@ -208,8 +208,8 @@ def _from_parts(flat: Tensor, case: Case, cuts: list[int], groups: tuple[int, ..
     sums: dict[int, Tensor] = {}
     for split in range(case.splits):
         for group in sorted(set(groups[cuts[split] : cuts[split + 1]])):
-            slot = split + group
-            part = flat[slot * weight : (slot + 1) * weight].double()
+            sum_index = split + group
+            part = flat[sum_index * weight : (sum_index + 1) * weight].double()
             sums[group] = sums.get(group, torch.zeros(weight, dtype=torch.float64)) + part
     group_sq = torch.stack([sums[group].square().sum() for group in sorted(sums)])
     return group_sq, sum(sums.values(), torch.zeros(weight, dtype=torch.float64)).view(shape)

@@ -76,6 +76,7 @@ def on_gpu(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Place:
 
     def given() -> None:
         properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=1)
+        properties.shared_memory_per_block_optin = 232_448
         answers: dict[str, Callable[..., Any]] = {
             "is_available": lambda: True,
             "get_device_properties": lambda device=None: properties,

@@ -12,7 +12,7 @@ from torch import Tensor
 import gradnorm_kernels as gk
 from gradnorm_kernels import segments
 from gradnorm_kernels.backends import triton
-from gradnorm_kernels.backends.triton import wgrad_table
+from gradnorm_kernels.backends.triton import wgrad_schedule
 from gradnorm_kernels.tracking import owners
 from tests import traps
 from tests.fake_cuda.device import FakeCuda, Unordered, Waited
@@ -132,10 +132,10 @@ def test_slips_in_the_library_are_found(fake: FakeCuda, monkeypatch: pytest.Monk
         fused(fake)
     plain, build = segments.rows, triton.wgrad.build
     planted(triton.table, "rows", read, Waited, "reads a value")
-    planted(triton.wgrad, "build", on_host, AssertionError, "table_kernel: group_ptr is on cpu")
+    planted(triton.wgrad, "build", on_host, AssertionError, "schedule_kernel: group_ptr is on cpu")
     planted(segments.Segments, "_lengths", property(float_lengths), Unordered, "no fixed order")
     away = lambda tensor: torch.cuda.device(1)  # noqa: E731
-    planted(wgrad_table, "on_device", away, AssertionError, "is on cuda:0, and the launch goes to cuda:1")
+    planted(wgrad_schedule, "on_device", away, AssertionError, "is on cuda:0, and the launch goes to cuda:1")
 
 
 def test_a_slip_in_a_hook_is_found(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ _GRID = (2**31 - 1, 65535, 65535)
 def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, host: Host | None = None) -> FakeCuda:
     """A machine with two H200s, until the test is over. With ``host`` its cuda backend runs too."""
     fake = FakeCuda(library)
-    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232_448
+    )
 
     def exchange(device: int) -> int:
         before = int(library.fake_device())
@@ -153,12 +155,12 @@ def _readable(value: Any, written: list[tuple[Tensor, Tensor]]) -> Any:
 
 
 def _cuda(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda, host: Host) -> None:
-    run = launch.Machine.launch
+    run = launch.LaunchContext.launch
 
-    def launched(machine: launch.Machine, name: str, **fields: object) -> None:
+    def launched(context: launch.LaunchContext, name: str, **fields: object) -> None:
         tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
-        _seen(fake, name, tensors, machine.stream)
-        assert machine.stream == torch.cuda.current_stream().cuda_stream, f"{name} goes to another stream"
+        _seen(fake, name, tensors, context.stream)
+        assert context.stream == torch.cuda.current_stream().cuda_stream, f"{name} goes to another stream"
         if fake.silent:
             return
         host.reset(len(fake.launches))
@@ -166,6 +168,6 @@ def _cuda(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda, host: Host) -> None:
             if tensor.numel():
                 last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 host.region(tensor.data_ptr(), (last + 1) * tensor.element_size())
-        run(machine, name, **fields)
+        run(context, name, **fields)
 
-    monkeypatch.setattr(launch.Machine, "launch", launched)
+    monkeypatch.setattr(launch.LaunchContext, "launch", launched)

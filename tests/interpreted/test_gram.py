@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from gradnorm_kernels import checks, reference, segments
-from gradnorm_kernels.backends.triton import gram, gram_order
+from gradnorm_kernels.backends.triton import gram, launch
 from gradnorm_kernels.segments import Segments
-from gradnorm_kernels.tuning.costs import KernelConfig
-from tests.tolerances import NORMS
+from gradnorm_kernels.tolerances import NORMS
+from gradnorm_kernels.tuning.tiles import KernelConfig
 from tests.traps import Case, assert_close, packed, poisoned_memory
 
 SMALL = KernelConfig("gram", 80, 4, 32, 32, 16, num_warps=4, num_stages=2, group_m=2)
@@ -70,7 +70,7 @@ def small_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_samples_and_groups_in_pieces(dtype: torch.dtype) -> None:
+def test_samples_and_groups_across_blocks(dtype: torch.dtype) -> None:
     check(packed(LENGTHS, 19, 35, dtype, **IDS))
 
 
@@ -88,7 +88,7 @@ def test_layouts(lengths: list[int], ids: dict[str, list[int]]) -> None:
 
 
 def test_more_samples_than_lanes() -> None:
-    """Seventy samples of one token: more pieces in a block than are summed at a time."""
+    """Seventy samples of one token: more partial sums in a block than are computed at a time."""
     check(packed([1] * 70, 5, 3, torch.float32, group_ids=[0, 1] * 35))
 
 
@@ -135,26 +135,26 @@ def test_strides_and_widths_that_need_a_copy_get_one() -> None:
     dy = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
     offsets = torch.tensor([0, 15, 40])
     for x in (base[:, 16:32], base[:, 3:19], base[::1, ::4], base[:1, :16].expand(40, 16), base.T[:40, :16]):
-        rows = gram.even_rows(x, 16)
+        rows = launch.even_rows(x, 16)
         assert rows.data_ptr() % 16 == 0 and rows.stride(0) * 4 % 16 == 0 and rows.shape[1] % 16 == 0
         assert torch.equal(rows, x)
     check(Case(x, dy, offsets))
-    assert gram.even_rows(base, 16).data_ptr() == base.data_ptr()
-    assert torch.equal(gram.even_rows(base[:, :5], 16)[:, 5:], torch.zeros(40, 11))
+    assert launch.even_rows(base, 16).data_ptr() == base.data_ptr()
+    assert torch.equal(launch.even_rows(base[:, :5], 16)[:, 5:], torch.zeros(40, 11))
 
 
-def test_the_order_of_places() -> None:
+def test_the_order_of_positions() -> None:
     case = packed(LENGTHS, 2, 2, torch.float32, **IDS)
     _, _, segs = prepared(case)
     with poisoned_memory():
-        places = gram_order.order(segs, sum(LENGTHS))
+        positions = gram.order(segs, sum(LENGTHS))
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     keys = sorted((IDS["group_ids"][sample], sample, at) for at, sample in enumerate(IDS["sample_ids"]))
     rows = torch.cat([torch.arange(int(offsets[at]), int(offsets[at + 1])) for _, _, at in keys])
-    assert places.row.tolist() == rows.tolist()
-    assert places.sample.tolist() == [sample for _, sample, at in keys for _ in range(LENGTHS[at])]
-    assert places.group.tolist() == [group for group, _, at in keys for _ in range(LENGTHS[at])]
-    for ids, spans in ((places.sample, places.sample_span), (places.group, places.group_span)):
+    assert positions.row.tolist() == rows.tolist()
+    assert positions.sample.tolist() == [sample for _, sample, at in keys for _ in range(LENGTHS[at])]
+    assert positions.group.tolist() == [group for group, _, at in keys for _ in range(LENGTHS[at])]
+    for ids, spans in ((positions.sample, positions.sample_span), (positions.group, positions.group_span)):
         for owner, (begin, stop) in enumerate(spans.tolist()):
             assert (ids == owner).nonzero().flatten().tolist() == list(range(begin, stop))
 
@@ -174,6 +174,6 @@ def test_offsets_that_are_out_of_range_do_not_leave_the_arrays() -> None:
     wrong = Segments(
         torch.tensor([0, 60]), torch.tensor([3, 90]), *[torch.tensor([0, 1], dtype=torch.int32)] * 2, 2, 2, None
     )
-    places = gram_order.order(wrong, 50)
-    assert int(places.row.min()) >= 0 and int(places.row.max()) < 50
+    positions = gram.order(wrong, 50)
+    assert int(positions.row.min()) >= 0 and int(positions.row.max()) < 50
     gram.pair_sums(x, dy, wrong, True, SMALL)

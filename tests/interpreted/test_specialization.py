@@ -2,7 +2,7 @@
 
 Triton compiles a kernel anew where a pointer is, or is not, at a multiple of 16 bytes, and where an integer is 1, or is
 divisible by 16, or is not: seconds, in the middle of a training run. What is seen here are the arguments of every
-launch; the forms of a kernel that a call may choose between (constants and dtypes) are told apart.
+launch; the forms of a kernel that a call may choose between (constants and dtypes) are kept apart.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from gradnorm_kernels import ops, segments
-from gradnorm_kernels.backends.triton import rows_embedding, rows_tied
+from gradnorm_kernels.backends.triton import embedding
 
 Seen = dict[Hashable, set[tuple[tuple[str, str], ...]]]
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """(kernel, constants and dtypes) -> what Triton would compile it for: one entry a compilation."""
+    """(kernel, constants and dtypes) -> what Triton would compile it for: one entry per compilation."""
     found: Seen = defaultdict(set)
     run = InterpretedFunction.run
 
@@ -81,13 +81,13 @@ def test_ops(on_device: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> No
         ops.grad_dot(x, dy, v, offsets, sample_ids=sample_ids, num_samples=samples, backend="triton")
     assert {name for name, _ in seen} >= {  # type: ignore[misc]
         "wgrad_sm80_kernel",
-        "table_kernel",
+        "schedule_kernel",
         "norms_kernel",
-        "order_kernel",
+        "token_order_kernel",
         "gram_norms_kernel",
         "gram_pairs_kernel",
         "row_sums_kernel",
-        "place_sums_kernel",
+        "position_sums_kernel",
         "dot_kernel",
     }
     assert not report(seen), report(seen)
@@ -100,11 +100,11 @@ def test_the_tracker_s_kernels(seen: Seen) -> None:
         x, dy, offsets, sample_ids, _, samples, _ = batch(seed)
         owner = sample_ids.repeat_interleave(offsets.diff())
         words = torch.randint(-1, 9, (len(x),), generator=torch.Generator().manual_seed(seed))
-        rows_embedding.embedding_gram(words, dy, owner, samples)
-        rows_embedding.embedding_norms(words, dy, owner, samples)
+        embedding.embedding_gram(words, dy, owner, samples)
+        embedding.embedding_norms(words, dy, owner, samples)
         order = torch.argsort(sample_ids, stable=True)
         start, end, owners = offsets[:-1][order], offsets[1:][order], sample_ids[order].int()
         of = segments.Segments(start, end, owners, owners, samples, samples, None)
-        rows_tied.tied_gram(x, dy, of, words.clamp_min(0), x.clone(), of)
+        embedding.tied_gram(x, dy, of, words.clamp_min(0), x.clone(), of)
     assert {name for name, _ in seen} >= {"embedding_pairs_kernel", "tied_pairs_kernel"}  # type: ignore[misc]
     assert not report(seen), report(seen)

@@ -1,4 +1,4 @@
-"""Segmented wgrad on small tiles, so that a small call has many tiles, many blocks and every kind of cut.
+"""Segmented wgrad on small tiles, so that a small call has many tiles, many K tiles and every kind of cut.
 
 Both kernels run: with pointers (sm_80) and with tensor descriptors (sm_90). Every floating-point array that a kernel
 may write is full of NaN before the launch, every integer one full of a number that is out of range everywhere.
@@ -16,7 +16,7 @@ from torch import Tensor
 from gradnorm_kernels import checks, reference
 from gradnorm_kernels import segments as table
 from gradnorm_kernels.backends.triton import wgrad
-from gradnorm_kernels.tuning.costs import KernelConfig
+from gradnorm_kernels.tuning.tiles import KernelConfig
 
 POINTERS = KernelConfig("wgrad", 80, 4, 16, 32, 16, 4, 3, 2)
 DESCRIPTORS = replace(POINTERS, arch=90, descriptors=True)
@@ -58,14 +58,14 @@ def run(
     splits: int | None = 1,
     programs: int = 3,
     gram_tokens: int = 0,
-    slab: int = 1 << 20,
+    workspace: int = 1 << 20,
     weight_grad: bool = True,
     group_gram: bool = True,
 ) -> wgrad.Wgrad:
     ids = [None if value is None else torch.tensor(value) for value in (sample_ids, group_ids)]
     segments = table.device_segments(checks.fused_grad_norm(x, dy, cu_seqlens, *ids, backends=("triton",)))
     launch = wgrad.Launch(config, programs, splits)
-    return wgrad.wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, slab, launch)
+    return wgrad.wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, workspace, launch)
 
 
 def compare(
@@ -157,12 +157,12 @@ def test_any_number_of_programs(programs: int, splits: int) -> None:
     compare(x, dy, cu_seqlens, None, [1, 0, 1], programs=programs, splits=splits)
 
 
-@pytest.mark.parametrize("slab", [1, 3 * 512 * 2, 1 << 20])
+@pytest.mark.parametrize("workspace", [1, 3 * 512 * 2, 1 << 20])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_the_gram_of_groups_in_slabs(slab: int, splits: int) -> None:
+def test_the_gram_of_groups_with_a_small_workspace(workspace: int, splits: int) -> None:
     """One tile at a time, two, all."""
     x, dy, cu_seqlens = inputs([20, 50, 3, 41], 70, 40)
-    compare(x, dy, cu_seqlens, None, [2, 0, 2, 1], slab=slab, splits=splits)
+    compare(x, dy, cu_seqlens, None, [2, 0, 2, 1], workspace=workspace, splits=splits)
 
 
 def test_every_sample_a_group() -> None:

@@ -61,7 +61,7 @@ def test_a_group_for_each_sample_pays_its_stops() -> None:
     """The norms of such samples come from slabs, however cheap a Gram would be: that is what is priced."""
     prices = tuning.costs(CHIP, "torch", 4, 1024, 1024)
     alone = problem(samples=64, groups=64)
-    expected = (4096 + prices.boundary * 64) * 1024 * 1024
+    expected = (4096 + prices.epilogue * 64) * 1024 * 1024
     assert dispatch.choose(alone).wgrad_cost == pytest.approx(expected)
     assert dispatch.choose(dataclasses.replace(alone, groups=63)).wgrad_cost < expected
 

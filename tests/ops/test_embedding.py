@@ -13,9 +13,9 @@ from torch.library import opcheck
 
 from gradnorm_kernels import dispatch, ops, reference
 from gradnorm_kernels.backends.torch import embedding as of_torch
+from gradnorm_kernels.tolerances import NORMS
 from gradnorm_kernels.tuning import costs as tuning
 from tests.ops.on_cpu import DTYPES
-from tests.tolerances import NORMS
 from tests.traps import assert_close, assert_same_bits, poisoned_memory
 
 OPS = torch.ops.gradnorm_kernels
@@ -153,7 +153,9 @@ class TestEmbeddingGradNorm:
     @pytest.mark.parametrize("workspace", [1, 11 * 64, 1 << 20])
     def test_products_in_several_steps(self, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """What is held at a time is bounded, by rows of the Gram and by columns that are widened: the steps add up."""
-        prices = tuning.Costs(64, 64, boundary=18.0, gram=1.0, gram_token=0.0, pairs=0.5, slab=workspace, tile=7)
+        prices = tuning.Costs(
+            64, 64, epilogue=18.0, gram=1.0, gram_token=0.0, pairs=0.5, workspace=workspace, gram_tile=7
+        )
         monkeypatch.setattr(tuning, "costs", lambda *shape: prices)
         monkeypatch.setattr(of_torch, "_WIDENED", 400)
         dispatch.choose.cache_clear()
@@ -259,7 +261,9 @@ class TestTiedGradGram:
         head_sums = reference.group_sums(of_head, ids_of(groups))
         scale = of_head.flatten(1).norm(dim=1).max() * gradients.flatten(1).norm(dim=1).max() * count + 1e-30
         for tile in (1 << 10, 13):
-            prices = tuning.Costs(64, 64, boundary=18.0, gram=1.0, gram_token=0.0, pairs=0.5, slab=1 << 20, tile=tile)
+            prices = tuning.Costs(
+                64, 64, epilogue=18.0, gram=1.0, gram_token=0.0, pairs=0.5, workspace=1 << 20, gram_tile=tile
+            )
             monkeypatch.setattr(tuning, "costs", lambda *shape, prices=prices: prices)
             dispatch.choose.cache_clear()
             with poisoned_memory():

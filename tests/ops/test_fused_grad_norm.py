@@ -113,7 +113,7 @@ def test_u_near_zero_keeps_its_digits(backend: str) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_blocks_and_tiles_that_do_not_divide(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, tiles of a few tokens: what only large layers and long batches reach by default."""
-    small = tuning.Costs(64, 64, boundary=18.0, gram=1.0, gram_token=0.0, pairs=0.5, slab=37 * 10, tile=7)
+    small = tuning.Costs(64, 64, epilogue=18.0, gram=1.0, gram_token=0.0, pairs=0.5, workspace=37 * 10, gram_tile=7)
     monkeypatch.setattr(tuning, "costs", lambda *shape: small)
     dispatch.choose.cache_clear()
     case = traps.packed([9, 30, 0, 9, 9, 41, 1], 37, 53, torch.float32, group_ids=[0, 2, 0, 1, 2, 2, 1])

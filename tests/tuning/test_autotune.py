@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from gradnorm_kernels import __main__ as main
-from gradnorm_kernels.tuning import autotune
-from gradnorm_kernels.tuning import costs as tuning
-from gradnorm_kernels.tuning.autotune import candidates, tune
-from gradnorm_kernels.tuning.costs import KernelConfig
+from gradnorm_kernels.tuning import autotune, tiles
+from gradnorm_kernels.tuning.autotune import tune
+from gradnorm_kernels.tuning.tiles import KernelConfig, TritonTile, candidates
 
 BASE = KernelConfig("wgrad", 90, 2, block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
 GPU = "nvidia-h200"
@@ -28,9 +27,9 @@ TRUTH = [torch.tensor([1.0, 2.0, 4.0]), torch.tensor([9.0])]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's cache folder is a new one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuning.forget_tuned()
+    tiles.forget_tuned()
     yield tmp_path / "gradnorm_kernels" / GPU
-    tuning.forget_tuned()
+    tiles.forget_tuned()
 
 
 def configs(*block_ms: int) -> list[KernelConfig]:
@@ -85,29 +84,29 @@ def test_nothing_is_kept_if_nothing_is_right(cache: Path, capsys: pytest.Capture
 
 
 def test_what_is_kept_is_launched(cache: Path) -> None:
-    frozen = tuning.kernel_config(GPU, 90, "wgrad", 2, 1000, 1000)
+    frozen = tiles.kernel_config(GPU, 90, "wgrad", 2, 1000, 1000)
     bench = Bench()
     path = autotune.keep(GPU, 1024, 1024, tune(configs(16, 32), bench.run, TRUTH, bench.timer))
     assert path is not None and path.parent == cache
-    kept = tuning.kernel_config(GPU, 90, "wgrad", 2, 1000, 1000)
+    kept = tiles.kernel_config(GPU, 90, "wgrad", 2, 1000, 1000)
     assert kept.block_m == 16 != frozen.block_m
-    assert tuning.kernel_config(GPU, 90, "wgrad", 2, 10_000, 10_000).block_m != 16, "too far from what was tuned"
-    assert tuning.kernel_config(GPU, 90, "gram", 2, 1000, 1000).kernel == "gram"
-    assert tuning.kernel_config("another-gpu", 90, "wgrad", 2, 1000, 1000) == frozen
-    assert tuning.kernel_config("", 90, "wgrad", 2, 1000, 1000) == frozen
+    assert tiles.kernel_config(GPU, 90, "wgrad", 2, 10_000, 10_000).block_m != 16, "too far from what was tuned"
+    assert tiles.kernel_config(GPU, 90, "gram", 2, 1000, 1000).kernel == "gram"
+    assert tiles.kernel_config("another-gpu", 90, "wgrad", 2, 1000, 1000) == frozen
+    assert tiles.kernel_config("", 90, "wgrad", 2, 1000, 1000) == frozen
     assert [p.name for p in cache.iterdir()] == [path.name], "nothing half-written stays"
 
 
 def test_forced_configs_go_first_and_go_away() -> None:
-    before = tuning.kernel_config(GPU, 90, "wgrad", 2, 64, 64)
-    with tuning.forced(replace(BASE, block_m=16)):
-        assert tuning.kernel_config(GPU, 90, "wgrad", 2, 64, 64).block_m == 16
-        with pytest.raises(KeyError), tuning.forced(replace(BASE, block_m=32)):
-            assert tuning.kernel_config(GPU, 90, "wgrad", 2, 64, 64).block_m == 32
+    before = tiles.kernel_config(GPU, 90, "wgrad", 2, 64, 64)
+    with tiles.forced(replace(BASE, block_m=16)):
+        assert tiles.kernel_config(GPU, 90, "wgrad", 2, 64, 64).block_m == 16
+        with pytest.raises(KeyError), tiles.forced(replace(BASE, block_m=32)):
+            assert tiles.kernel_config(GPU, 90, "wgrad", 2, 64, 64).block_m == 32
             raise KeyError
-        assert tuning.kernel_config(GPU, 90, "wgrad", 2, 64, 64).block_m == 16
-        assert tuning.kernel_config(GPU, 90, "gram", 2, 64, 64).kernel == "gram"
-    assert tuning.kernel_config(GPU, 90, "wgrad", 2, 64, 64) == before
+        assert tiles.kernel_config(GPU, 90, "wgrad", 2, 64, 64).block_m == 16
+        assert tiles.kernel_config(GPU, 90, "gram", 2, 64, 64).kernel == "gram"
+    assert tiles.kernel_config(GPU, 90, "wgrad", 2, 64, 64) == before
 
 
 @pytest.mark.parametrize(
@@ -123,23 +122,23 @@ def test_forced_configs_go_first_and_go_away() -> None:
     ],
 )
 def test_a_damaged_or_foreign_entry_is_ignored_with_one_warning(damage: Callable[[str], str], cache: Path) -> None:
-    frozen = tuning.kernel_config(GPU, 90, "wgrad", 2, 64, 64)
+    frozen = tiles.kernel_config(GPU, 90, "wgrad", 2, 64, 64)
     for d in (64, 128):
-        path = tuning.save_tuned(GPU, d, d, replace(BASE, block_m=16))
+        path = tiles.save_tuned(GPU, d, d, replace(BASE, block_m=16))
         path.write_text(damage(path.read_text()))
-    good = tuning.save_tuned(GPU, 4096, 4096, replace(BASE, block_m=32))
+    good = tiles.save_tuned(GPU, 4096, 4096, replace(BASE, block_m=32))
     with pytest.warns(UserWarning, match=rf"2 tuned configs in .*{GPU} are ignored") as caught:
-        assert tuning.kernel_config(GPU, 90, "wgrad", 2, 64, 64) == frozen
+        assert tiles.kernel_config(GPU, 90, "wgrad", 2, 64, 64) == frozen
     assert len(caught) == 1 and good.exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning.kernel_config(GPU, 90, "wgrad", 2, 5000, 5000).block_m == 32
+        assert tiles.kernel_config(GPU, 90, "wgrad", 2, 5000, 5000).block_m == 32
 
 
 def _save_many(offset: int) -> None:
     for i in range(40):
-        tuning.save_tuned(GPU, 100 + 2 * i + offset, 64, replace(BASE, block_m=16))
-        tuning.save_tuned(GPU, 7, 7, replace(BASE, block_m=2 ** (4 + offset)))  # the same entry as the other's
+        tiles.save_tuned(GPU, 100 + 2 * i + offset, 64, replace(BASE, block_m=16))
+        tiles.save_tuned(GPU, 7, 7, replace(BASE, block_m=2 ** (4 + offset)))  # the same entry as the other's
 
 
 def test_two_processes_lose_nothing(cache: Path) -> None:
@@ -150,18 +149,18 @@ def test_two_processes_lose_nothing(cache: Path) -> None:
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    tuning.forget_tuned()
-    entries = tuning.tuned(GPU)
+    tiles.forget_tuned()
+    entries = tiles.tuned(GPU)
     assert sorted(e["d_in"] for e in entries) == [7, *range(100, 180)]
     assert len(list(cache.iterdir())) == 81
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("kernel", autotune.KERNELS)
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
 def test_candidates(kernel: str, element_bytes: int, arch: int) -> None:
     found = candidates(kernel, arch, element_bytes)
-    assert found[0] == tuning.kernel_config("", arch, kernel, element_bytes, 64, 64)
+    assert found[0] == tiles.kernel_config("", arch, kernel, element_bytes, 64, 64)
     assert 5 < len(found) == len(set(found)) < 16, "each takes seconds to compile and to time"
     for config in found:
         assert (config.kernel, config.arch, config.element_bytes) == (kernel, arch, element_bytes)
@@ -169,9 +168,9 @@ def test_candidates(kernel: str, element_bytes: int, arch: int) -> None:
 
 def test_a_config_that_only_one_form_of_the_kernel_can_take_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three stages of 128 x 128 x 128 fit on Hopper until several groups need a tile of sums more."""
-    too_large = (128, 128, 128, 8, 3)
-    monkeypatch.setitem(autotune.TILES, ("wgrad", 2), [too_large])
-    monkeypatch.setitem(autotune.TILES, ("gram", 2), [too_large])
+    too_large = TritonTile(128, 128, 128, 8, 3, "only some forms fit")
+    monkeypatch.setitem(tiles.TRITON_TILES, ("wgrad", 2), [too_large])
+    monkeypatch.setitem(tiles.TRITON_TILES, ("gram", 2), [too_large])
     assert all(config.block_k < 128 for config in candidates("wgrad", 90, 2))
     assert any(config.block_k == 128 for config in candidates("gram", 90, 2))
     assert all(config.block_k < 128 for config in candidates("gram", 80, 2))
@@ -183,7 +182,7 @@ def test_the_runner_launches_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -
     real = autotune.ops.fused_grad_norm
 
     def spy(*args: object, backend: str, **kwargs: object) -> object:
-        seen.append((backend, tuning.kernel_config("", 90, "wgrad", 2, 24, 16).block_m))
+        seen.append((backend, tiles.kernel_config("", 90, "wgrad", 2, 24, 16).block_m))
         return real(*args, backend="torch", **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(autotune.ops, "fused_grad_norm", spy)

@@ -6,27 +6,29 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from importlib import resources
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from gradnorm_kernels import backends
-from gradnorm_kernels.tuning import costs as tuning
-from gradnorm_kernels.tuning.costs import Chip, KernelConfig
+from gradnorm_kernels.tuning import costs, tiles
+from gradnorm_kernels.tuning.costs import Chip, Costs
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, KernelConfig
 
 CPU, META, GPU = Chip("cpu"), Chip("meta"), Chip("cuda", "nvidia-h200", 90)
-CACHED = (tuning.frozen, tuning.entries, tuning.costs, tuning.faster, tuning._kernel_config)
+CACHED = (costs.frozen, costs.entries, costs.costs, costs.faster, tiles._kernel_config)
 
 
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """``files(name={...})``: for the test, the folder of frozen files holds these and default.json only."""
-    default = tuning.frozen("default")
+    default = costs.frozen("default")
 
     def put(**contents: dict[str, Any]) -> None:
         contents = {name.replace("_", "-"): block for name, block in contents.items()}
-        monkeypatch.setattr(tuning, "frozen", lambda name: default if name == "default" else contents.get(name, {}))
+        monkeypatch.setattr(costs, "frozen", lambda name: default if name == "default" else contents.get(name, {}))
         for cached in CACHED[1:]:
             cached.cache_clear()
 
@@ -41,15 +43,15 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 def test_nearest_shape_and_default() -> None:
-    assert tuning.costs(CPU, "torch", 4, 600, 500).d_in == 576
-    assert tuning.costs(CPU, "torch", 4, 100_000, 100_000).d_in == 4096
-    assert tuning.costs(CPU, "torch", 4, 0, 7) in tuning.entries(CPU, "torch")
-    assert tuning.entries(META, "torch") == tuning.entries(CPU, "a backend nobody measured")
-    assert tuning.measured_on(META, "torch").startswith("nothing")
+    assert costs.costs(CPU, "torch", 4, 600, 500).d_in == 576
+    assert costs.costs(CPU, "torch", 4, 100_000, 100_000).d_in == 4096
+    assert costs.costs(CPU, "torch", 4, 0, 7) in costs.entries(CPU, "torch")
+    assert costs.entries(META, "torch") == costs.entries(CPU, "a backend nobody measured")
+    assert costs.measured_on(META, "torch").startswith("nothing")
 
 
 def test_frozen_files_are_whole() -> None:
-    folder = resources.files("gradnorm_kernels") / "configs"
+    folder = resources.files("gradnorm_kernels.tuning") / "configs"
     names = [f.name for f in folder.iterdir() if f.name.endswith(".json")]
     assert {"default.json", "cpu.json", "sm80.json", "sm90.json"} <= set(names)
     for name in names:
@@ -59,8 +61,8 @@ def test_frozen_files_are_whole() -> None:
             assert block["measured_on"] and block["entries"], name
         for backend, block in content.get("costs", {}).items():
             assert backend in (*backends.NAMES, "any"), name
-            for prices in (tuning.Costs(**values) for values in block["entries"]):
-                assert min(prices.boundary, prices.gram, prices.pairs, prices.slab, prices.tile) > 0
+            for prices in (Costs(**values) for values in block["entries"]):
+                assert min(prices.epilogue, prices.gram, prices.pairs, prices.workspace, prices.gram_tile) > 0
                 assert prices.gram_token >= 0 and prices.element_bytes in (0, 2, 4, 8)
         for values in content.get("kernels", {"entries": ()})["entries"]:
             assert values.keys() == {"d_in", "d_out"} | {f.name for f in dataclasses.fields(KernelConfig)}, name
@@ -71,22 +73,24 @@ def test_frozen_files_are_whole() -> None:
 
 
 def test_costs_by_file_backend_and_size_of_element(files: Callable[..., None]) -> None:
-    price = {"d_in": 64, "d_out": 64, "boundary": 1.0, "gram": 1.0, "gram_token": 0.0, "pairs": 1.0, "slab": 9}
+    price = {"d_in": 64, "d_out": 64, "epilogue": 1.0, "gram": 1.0, "gram_token": 0.0, "pairs": 1.0, "workspace": 9}
 
-    def block(where: str, *tiles: tuple[int, int]) -> dict[str, Any]:
-        return {"measured_on": where, "entries": [price | {"tile": tile, "element_bytes": e} for tile, e in tiles]}
+    def block(where: str, *sizes: tuple[int, int]) -> dict[str, Any]:
+        return {"measured_on": where, "entries": [price | {"gram_tile": tile, "element_bytes": e} for tile, e in sizes]}
 
     files(
         nvidia_h200={"costs": {"triton": block("H200", (1, 2), (2, 4))}},
         sm90={"costs": {"triton": block("sm90", (3, 0)), "cuda": block("sm90", (4, 0), (5, 2))}},
         sm80={"costs": {"triton": block("sm80", (6, 0))}},
     )
-    found = [tuning.costs(GPU, *call, 64, 64).tile for call in (("triton", 2), ("triton", 4), ("cuda", 4), ("cuda", 2))]
+    found = [
+        costs.costs(GPU, *call, 64, 64).gram_tile for call in (("triton", 2), ("triton", 4), ("cuda", 4), ("cuda", 2))
+    ]
     assert found == [1, 2, 4, 5]
-    assert tuning.costs(GPU, "torch", 4, 64, 64).tile == 1024, "the default's"
-    assert tuning.costs(dataclasses.replace(GPU, gpu="another"), "triton", 2, 64, 64).tile == 3
-    assert tuning.costs(dataclasses.replace(GPU, gpu="another", arch=80), "triton", 2, 64, 64).tile == 6
-    assert tuning.measured_on(GPU, "triton") == "H200" and tuning.measured_on(GPU, "cuda") == "sm90"
+    assert costs.costs(GPU, "torch", 4, 64, 64).gram_tile == 1024, "the default's"
+    assert costs.costs(dataclasses.replace(GPU, gpu="another"), "triton", 2, 64, 64).gram_tile == 3
+    assert costs.costs(dataclasses.replace(GPU, gpu="another", arch=80), "triton", 2, 64, 64).gram_tile == 6
+    assert costs.measured_on(GPU, "triton") == "H200" and costs.measured_on(GPU, "cuda") == "sm90"
 
 
 def test_kernel_config_takes_the_most_special_file(files: Callable[..., None]) -> None:
@@ -97,7 +101,7 @@ def test_kernel_config_takes_the_most_special_file(files: Callable[..., None]) -
     )
 
     def block_m(gpu: str, arch: int, kernel: str, element_bytes: int, d_in: int) -> int:
-        config = tuning.kernel_config(gpu, arch, kernel, element_bytes, d_in, 1024)
+        config = tiles.kernel_config(gpu, arch, kernel, element_bytes, d_in, 1024)
         assert (config.arch, config.kernel, config.element_bytes) == (arch, kernel, element_bytes)
         return config.block_m
 
@@ -106,7 +110,7 @@ def test_kernel_config_takes_the_most_special_file(files: Callable[..., None]) -
     assert block_m("", 90, "wgrad", 2, 64) == 3
     assert block_m("nvidia-a100", 80, "wgrad", 4, 64) == 5
     with pytest.raises(ValueError, match=r"configs/sm80.json for element_bytes=2, got 'wgrad'"):
-        tuning.kernel_config("", 80, "wgrad", 2, 64, 64)
+        tiles.kernel_config("", 80, "wgrad", 2, 64, 64)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -114,7 +118,7 @@ def test_kernel_config_takes_the_most_special_file(files: Callable[..., None]) -
 @pytest.mark.parametrize("kernel", ["wgrad", "gram", "gram_norms", "dot"])
 def test_every_kernel_has_a_config(kernel: str, element_bytes: int, arch: int) -> None:
     for d_in, d_out in ((1, 1), (576, 1536), (4096, 14336), (10**6, 3)):
-        config = tuning.kernel_config("", arch, kernel, element_bytes, d_in, d_out)
+        config = tiles.kernel_config("", arch, kernel, element_bytes, d_in, d_out)
         assert (config.kernel, config.arch, config.element_bytes) == (kernel, arch, element_bytes)
 
 
@@ -128,14 +132,88 @@ def test_every_kernel_has_a_config(kernel: str, element_bytes: int, arch: int) -
     ],
 )
 def test_gpu_names_are_file_names(name: str, expected: str) -> None:
-    assert tuning.gpu_name(name) == expected
+    assert costs.gpu_name(name) == expected
 
 
-@pytest.mark.parametrize(("capability", "arch"), [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 90)])
-def test_chip(capability: tuple[int, int], arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tuning.chip(torch.device("cpu")) == CPU
+#: GPU, compute capability, bytes of shared memory per block (CUDA C++ Programming Guide, compute capabilities), tiles.
+GPUS = [
+    ("NVIDIA A100", (8, 0), 166_912, 80),
+    ("NVIDIA RTX A6000", (8, 6), 101_376, 80),
+    ("NVIDIA Orin", (8, 7), 166_912, 80),
+    ("NVIDIA L40S", (8, 9), 101_376, 80),
+    ("NVIDIA H200", (9, 0), 232_448, 90),
+    ("NVIDIA B200", (10, 0), 232_448, 90),
+    ("NVIDIA B300", (10, 3), 232_448, 90),
+    ("NVIDIA Thor", (11, 0), 232_448, 90),
+    ("NVIDIA GeForce RTX 5090", (12, 0), 101_376, 80),
+    ("NVIDIA GB10", (12, 1), 101_376, 80),
+]
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, int]]:
+    """(name, shared memory, tiles) of a GPU from the table, which is then the machine's."""
+    name, capability, shared_memory, arch = request.param
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_memory)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    tuning.chip.cache_clear()
-    assert tuning.chip(torch.device("cuda:0")) == dataclasses.replace(GPU, arch=arch)
-    tuning.chip.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    costs.chip.cache_clear()
+    yield name, shared_memory, arch
+    costs.chip.cache_clear()
+
+
+every_gpu = pytest.mark.parametrize("gpu", GPUS, indirect=True, ids=[name for name, *_ in GPUS])
+
+
+@every_gpu
+def test_chip(gpu: tuple[str, int, int]) -> None:
+    name, _, arch = gpu
+    assert costs.chip(torch.device("cpu")) == CPU
+    assert costs.chip(torch.device("cuda:0")) == Chip("cuda", costs.gpu_name(name), arch)
+
+
+@pytest.mark.parametrize("capability, arch", [(capability, arch) for _, capability, _, arch in GPUS])
+def test_architecture_where_the_shared_memory_was_not_recorded(capability: tuple[int, int], arch: int) -> None:
+    assert costs.architecture(capability) == arch
+
+
+@every_gpu
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
+def test_tiles_fit_the_shared_memory_of_every_gpu(gpu: tuple[str, int, int], kernel: str, element_bytes: int) -> None:
+    """What is launched and what tuning tries. Hopper's tiles do not fit GPUs of compute capability 12.x."""
+    _, shared_memory, _ = gpu
+    chip = costs.chip(torch.device("cuda:0"))
+    launched = tiles.kernel_config(chip.gpu, chip.arch, kernel, element_bytes, 4096, 4096)
+    tried = tiles.candidates(kernel, chip.arch, element_bytes, costs.shared_memory(torch.device("cuda:0")))
+    assert launched in tried and len(tried) > 3
+    for config in (launched, *tried):
+        assert tiles.shared_memory_needed(config) <= shared_memory, config
+    if shared_memory < costs.SHARED_MEMORY[90] and (kernel, element_bytes) == ("wgrad", 2):
+        hopper = tiles.kernel_config("", 90, kernel, element_bytes, 4096, 4096)
+        assert tiles.shared_memory_needed(hopper) > shared_memory
+
+
+def test_every_candidate_has_a_reason() -> None:
+    found = [tile for tried in tiles.TRITON_TILES.values() for tile in tried]
+    assert all(candidate.reason for candidate in (*found, *CUDA_CANDIDATES.values()))
+    for tried in tiles.TRITON_TILES.values():
+        assert len({tile[:5] for tile in tried}) == len(tried)
+
+
+def test_the_cuda_tile_pads_d_in_no_further_than_the_narrowest() -> None:
+    assert [tiles.cuda_config(90, (128, 192), d_in).columns for d_in in (1, 128, 129, 200, 256, 576, 4096)] == [
+        *(128, 128, 192, 128, 128, 192, 128),
+    ]
+    assert tiles.cuda_config(90, (192, 128), 576) == CudaConfig(90, 192)
+    assert tiles.cuda_config(80, (128,), 576) == CudaConfig(80, 128)
+
+
+def test_a_forced_cuda_config_is_for_its_architecture_and_must_be_compiled() -> None:
+    with tiles.forced(CudaConfig(90, 128, group_m=12)):
+        assert tiles.cuda_config(90, (128, 192), 576) == CudaConfig(90, 128, group_m=12)
+        assert tiles.cuda_config(80, (128,), 576) == CudaConfig(80, 128)
+    assert tiles.cuda_config(90, (128, 192), 576).columns == 192
+    with tiles.forced(CudaConfig(90, 256)), pytest.raises(ValueError, match=r"one of \[128, 192\] on sm_90.* got 256"):
+        tiles.cuda_config(90, (128, 192), 576)

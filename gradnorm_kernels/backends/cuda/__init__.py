@@ -16,8 +16,8 @@ from torch import Tensor
 from ...batch import GradBatch
 from ...segments import Segments, device_segments
 from ..base import NO_FLOAT64, Backend, Plan
-from . import gram, wgrad
-from .launch import machine, operand, unavailable_reason
+from . import dot, gram, wgrad
+from .launch import launch_context, operand, unavailable_reason
 
 __all__ = ["BACKEND", "fused_grad_norm", "grad_dot", "grad_gram"]
 
@@ -55,17 +55,17 @@ def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tenso
         pairs = _zeros(x, segments.groups, segments.groups) if batch.group_gram else None
         return samples, groups, None if total is None else total.zero_(), pairs
 
-    with machine(x.device) as device:
+    with launch_context(x.device) as context:
         x, dy = operand(x), operand(dy)
-        of_sample = device, x, dy, segments, segments.sample, segments.samples
-        of_group = device, x, dy, segments, segments.group, segments.groups
+        of_sample = context, x, dy, segments, segments.sample, segments.samples
+        of_group = context, x, dy, segments, segments.group, segments.groups
         if plan.group_sums == "gram" and not batch.weight_grad:
             # Samples are not in the order of their numbers, but each one's places are neighbours, which is enough.
             samples = gram.norms(*of_sample, None)
             pairs = gram.pairs(*of_group) if batch.group_gram else None
             groups = gram.norms(*of_group, None) if pairs is None else pairs.diagonal().clone()
         else:
-            found = wgrad.run(device, x, dy, segments, plan.gram_tokens, total, batch.group_gram)
+            found = wgrad.run(context, x, dy, segments, plan.gram_tokens, total, batch.group_gram)
             samples, groups, pairs = found
             if plan.gram_tokens > 0:
                 short = segments.lengths() <= plan.gram_tokens
@@ -84,12 +84,12 @@ def grad_gram(batch: GradBatch, plan: Plan) -> Tensor:
     segments = device_segments(batch).each_alone()
     if _nothing(segments, batch):
         return _zeros(batch.x, segments.samples, segments.samples)
-    with machine(batch.x.device) as device:
+    with launch_context(batch.x.device) as context:
         x, dy = operand(batch.x), operand(batch.dy)
         if plan.group_sums == "gram":
-            result = gram.pairs(device, x, dy, segments, segments.sample, segments.samples)
+            result = gram.pairs(context, x, dy, segments, segments.sample, segments.samples)
         else:
-            found = wgrad.run(device, x, dy, segments, 0, None, True)
+            found = wgrad.run(context, x, dy, segments, 0, None, True)
             assert found.gram is not None
             result = found.gram
     return segments.guard(result)
@@ -100,9 +100,9 @@ def grad_dot(batch: GradBatch, v: Tensor, plan: Plan) -> Tensor:
     segments = device_segments(batch)
     if _nothing(segments, batch):
         return _zeros(batch.x, segments.samples)
-    with machine(batch.x.device) as device:
+    with launch_context(batch.x.device) as context:
         x, dy = batch.x.flatten(0, -2), batch.dy.flatten(0, -2)
-        return segments.guard(gram.dots(device, x, dy, v, segments, plan.workspace))
+        return segments.guard(dot.dots(context, x, dy, v, segments, plan.workspace))
 
 
 def _nothing(segments: Segments, batch: GradBatch) -> bool:

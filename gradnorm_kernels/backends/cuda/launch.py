@@ -19,8 +19,8 @@ ARCHITECTURES = {8: 80, 9: 90}
 
 
 @dataclass(frozen=True)
-class Machine:
-    """One device and stream of a process, for the time of a call.
+class LaunchContext:
+    """The device and stream of one call.
 
     ``module`` is ``gradnorm_kernels._C``; ``arch`` says which weight-gradient kernel runs (80 or 90).
     """
@@ -33,14 +33,14 @@ class Machine:
     def launch(self, name: str, **fields: object) -> None:
         """Start a launch of ``csrc/launchers.h``: fields by name, a tensor for its address, None for a null pointer.
 
-        Raises RuntimeError that names the launch where the device refuses it. The tensors need not outlive the call:
-        torch hands their memory on in the order of the stream.
+        Raises RuntimeError that names the launch if the device refuses it. The tensors need not outlive the call: torch
+        reuses their memory in the order of the stream.
         """
         plain = {key: _address(value) for key, value in fields.items()}
         getattr(self.module, name)(**plain, stream=self.stream)
 
     def size(self, name: str, **sizes: int) -> int:
-        """What a launcher says about the rows of its results."""
+        """The number of rows of a launch's results."""
         return int(getattr(self.module, name)(**sizes))
 
 
@@ -51,14 +51,14 @@ def _address(value: object) -> object:
 
 
 @contextmanager
-def machine(device: torch.device) -> Iterator[Machine]:
-    """The machine for ``device``, which is the current one inside. Raises RuntimeError for a GPU without kernels."""
+def launch_context(device: torch.device) -> Iterator[LaunchContext]:
+    """The launch context of ``device``, which is current inside. Raises RuntimeError for a GPU without kernels."""
     arch = architecture(torch.cuda.get_device_capability(device))
     if arch is None:
         raise RuntimeError(f"backend='cuda' cannot run on {device}: {_no_kernels(torch.cuda.get_device_name(device))}")
     with torch.cuda.device(device):
         count = torch.cuda.get_device_properties(device).multi_processor_count
-        yield Machine(native.module(), arch, count, torch.cuda.current_stream(device).cuda_stream)
+        yield LaunchContext(native.module(), arch, count, torch.cuda.current_stream(device).cuda_stream)
 
 
 def architecture(capability: tuple[int, int]) -> int | None:
@@ -105,8 +105,9 @@ def _no_kernels(name: str) -> str:
 def operand(tensor: Tensor) -> Tensor:
     """``tensor`` [T, d] or [B, L, d] of 2-byte elements as [T, d] whose rows start at multiples of 16 bytes.
 
-    Copied where they do not: a row width that is no multiple of 8, or a view that starts in between. Rows that overlap
-    are copied too, as one row expanded over all tokens: whether a tensor map may have such strides is not written down.
+    Copied if they do not: a row width that is no multiple of 8, or a view that starts in between. Rows that overlap are
+    copied too, such as one row expanded over all tokens: it is not documented whether a tensor map may have such
+    strides.
     """
     tensor = rows(tensor)
     spaced = tensor.stride(0) % 8 == 0 and tensor.stride(0) >= tensor.shape[1]

@@ -1,4 +1,4 @@
-"""What the kernels read to find their rows: tables made from the segments on the device, without looking at a value."""
+"""Index tables that the kernels read, made from the segments on the device, without reading a value back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from ...segments import Segments
 
 
-class Tokens(NamedTuple):
+class TokenOrder(NamedTuple):
     """Tokens in the order of a key (the sample or the group), which ascends by rank; see Gram in csrc/launchers.h.
 
     ``row``, ``rank``: [T] int32, -1 behind the last token. ``begin`` [R+1] int32: where each rank's tokens begin.
-    ``key`` [R] int32: the sample or group of each rank, -1 for ranks that there are not.
+    ``key`` [R] int32: the sample or group of each rank, -1 for unused ranks.
     """
 
     row: Tensor
@@ -23,21 +23,21 @@ class Tokens(NamedTuple):
     key: Tensor
 
 
-class Items(NamedTuple):
-    """Stretches of rows and how they are split, see WgradNorm in csrc/launchers.h. All int32."""
+class SplitSegments(NamedTuple):
+    """Segments and how they are split, see WgradNorm in csrc/launchers.h. All int32."""
 
     start: Tensor
     end: Tensor
     group: Tensor
     split_start: Tensor
-    segment: Tensor | None  # the segment each item was cut from, None: item i is segment i
+    segment: Tensor | None  # the segment that each was cut from; None: they are as they were
 
     @property
     def splits(self) -> int:
         return len(self.split_start) - 1
 
 
-def tokens(segments: Segments, key: Tensor, keys: int, count: int, lengths: Tensor | None = None) -> Tokens:
+def tokens(segments: Segments, key: Tensor, keys: int, count: int, lengths: Tensor | None = None) -> TokenOrder:
     """The tokens of segments in whose order ``key`` [S] groups equal values; there are ``keys`` possible values.
 
     ``count`` is T. ``lengths`` [S] replaces the segments' lengths: 0 leaves a segment's tokens out.
@@ -54,7 +54,7 @@ def tokens(segments: Segments, key: Tensor, keys: int, count: int, lengths: Tens
     token_rank = torch.where(inside, rank[segment], -1)
     first = torch.searchsorted(rank, torch.arange(bound + 1, device=key.device))
     names = torch.full((bound,), -1, dtype=torch.int32, device=key.device).scatter_(0, rank, key.int())
-    return Tokens(row.int(), token_rank.int(), begins[first].int(), names)
+    return TokenOrder(row.int(), token_rank.int(), begins[first].int(), names)
 
 
 def ranks(key: Tensor) -> Tensor:
@@ -63,24 +63,24 @@ def ranks(key: Tensor) -> Tensor:
     return changes.cumsum(0)
 
 
-def whole_samples(segments: Segments, splits: int, count: int) -> Items:
-    """The segments as items, split between samples so that each split has about the same number of tokens."""
+def whole_samples(segments: Segments, splits: int, count: int) -> SplitSegments:
+    """The segments, split between samples so that each split has about the same number of tokens."""
     start, end = segments.start.int(), segments.end.int()
     device = start.device
     if splits == 1:
         whole = torch.arange(0, len(start) + 1, len(start), dtype=torch.int32, device=device)  # [0, S]; S is at least 1
-        return Items(start, end, segments.group, whole, None)
+        return SplitSegments(start, end, segments.group, whole, None)
     ends = (segments.end - segments.start).cumsum(0)
     rank = ranks(segments.sample)
-    # Where the sample of each segment begins: the items from the first that begins at or after a cut are a split's.
+    # Where the sample of each segment begins: a split has the segments from the first that begins at or after its cut.
     begins = torch.nn.functional.pad(ends, (1, 0))[torch.searchsorted(rank, rank)]
     cuts = torch.arange(splits + 1, device=device) * count // splits
-    cuts[-1:].fill_(count + 1)  # cuts[-1] = ... would copy the number from the host and wait for it
-    return Items(start, end, segments.group, torch.searchsorted(begins, cuts).int(), None)
+    cuts[-1:].fill_(count + 1)  # cuts[-1] = ... would copy the number from the host and wait
+    return SplitSegments(start, end, segments.group, torch.searchsorted(begins, cuts).int(), None)
 
 
-def anywhere(segments: Segments, splits: int, count: int) -> Items:
-    """Items cut so that each split has T/splits tokens. Each sample is a group of its own: its rank."""
+def anywhere(segments: Segments, splits: int, count: int) -> SplitSegments:
+    """The segments, cut so that each split has T/splits tokens. Each sample is a group of its own: its rank."""
     device = segments.start.device
     begins = torch.nn.functional.pad((segments.end - segments.start).cumsum(0), (1, 0))
     cuts = torch.arange(1, splits, device=device) * count // splits
@@ -91,14 +91,14 @@ def anywhere(segments: Segments, splits: int, count: int) -> Items:
     inside = torch.searchsorted(starts, cuts)
     split_start = torch.nn.functional.pad(torch.nn.functional.pad(inside, (1, 0)), (0, 1), value=len(starts))
     group = ranks(segments.sample)[segment]
-    return Items((starts + shift).int(), (ends + shift).int(), group.int(), split_start.int(), segment)
+    return SplitSegments((starts + shift).int(), (ends + shift).int(), group.int(), split_start.int(), segment)
 
 
-def split_ranges(items: Items, groups: int) -> tuple[Tensor, Tensor]:
-    """The first and the last split with items of each group, [groups] int32 each; first > last where there is none."""
-    names = torch.arange(groups, dtype=torch.int32, device=items.group.device)
-    first = torch.searchsorted(items.group, names)
-    last = torch.searchsorted(items.group, names, right=True) - 1
+def split_ranges(split: SplitSegments, groups: int) -> tuple[Tensor, Tensor]:
+    """The first and the last split with segments of each group, [groups] int32 each; first > last if there is none."""
+    names = torch.arange(groups, dtype=torch.int32, device=split.group.device)
+    first = torch.searchsorted(split.group, names)
+    last = torch.searchsorted(split.group, names, right=True) - 1
     none = last < first
-    first, last = (torch.searchsorted(items.split_start[1:], item, right=True) for item in (first.int(), last.int()))
+    first, last = (torch.searchsorted(split.split_start[1:], index, right=True) for index in (first.int(), last.int()))
     return torch.where(none, 1, first).int(), torch.where(none, 0, last).int()

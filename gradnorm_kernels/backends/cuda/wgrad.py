@@ -1,65 +1,37 @@
 """Norms and sums from tiles of the weight's gradient: how the pass is split, launched and summed up.
 
-The kernel (``csrc/wgrad_norm_sm80.cu``, ``csrc/wgrad_norm_sm90.cu``) goes over the tokens once and takes squares at
-each sample's and group's end. Where the weight has fewer tiles than the GPU has multiprocessors, the tokens are split,
-the splits' sums are stored, and a second kernel adds them before it squares. A split ends between samples; where the
-samples are too few for that, it ends anywhere, and the sums of samples are what is stored.
+The kernel (``csrc/wgrad_norm_sm80.cu``, ``csrc/wgrad_norm_sm90.cu``) reads the tokens once and takes squares at the end
+of each sample and group. Where the weight has fewer tiles than the GPU has multiprocessors, the tokens are split. The
+splits' sums then go to a workspace, and the split-K fix-up adds them before it squares. A split ends between samples;
+where there are too few samples for that, it ends anywhere, and the workspace holds the sums of samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...segments import Segments
+from ...tuning.tiles import CudaConfig, cuda_config
 from .. import native
 from ..torch.numerics import exact_matmuls
 from ..torch.wgrad import gram_of_sums
 from . import tables
-from .launch import Machine
+from .launch import LaunchContext
+from .reduce import column_sums, split_fixup, zeros
 
 BLOCK_M = 128
-# Bytes of stored sums. Where more would be needed, rows of the weight are done one slab after another.
-_PARTS = 256 << 20
-# Bytes of stored sums up to which samples are split anywhere.
-_SAMPLE_PARTS = 64 << 20
-# Fewer tokens than this are not worth a split.
+# The most bytes of workspace. Where more would be needed, the rows of the weight are taken in several passes.
+_WORKSPACE = 256 << 20
+# The most bytes of workspace for splits that end anywhere.
+_SAMPLE_WORKSPACE = 64 << 20
+# The fewest tokens of a split.
 _SPLIT_TOKENS = 256
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How the weight is cut into tiles and walked; results differ in the order of sums at most.
-
-    ``columns``: of d_in in a tile; None: by the shape. ``group_m``: rows of tiles that are walked together.
-    ``staggered``: on Hopper a block's second consumer stays behind the first, see csrc/device/sm90_wgrad.cuh.
-    """
-
-    columns: int | None = None
-    group_m: int = 8
-    staggered: bool = True
-
-
-_tiles = Tiles()
-
-
-@contextmanager
-def forced(tiles: Tiles) -> Iterator[None]:
-    """Inside, the pass is launched with these tiles whatever the shape: to time them against each other."""
-    global _tiles
-    before, _tiles = _tiles, tiles
-    try:
-        yield
-    finally:
-        _tiles = before
-
-
-class Sums(NamedTuple):
+class Wgrad(NamedTuple):
     """``sample_sq`` [N], ``group_sq`` [K], ``gram`` [K, K] or None: float64. A sample that was not measured has 0."""
 
     sample_sq: Tensor
@@ -68,62 +40,59 @@ class Sums(NamedTuple):
 
 
 def run(
-    machine: Machine,
+    context: LaunchContext,
     x: Tensor,
     dy: Tensor,
     segments: Segments,
     gram_tokens: int,
     weight_grad: Tensor | None,
     group_gram: bool,
-) -> Sums:
+) -> Wgrad:
     """The pass over x [T, d_in] and dy [T, d_out]; samples of at most ``gram_tokens`` tokens are not measured.
 
     ``weight_grad`` [d_out, d_in], if given, is overwritten with the sum.
     """
     d_in, d_out, groups = x.shape[1], dy.shape[1], segments.groups
-    columns = -(-d_in // block_n(machine, d_in, d_out))
-    # Rows of the weight that are done at once: all, unless sums of every group are stored for each of them.
-    rows = max(BLOCK_M, _PARTS // (4 * d_in * 2 * groups) // BLOCK_M * BLOCK_M) if group_gram else d_out
-    wanted = splits(-(-min(rows, d_out) // BLOCK_M) * columns, len(x), machine.multiprocessors)
+    columns = -(-d_in // launch_config(context, d_in).columns)
+    # Rows of the weight per pass: all, unless the workspace must hold sums of every group for each of them.
+    rows = max(BLOCK_M, _WORKSPACE // (4 * d_in * 2 * groups) // BLOCK_M * BLOCK_M) if group_gram else d_out
+    wanted = splits(-(-min(rows, d_out) // BLOCK_M) * columns, len(x), context.multiprocessors)
     few = min(segments.samples, len(segments.start))
     size = 4 * d_out * d_in
-    if wanted > 1 and few < 4 * wanted and (wanted + few) * size <= _SAMPLE_PARTS and not group_gram:
-        return _by_samples(machine, x, dy, segments, wanted, weight_grad)
-    if not group_gram and (wanted + groups) * size > _PARTS:
-        wanted = max(1, _PARTS // size - groups)
-    target = segments.sample
+    if wanted > 1 and few < 4 * wanted and (wanted + few) * size <= _SAMPLE_WORKSPACE and not group_gram:
+        return _by_samples(context, x, dy, segments, wanted, weight_grad)
+    if not group_gram and (wanted + groups) * size > _WORKSPACE:
+        wanted = max(1, _WORKSPACE // size - groups)
+    measured = segments.sample
     if gram_tokens > 0:
-        target = torch.where(segments.lengths()[segments.sample] > gram_tokens, segments.sample, -1)
-    items = tables.whole_samples(segments, wanted, len(x))
+        measured = torch.where(segments.lengths()[segments.sample] > gram_tokens, segments.sample, -1)
+    split = tables.whole_samples(segments, wanted, len(x))
     if wanted == 1 and not group_gram:
-        return _direct(machine, x, dy, segments, items, target, weight_grad)
+        return _direct(context, x, dy, segments, split, measured, weight_grad)
 
-    sums = _zeros(x, segments.samples), _zeros(x, groups)
-    gram = _zeros(x, groups, groups) if group_gram else None
+    sums = zeros(x, segments.samples), zeros(x, groups)
+    gram = zeros(x, groups, groups) if group_gram else None
     for lo in range(0, d_out, rows):
         part = None if weight_grad is None else weight_grad[lo : lo + rows]
-        found = _stored(machine, x, dy[:, lo : lo + rows], segments, items, target, part, group_gram)
+        found = _stored(context, x, dy[:, lo : lo + rows], segments, split, measured, part, group_gram)
         for total, value in zip(sums, found[:2], strict=True):
             total += value
         if gram is not None and found.gram is not None:
             gram += found.gram
-    return Sums(*sums, gram)
+    return Wgrad(*sums, gram)
 
 
-def block_n(machine: Machine, d_in: int, d_out: int) -> int:
-    """Columns of a tile: on Hopper 192 where that wastes no more of the last tile than 128 would."""
-    if machine.arch == 80:
-        return 128
-    if _tiles.columns is not None:
-        return _tiles.columns
-    return 192 if -(-d_in // 192) * 192 <= -(-d_in // 128) * 128 else 128
+def launch_config(context: LaunchContext, d_in: int) -> CudaConfig:
+    """The tile and its order for a layer of ``d_in`` inputs."""
+    return cuda_config(context.arch, context.module.WGRAD_TILES[context.arch], d_in)
 
 
 def splits(tiles: int, tokens: int, multiprocessors: int) -> int:
-    """How many splits: the fewest rounds of blocks, with the cost of storing sums counted against them.
+    """How many splits: the fewest rounds of blocks, plus the cost of storing sums.
 
-    In units of one round over all tokens. What a split's tile costs to store and read again (192 KiB at 2 TB/s, against
-    128 x 128 products a token at 2.9 TFLOP/s a multiprocessor) is counted from an A100's data sheet, not measured.
+    In units of one round over all tokens. The cost of storing a split's tile and reading it again (192 KiB at 2 TB/s,
+    against 128 x 128 products per token at 2.9 TFLOP/s per multiprocessor) is counted from an A100's data sheet, not
+    measured.
     """
     best, price = 1, -(-tiles // multiprocessors) * 1.0
     for count in range(2, min(multiprocessors, tokens // _SPLIT_TOKENS) + 1):
@@ -134,91 +103,95 @@ def splits(tiles: int, tokens: int, multiprocessors: int) -> int:
 
 
 def _direct(
-    machine: Machine,
+    context: LaunchContext,
     x: Tensor,
     dy: Tensor,
     segments: Segments,
-    items: tables.Items,
-    target: Tensor,
+    split: tables.SplitSegments,
+    measured: Tensor,
     weight_grad: Tensor | None,
-) -> Sums:
-    """One launch, nothing stored but partial sums of squares."""
+) -> Wgrad:
+    """One launch that writes nothing but dW and partial sums of squares."""
     running = None
     if weight_grad is not None and segments.groups > 1:
         running = torch.empty(weight_grad.shape, dtype=torch.float32, device=x.device)
-    sample_sq, group_sq = _launch(machine, x, dy, segments, items, target, segments.groups, None, weight_grad, running)
-    return Sums(_columns(machine, sample_sq), _columns(machine, group_sq), None)
+    sample_sq, group_sq = _launch(
+        context, x, dy, segments, split, measured, segments.groups, None, weight_grad, running
+    )
+    return Wgrad(column_sums(context, sample_sq), column_sums(context, group_sq), None)
 
 
 def _stored(
-    machine: Machine,
+    context: LaunchContext,
     x: Tensor,
     dy: Tensor,
     segments: Segments,
-    items: tables.Items,
-    target: Tensor,
+    split: tables.SplitSegments,
+    measured: Tensor,
     weight_grad: Tensor | None,
     group_gram: bool,
-) -> Sums:
-    """The groups' sums are stored, by splits, and squared afterwards."""
+) -> Wgrad:
+    """Each split stores its groups' sums; the fix-up adds and squares them."""
     groups, elements = segments.groups, dy.shape[1] * x.shape[1]
-    parts = torch.zeros(items.splits + groups - 1, elements, dtype=torch.float32, device=x.device)
-    sample_sq, _ = _launch(machine, x, dy, segments, items, target, groups, parts, None, None)
+    workspace = torch.zeros(split.splits + groups - 1, elements, dtype=torch.float32, device=x.device)
+    sample_sq, _ = _launch(context, x, dy, segments, split, measured, groups, workspace, None, None)
     sums = torch.zeros(groups, elements, dtype=torch.float32, device=x.device) if group_gram else None
     outer = torch.arange(groups, dtype=torch.int32, device=x.device)
-    _, group_sq = _add_parts(machine, parts, items, groups, outer, groups, sums, weight_grad, native.TYPES[x.dtype])
+    _, group_sq = split_fixup(
+        context, workspace, split, groups, outer, groups, sums, weight_grad, native.TYPES[x.dtype]
+    )
     gram = None
     if sums is not None:
         with exact_matmuls(x.device):
             gram = gram_of_sums(sums)
         gram.diagonal().copy_(group_sq)
-    return Sums(_columns(machine, sample_sq), group_sq, gram)
+    return Wgrad(column_sums(context, sample_sq), group_sq, gram)
 
 
 def _by_samples(
-    machine: Machine, x: Tensor, dy: Tensor, segments: Segments, count: int, weight_grad: Tensor | None
-) -> Sums:
-    """The samples' sums are stored, by splits that end anywhere; the groups' are made of them."""
-    items = tables.anywhere(segments, count, len(x))
+    context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments, count: int, weight_grad: Tensor | None
+) -> Wgrad:
+    """Splits that end anywhere store their samples' sums; the fix-up makes the groups' sums of them."""
+    split = tables.anywhere(segments, count, len(x))
     rank = tables.ranks(segments.sample)
     bound = min(segments.samples, len(segments.start))
-    target = torch.full_like(items.group, -1)
-    parts = torch.zeros(count + bound - 1, dy.shape[1] * x.shape[1], dtype=torch.float32, device=x.device)
-    _launch(machine, x, dy, segments, items, target, bound, parts, None, None)
-    # A rank that there is not belongs to no group that matters: it has nothing to add to the last one.
+    measured = torch.full_like(split.group, -1)
+    workspace = torch.zeros(count + bound - 1, dy.shape[1] * x.shape[1], dtype=torch.float32, device=x.device)
+    _launch(context, x, dy, segments, split, measured, bound, workspace, None, None)
+    # Unused ranks have nothing to add: they may name the last group.
     outer = torch.full((bound,), segments.groups - 1, dtype=torch.int32, device=x.device)
     outer = outer.scatter_(0, rank, segments.group)
-    arguments = (items, bound, outer, segments.groups, None, weight_grad, native.TYPES[x.dtype])
-    by_rank, group_sq = _add_parts(machine, parts, *arguments)
-    # By index_copy into one place more, which takes the ranks that there are not.
+    arguments = (split, bound, outer, segments.groups, None, weight_grad, native.TYPES[x.dtype])
+    by_rank, group_sq = split_fixup(context, workspace, *arguments)
+    # index_copy into one element more, which takes the unused ranks.
     names = torch.full((bound,), segments.samples, dtype=torch.int64, device=x.device)
     names = names.scatter_(0, rank, segments.sample.long())
-    sample_sq = _zeros(x, segments.samples + 1).index_copy_(0, names, by_rank)
-    return Sums(sample_sq[:-1], group_sq, None)
+    sample_sq = zeros(x, segments.samples + 1).index_copy_(0, names, by_rank)
+    return Wgrad(sample_sq[:-1], group_sq, None)
 
 
 def _launch(
-    machine: Machine,
+    context: LaunchContext,
     x: Tensor,
     dy: Tensor,
     segments: Segments,
-    items: tables.Items,
-    target: Tensor,
+    split: tables.SplitSegments,
+    measured: Tensor,
     groups: int,
-    parts: Tensor | None,
+    workspace: Tensor | None,
     weight_grad: Tensor | None,
     running: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The sums of squares by tiles: ([rows, N], [rows, groups]) float32."""
+    """One launch. Returns the partial sums of squares per tile: ([rows, N], [rows, groups]) float32."""
     d_in, d_out = x.shape[1], dy.shape[1]
-    width = block_n(machine, d_in, d_out)
-    name = f"wgrad_norm_sm{machine.arch}"
-    rows = machine.size(f"{name}_rows", d_in=d_in, d_out=d_out, block_n=width)
+    config = launch_config(context, d_in)
+    name = f"wgrad_norm_sm{context.arch}"
+    rows = context.size(f"{name}_rows", d_in=d_in, d_out=d_out, block_n=config.columns)
     # One launch fills both.
-    sizes = [rows * segments.samples, rows * groups if parts is None else 0]
+    sizes = [rows * segments.samples, rows * groups if workspace is None else 0]
     sample_sq, group_sq = torch.zeros(sum(sizes), dtype=torch.float32, device=x.device).split(sizes)
     sample_sq, group_sq = sample_sq.view(rows, segments.samples), group_sq.view(-1, groups)
-    machine.launch(
+    context.launch(
         name,
         x=x,
         dy=dy,
@@ -228,70 +201,23 @@ def _launch(
         tokens=len(x),
         d_in=d_in,
         d_out=d_out,
-        item_start=items.start,
-        item_end=items.end,
-        item_target=target,
-        item_group=items.group,
-        items=len(items.start),
+        segment_start=split.start,
+        segment_end=split.end,
+        segment_sample=measured,
+        segment_group=split.group,
+        segments=len(split.start),
         samples=segments.samples,
         groups=groups,
-        split_start=items.split_start,
-        splits=items.splits,
+        split_start=split.split_start,
+        splits=split.splits,
         sample_sq=sample_sq,
-        group_sq=group_sq if parts is None else None,
-        parts=parts,
+        group_sq=group_sq if workspace is None else None,
+        workspace=workspace,
         weight_grad=weight_grad,
         running=running,
-        block_n=width,
-        group_m=_tiles.group_m,
-        staggered=_tiles.staggered,
-        multiprocessors=machine.multiprocessors,
+        block_n=config.columns,
+        group_m=config.group_m,
+        staggered=config.staggered,
+        multiprocessors=context.multiprocessors,
     )
     return sample_sq, group_sq
-
-
-def _add_parts(
-    machine: Machine,
-    parts: Tensor,
-    items: tables.Items,
-    groups: int,
-    outer: Tensor,
-    outer_groups: int,
-    sums: Tensor | None,
-    weight_grad: Tensor | None,
-    element: int,
-) -> tuple[Tensor, Tensor]:
-    """(squares of the groups' sums, of the outer groups' sums): [groups], [outer_groups] float64."""
-    elements = parts.shape[1]
-    rows = machine.size("part_sums_rows", elements=elements)
-    group_sq = torch.zeros(rows, groups, dtype=torch.float32, device=parts.device)
-    outer_sq = torch.zeros(rows, outer_groups, dtype=torch.float32, device=parts.device)
-    first, last = tables.split_ranges(items, groups)
-    machine.launch(
-        "part_sums",
-        parts=parts,
-        elements=elements,
-        split_first=first,
-        split_last=last,
-        outer=outer,
-        groups=groups,
-        outer_groups=outer_groups,
-        group_sq=group_sq,
-        outer_sq=outer_sq,
-        sums=sums,
-        type=element,
-        weight_grad=weight_grad,
-    )
-    return _columns(machine, group_sq), _columns(machine, outer_sq)
-
-
-def _columns(machine: Machine, partial: Tensor) -> Tensor:
-    # Every column is written.
-    out = torch.empty(partial.shape[1], dtype=torch.float64, device=partial.device)
-    if partial.shape[1]:
-        machine.launch("column_sums", partial=partial, rows=partial.shape[0], columns=partial.shape[1], out=out)
-    return out
-
-
-def _zeros(like: Tensor, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=like.device)

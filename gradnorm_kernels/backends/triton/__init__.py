@@ -2,7 +2,7 @@
 
 :mod:`.wgrad` takes norms, sums and dW from one pass of the weight-gradient GEMM; :mod:`.gram` takes the norms of short
 samples, and in calls with few tokens everything, from inner products of tokens; :mod:`.dot` takes inner products with a
-given matrix; :mod:`.rows_embedding` and :mod:`.rows_tied` are for embeddings and for heads tied to them.
+given matrix; :mod:`.embedding` is for embeddings and for heads tied to them.
 
 Index tensors that are on the GPU stay there: nothing synchronises, and a call whose sizes are all known (num_samples,
 num_groups) can be captured in a CUDA graph. Values that are out of range then cannot raise: every result is NaN
@@ -23,7 +23,8 @@ from ... import segments as table
 from ...batch import GradBatch
 from ...segments import Segments, device_segments, one_sample_per_group
 from ..base import NO_FLOAT64, UP_TO_FLOAT32, Backend, Plan
-from . import dot, gram, rows_embedding, rows_tied, wgrad
+from . import dot, gram, wgrad
+from .embedding import embedding_gram, embedding_norms, tied_gram
 
 __all__ = ["BACKEND", "embedding_grad_norm", "fused_grad_norm", "grad_dot", "grad_gram", "tied_grad_gram"]
 
@@ -143,13 +144,13 @@ def embedding_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, T
     sample, group = (segments.by_token(owner, batch.tokens) for owner in (segments.sample, segments.group))
     gram_of_groups: Tensor | None = None
     if batch.group_gram:
-        gram_of_groups = segments.guard(rows_embedding.embedding_gram(ids, dy, group, segments.groups))
+        gram_of_groups = segments.guard(embedding_gram(ids, dy, group, segments.groups))
         groups = gram_of_groups.diagonal().clone()
     else:
-        groups = segments.guard(rows_embedding.embedding_norms(ids, dy, group, segments.groups))
+        groups = segments.guard(embedding_norms(ids, dy, group, segments.groups))
     if one_sample_per_group(batch):
         return groups.clone(), groups, gram_of_groups
-    samples = segments.guard(rows_embedding.embedding_norms(ids, dy, sample, segments.samples))
+    samples = segments.guard(embedding_norms(ids, dy, sample, segments.samples))
     return samples, groups, gram_of_groups
 
 
@@ -161,7 +162,7 @@ def tied_grad_gram(head: GradBatch, embedding: GradBatch, plan: Plan) -> tuple[T
     inside = ids < head.d_out
 
     def cross(own: Segments, other: Segments) -> Tensor:
-        found = rows_tied.tied_gram(x, dy, own, torch.where(inside, ids, -1), e, other)
+        found = tied_gram(x, dy, own, torch.where(inside, ids, -1), e, other)
         return torch.where(inside.all(), other.guard(own.guard(found)), torch.nan)
 
     groups = cross(mine.groups_as_samples(), theirs.groups_as_samples())

@@ -1,31 +1,301 @@
-"""Launching the Gram kernels: norms of short samples, of groups, and the whole matrix of inner products.
+"""Norms and inner products of gradients from pairs of tokens, in tiles, with no T x T matrix in memory.
 
-All index work stays on the device, grids come from sizes alone, nothing is read back: a call can be captured into a
-CUDA graph. Results are not yet guarded against index values out of range: ``Segments.guard`` is the caller's to apply.
+``<G_i, G_j> = sum over t in i, s in j of (x_t . x_s)(dy_t . dy_s)``. For a pair of blocks of BLOCK tokens a program
+accumulates ``x_t . x_s`` over d_in in one float32 tile and ``dy_t . dy_s`` over d_out in another, multiplies the two
+and sums. A block is paired with itself and with earlier ones: symmetry gives the rest.
+
+**Order.** Segments arrive sorted by (group, sample). Concatenated they give every token a *position*. The kernels cut
+the positions into blocks and look up the row of x and dy that a position stands for (:class:`TokenOrder`). Gathering
+whole rows costs nothing extra: along a row the loads are as wide as ever.
+
+**Blocks and samples.** Blocks do not stop where a sample ends. Blocks cut at the ends of samples would be almost empty
+at the 32 to 256 tokens that are the main use: the work per tile is BLOCK^2 however few tokens are in it. A tile here
+has BLOCK tokens on both sides, and samples are separated once, on the finished tile, which costs little beside
+d_in + d_out products per element. Entries are selected by ``tl.where``, never multiplied by zero: a dot product mixes
+no tokens, so a NaN stays in its own row and column of the tile, and selecting keeps it out of all other sums.
+
+- :func:`gram_norms_kernel` takes only the tiles near the diagonal: each token's row of the tile is summed over the
+  tokens of the token's own sample. A short sample meets one or two blocks. The result is one number per token, added up
+  per sample by :func:`.reduce.position_sums`. Small blocks waste the least here.
+- :func:`gram_pairs_kernel` takes all tiles, or those within groups. The tokens that one sample (or group) has in one
+  block give one *partial sum*, numbered ``block + id``. As ids ascend with the positions, these numbers are unique, and
+  there are fewer than blocks + ids of them: nothing is counted and nothing is read back. A tile writes a partial sum
+  for each pair of them once, and :func:`.reduce.row_sums` adds those of a sample in float64.
+
+One form serves sm_80 and sm_90: pipelined pointer loads (cp.async), products by mma or wgmma, both operands with the
+features contiguous. Rows are gathered, which a tensor descriptor of sm_90 cannot do. There are no masks along the
+features: the launch pads what BLOCK_K does not divide, which layers of real models do not need.
+
+All index work stays on the device, grids come from sizes alone, and nothing is read back: a call can be captured in a
+CUDA graph. The caller applies ``Segments.guard`` to the results.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from ...segments import Segments, rows
-from ...tuning import costs as tuning
-from ...tuning.costs import KernelConfig
-from .gram_kernels import LANES, gram_norms_kernel, gram_pairs_kernel
-from .gram_order import Order, order
-from .rows import on_device, place_sums, row_sums
+from ...segments import Segments, vectors
+from ...tuning.tiles import KernelConfig
+from .launch import checked, config_for, even_rows, on_device
+from .reduce import position_sums, row_sums
 
+#: The kernels of the configs that this module is compiled for.
+CONFIGS = ("gram", "gram_norms")
+#: Partial sums of a block that :func:`gram_pairs_kernel` computes at a time: samples of 32 tokens make at most five.
+LANES = 16
 # Programs that keep every multiprocessor of a large GPU busy: few blocks of tokens are split over the blocks they meet.
 _PROGRAMS = 512
-_INT32_MAX = (1 << 31) - 1
+_ORDER_BLOCK, _ORDER_WARPS = 256, 4
 
 
-def config_for(kernel: str, x: Tensor, d_in: int, d_out: int) -> KernelConfig:
-    """The config of a kernel for x's GPU; under the interpreter, where x is on the CPU, that of sm_80."""
-    chip = tuning.chip(x.device)
-    return tuning.kernel_config(chip.gpu, chip.arch or 80, kernel, x.element_size(), d_in, d_out)
+@dataclass(frozen=True)
+class TokenOrder:
+    """``row``, ``sample``, ``group``: [T] int32, of each position. Ids ascend with the positions as the segments' do.
+
+    ``sample_span`` [N, 2] and ``group_span`` [K, 2] int32: first position and the one after the last; (0, 0) for none.
+    """
+
+    row: Tensor
+    sample: Tensor
+    group: Tensor
+    sample_span: Tensor
+    group_span: Tensor
+
+
+@triton.jit
+def _segment_of(end_ptr, position, segments, steps):
+    """The first segment that ends after a position, at most the last one. ``end_ptr`` as in token_order_kernel."""
+    low = tl.zeros_like(position)
+    high = low + (segments - 1)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        after = tl.load(end_ptr + middle) <= position
+        low = tl.minimum(tl.where(after, middle + 1, low), high)
+        high = tl.where(after, high, middle)
+    return low
+
+
+@triton.jit
+def _write_span(span_ptr, own, before, after, position, tokens):
+    """First and last position of a span of equal ids; each is written by the one token that sits there."""
+    inside = position < tokens
+    tl.store(span_ptr + 2 * own, position, mask=inside & ((position == 0) | (own != before)))
+    tl.store(span_ptr + 2 * own + 1, position + 1, mask=inside & ((position == tokens - 1) | (own != after)))
+
+
+@triton.jit(do_not_specialize=["tokens", "segments", "steps"])
+def token_order_kernel(
+    start_ptr,  # [S] int: first row of each segment
+    end_ptr,  # [S] int64: position after each segment's last one (running sum of the lengths)
+    length_ptr,  # [S] int: rows of each segment
+    segment_sample_ptr,  # [S] int32
+    segment_group_ptr,  # [S] int32
+    row_ptr,  # [T] int32, out
+    sample_ptr,  # [T] int32, out
+    group_ptr,  # [T] int32, out
+    sample_span_ptr,  # [N, 2] int32, out, zero before
+    group_span_ptr,  # [K, 2] int32, out, zero before
+    tokens,
+    segments,
+    steps,  # of the binary search: the bits of ``segments``
+    BLOCK: tl.constexpr,
+):
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < tokens
+    own = _segment_of(end_ptr, position, segments, steps)
+    before = _segment_of(end_ptr, position - 1, segments, steps)
+    after = _segment_of(end_ptr, position + 1, segments, steps)
+    row = tl.load(start_ptr + own) + position - (tl.load(end_ptr + own) - tl.load(length_ptr + own))
+    # Segments that do not cover the rows make nonsense of a row: kept inside the tensors, and reported elsewhere.
+    row = tl.minimum(tl.maximum(row, 0), tokens - 1)
+    tl.store(row_ptr + position, row.to(tl.int32), mask=inside)
+    sample = tl.load(segment_sample_ptr + own)
+    group = tl.load(segment_group_ptr + own)
+    tl.store(sample_ptr + position, sample, mask=inside)
+    tl.store(group_ptr + position, group, mask=inside)
+    _write_span(
+        sample_span_ptr,
+        sample,
+        tl.load(segment_sample_ptr + before),
+        tl.load(segment_sample_ptr + after),
+        position,
+        tokens,
+    )
+    _write_span(
+        group_span_ptr, group, tl.load(segment_group_ptr + before), tl.load(segment_group_ptr + after), position, tokens
+    )
+
+
+@triton.jit
+def inner(
+    left_ptr,  # [rows, width], BLOCK_K divides width
+    right_ptr,  # [rows, width]
+    left_row,  # [BLOCK] int64
+    right_row,  # [BLOCK] int64
+    left_stride,
+    right_stride,
+    width,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``left_row . right_row`` over the features: [BLOCK, BLOCK] float32."""
+    feature = tl.arange(0, BLOCK_K)
+    left = left_ptr + left_row[:, None] * left_stride + feature[None, :]
+    right = right_ptr + right_row[None, :] * right_stride + feature[:, None]
+    tile = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for at in range(0, width, BLOCK_K):
+        tile = tl.dot(tl.load(left + at), tl.load(right + at), tile, input_precision="ieee")
+    return tile
+
+
+@triton.jit
+def _terms(
+    x_ptr,
+    dy_ptr,
+    left_row,
+    right_row,
+    x_stride,
+    dy_stride,
+    d_in,
+    d_out,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``(x_t . x_s)(dy_t . dy_s)`` for the rows of two blocks: [BLOCK, BLOCK] float32."""
+    products = inner(x_ptr, x_ptr, left_row, right_row, x_stride, x_stride, d_in, BLOCK, BLOCK_K)
+    return products * inner(dy_ptr, dy_ptr, left_row, right_row, dy_stride, dy_stride, d_out, BLOCK, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["tokens", "longest"])
+def gram_norms_kernel(
+    x_ptr,  # [T, d_in]
+    dy_ptr,  # [T, d_out], BLOCK_K divides d_in and d_out
+    row_ptr,  # [T] int32: the row of each position
+    sample_ptr,  # [T] int32: the sample of each position
+    span_ptr,  # [N, 2] int32: first position of each sample and the one after its last
+    part_ptr,  # [splits, T] float64, out: each position's share of its sample's norm
+    tokens,
+    x_stride,
+    dy_stride,
+    d_in,
+    d_out,
+    longest,  # samples of more tokens get 0
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    inside = position < tokens
+    row = tl.load(row_ptr + position, mask=inside, other=0).to(tl.int64)
+    sample = tl.load(sample_ptr + position, mask=inside, other=0)
+    begin = tl.load(span_ptr + 2 * sample)
+    wanted = inside & (tl.load(span_ptr + 2 * sample + 1) - begin <= longest)
+    # The earliest block that the wanted ones reach back to; none of them wanted: no block at all.
+    first = tl.min(tl.where(wanted, begin // BLOCK, block + 1), 0)
+    own_id = tl.where(wanted, sample, -1)
+    total = tl.zeros([BLOCK], tl.float64)
+    for other in range(first + split, block + 1, tl.num_programs(1)):
+        other_position = other * BLOCK + tl.arange(0, BLOCK)
+        other_inside = other_position < tokens
+        other_row = tl.load(row_ptr + other_position, mask=other_inside, other=0).to(tl.int64)
+        terms = _terms(x_ptr, dy_ptr, row, other_row, x_stride, dy_stride, d_in, d_out, BLOCK=BLOCK, BLOCK_K=BLOCK_K)
+        other_id = tl.load(sample_ptr + other_position, mask=other_inside, other=-2)
+        sums = tl.sum(tl.where(own_id[:, None] == other_id[None, :], terms, 0.0), 1).to(tl.float64)
+        # A pair of different blocks stands for its mirror image as well.
+        total += tl.where(other == block, sums, 2 * sums)
+    tl.store(part_ptr + split.to(tl.int64) * tokens + position, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "partials"])
+def gram_pairs_kernel(
+    x_ptr,  # [T, d_in]
+    dy_ptr,  # [T, d_out], BLOCK_K divides d_in and d_out
+    row_ptr,  # [T] int32: the row of each position
+    id_ptr,  # [T] int32, ascending: the sample (or group) of each position
+    pair_ptr,  # [P, P] float32, out, P = blocks + ids: sums over pairs of partials
+    tokens,
+    x_stride,
+    dy_stride,
+    d_in,
+    d_out,
+    partials,  # P
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WITHIN: tl.constexpr,  # only tiles with an id on both sides: other pairs of partials are left unwritten
+    GROUP: tl.constexpr,  # rows of tiles walked together, for the L2 cache
+    LANES: tl.constexpr,  # partials of a block summed at a time
+):
+    blocks = tl.cdiv(tokens, BLOCK)
+    first_block = tl.program_id(0) // (GROUP * blocks) * GROUP
+    height = tl.minimum(blocks - first_block, GROUP)
+    block = first_block + tl.program_id(0) % (GROUP * blocks) % height
+    other = tl.program_id(0) % (GROUP * blocks) // height
+    wanted = other <= block
+    if WITHIN:
+        reach = tl.load(id_ptr + tl.minimum(other * BLOCK + BLOCK, tokens) - 1)
+        wanted = wanted & (reach >= tl.load(id_ptr + block * BLOCK))
+    if wanted:
+        position = block * BLOCK + tl.arange(0, BLOCK)
+        inside = position < tokens
+        row = tl.load(row_ptr + position, mask=inside, other=0).to(tl.int64)
+        own_id = tl.load(id_ptr + position, mask=inside, other=-1)
+        other_position = other * BLOCK + tl.arange(0, BLOCK)
+        other_inside = other_position < tokens
+        other_row = tl.load(row_ptr + other_position, mask=other_inside, other=0).to(tl.int64)
+        other_id = tl.load(id_ptr + other_position, mask=other_inside, other=-1)
+        terms = _terms(x_ptr, dy_ptr, row, other_row, x_stride, dy_stride, d_in, d_out, BLOCK=BLOCK, BLOCK_K=BLOCK_K)
+        last = tl.load(id_ptr + tl.minimum(block * BLOCK + BLOCK, tokens) - 1)
+        other_last = tl.load(id_ptr + tl.minimum(other * BLOCK + BLOCK, tokens) - 1)
+        for mine in range(tl.load(id_ptr + block * BLOCK), last + 1):
+            columns = tl.sum(tl.where((own_id == mine)[:, None], terms, 0.0), 0)
+            partial = (block + mine).to(tl.int64)
+            for at in range(tl.load(id_ptr + other * BLOCK), other_last + 1, LANES):
+                theirs = at + tl.arange(0, LANES)
+                sums = tl.sum(tl.where(theirs[:, None] == other_id[None, :], columns[None, :], 0.0), 1)
+                other_partial = (other + theirs).to(tl.int64)
+                present = theirs <= other_last
+                tl.store(pair_ptr + partial * partials + other_partial, sums, mask=present)
+                if other < block:
+                    tl.store(pair_ptr + other_partial * partials + partial, sums, mask=present)
+
+
+def order(segments: Segments, tokens: int) -> TokenOrder:
+    """The order of ``tokens`` rows that ``segments`` describe, on the segments' device."""
+    device = segments.start.device
+    row, sample, group = vectors([tokens] * 3, torch.int32, device)
+    room = segments.samples + segments.samples % 2  # both begin at a multiple of 16 bytes
+    spans = torch.zeros(room + segments.groups, 2, dtype=torch.int32, device=device)
+    sample_span, group_span = spans[: segments.samples], spans[room:]
+    count = segments.start.shape[0]
+    if tokens and count:
+        length = segments.end - segments.start
+        with on_device(row):
+            token_order_kernel[(triton.cdiv(tokens, _ORDER_BLOCK),)](
+                segments.start,
+                length.cumsum(0),
+                length,
+                segments.sample,
+                segments.group,
+                row,
+                sample,
+                group,
+                sample_span,
+                group_span,
+                tokens,
+                count,
+                count.bit_length(),
+                BLOCK=_ORDER_BLOCK,
+                num_warps=_ORDER_WARPS,
+                enable_fp_fusion=True,
+            )
+    return TokenOrder(row, sample, group, sample_span, group_span)
 
 
 def sample_norms(x: Tensor, dy: Tensor, segments: Segments, longest: int, config: KernelConfig | None = None) -> Tensor:
@@ -33,8 +303,8 @@ def sample_norms(x: Tensor, dy: Tensor, segments: Segments, longest: int, config
     config = config or config_for("gram_norms", x, x.shape[-1], dy.shape[-1])
     x, dy = even_rows(x, config.block_k), even_rows(dy, config.block_k)
     tokens = checked(x, dy)
-    places = order(segments, tokens)
-    if not _any(x, dy, places):
+    positions = order(segments, tokens)
+    if not _any(x, dy, positions):
         return x.new_zeros(segments.samples, dtype=torch.float64)
     longest = min(longest, tokens)
     blocks = triton.cdiv(tokens, config.block_m)
@@ -45,9 +315,9 @@ def sample_norms(x: Tensor, dy: Tensor, segments: Segments, longest: int, config
         gram_norms_kernel[(blocks, splits)](
             x,
             dy,
-            places.row,
-            places.sample,
-            places.sample_span,
+            positions.row,
+            positions.sample,
+            positions.sample_span,
             parts,
             tokens,
             x.stride(0),
@@ -61,7 +331,7 @@ def sample_norms(x: Tensor, dy: Tensor, segments: Segments, longest: int, config
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
-    return place_sums(parts, places.sample_span)
+    return position_sums(parts, positions.sample_span)
 
 
 def pair_sums(
@@ -89,19 +359,19 @@ def _gram(
     config = config or config_for("gram", x, x.shape[-1], dy.shape[-1])
     x, dy = even_rows(x, config.block_k), even_rows(dy, config.block_k)
     tokens = checked(x, dy)
-    places = order(segments, tokens)
-    ids, spans = (places.group, places.group_span) if groups else (places.sample, places.sample_span)
+    positions = order(segments, tokens)
+    ids, spans = (positions.group, positions.group_span) if groups else (positions.sample, positions.sample_span)
     count = spans.shape[0]
-    if not _any(x, dy, places):
+    if not _any(x, dy, positions):
         return x.new_zeros(count, count, dtype=torch.float64)
     blocks = triton.cdiv(tokens, config.block_m)
-    pieces = triton.cdiv(blocks + count, 16) * 16  # rows begin at multiples of 16 bytes
-    pairs = x.new_empty(pieces, pieces, dtype=torch.float32)
+    partials = triton.cdiv(blocks + count, 16) * 16  # rows begin at multiples of 16 bytes
+    pairs = x.new_empty(partials, partials, dtype=torch.float32)
     with on_device(x):
         gram_pairs_kernel[(blocks * blocks,)](
             x,
             dy,
-            places.row,
+            positions.row,
             ids,
             pairs,
             tokens,
@@ -109,7 +379,7 @@ def _gram(
             dy.stride(0),
             x.shape[1],
             dy.shape[1],
-            pieces,
+            partials,
             WITHIN=within,
             BLOCK=config.block_m,
             BLOCK_K=config.block_k,
@@ -119,35 +389,40 @@ def _gram(
             num_stages=config.num_stages,
             enable_fp_fusion=True,
         )
-    half = row_sums(pairs, spans, pieces=config.block_m)
-    gram = row_sums(half.T, spans, pieces=config.block_m)
+    half = row_sums(pairs, spans, partials=config.block_m)
+    gram = row_sums(half.T, spans, partials=config.block_m)
     # The two triangles add the same numbers in different orders.
     return (gram + gram.T) / 2
 
 
-def even_rows(tensor: Tensor, block_k: int) -> Tensor:
-    """``tensor`` [T, d] or [B, L, d] as rows that a kernel reads without masks: [T, d] of a width that block_k divides.
-
-    Copied, with zeros behind, where the width needs it, or where rows do not begin at a multiple of 16 bytes.
-    """
-    tensor = rows(tensor)
-    missing = -tensor.shape[1] % block_k
-    if missing:
-        return torch.nn.functional.pad(tensor, (0, missing))
-    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
-    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def checked(x: Tensor, dy: Tensor) -> int:
-    """The number of tokens, if it and the widths are within what the kernels count in."""
-    if max(*x.shape, dy.shape[1]) > _INT32_MAX:
-        raise ValueError(
-            f"x and dy must have fewer than 2^31 tokens and features for backend='triton', got {x.shape[0]} tokens, "
-            f"d_in={x.shape[1]}, d_out={dy.shape[1]}; split the call"
-        )
-    return x.shape[0]
-
-
-def _any(x: Tensor, dy: Tensor, places: Order) -> bool:
+def _any(x: Tensor, dy: Tensor, positions: TokenOrder) -> bool:
     """Whether there is anything to add up."""
-    return bool(x.numel() and dy.numel() and places.sample_span.numel())
+    return bool(x.numel() and dy.numel() and positions.sample_span.numel())
+
+
+def signatures(
+    config: KernelConfig, element: str = "bf16"
+) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """What a config launches: (kernel, argument -> type, constexpr -> value, options), for a compile-only check.
+
+    ``element`` is Triton's name of x's dtype ("bf16", "fp16", "fp32"). All pointers, strides, d_in and d_out are
+    divisible by 16, as they are at every launch.
+    """
+    tile = {"BLOCK": config.block_m, "BLOCK_K": config.block_k}
+    arguments = {"x_ptr": f"*{element}", "dy_ptr": f"*{element}", "row_ptr": "*i32"}
+    sizes = {"tokens": "i32", "x_stride": "i32", "dy_stride": "i32", "d_in": "i32", "d_out": "i32"}
+    found: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
+    if config.kernel == "gram_norms":
+        types = arguments | {"sample_ptr": "*i32", "span_ptr": "*i32", "part_ptr": "*fp64", **sizes, "longest": "i32"}
+        found.append((gram_norms_kernel, types, tile, {}))
+    else:
+        types = arguments | {"id_ptr": "*i32", "pair_ptr": "*fp32", **sizes, "partials": "i32"}
+        tile |= {"GROUP": config.group_m, "LANES": LANES}
+        found += [(gram_pairs_kernel, types, tile | {"WITHIN": within}, {}) for within in (False, True)]
+    types = dict.fromkeys(("start_ptr", "end_ptr", "length_ptr"), "*i64")
+    types |= dict.fromkeys(("segment_sample_ptr", "segment_group_ptr", "row_ptr", "sample_ptr", "group_ptr"), "*i32")
+    types |= dict.fromkeys(("sample_span_ptr", "group_span_ptr"), "*i32")
+    types |= dict.fromkeys(("tokens", "segments", "steps"), "i32")
+    options = {"num_warps": _ORDER_WARPS, "num_stages": 3}
+    found.append((token_order_kernel, types, {"BLOCK": _ORDER_BLOCK}, options))
+    return found

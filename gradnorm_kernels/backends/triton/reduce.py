@@ -1,47 +1,150 @@
-"""The partial sums of squares of segmented wgrad, added up in float64 and in a fixed order."""
+"""The second kernels: partial results become results, in float64 and in a fixed order.
+
+- :func:`split_fixup_kernel` adds the workspace tiles of what the splits of wgrad cut, before they are squared.
+- :func:`norms` adds the partial sums of squares of segmented wgrad.
+- :func:`position_sums` and :func:`row_sums` add values over spans. A *span* is a pair (begin, stop) of positions.
+
+Every sum is made by one program that walks its terms from front to back, so that the same inputs give the same bits.
+What is outside is masked, so that its NaN does not get in.
+"""
 
 from __future__ import annotations
 
 from itertools import product
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import on_device
-from .wgrad_table import CUT, WHOLE
+from ...tuning.tiles import KernelConfig
+from .launch import on_device
+from .wgrad_kernels import GROUP_IN, GROUP_OUT, SAMPLE_IN, SAMPLE_OUT, workspace_tiles
+from .wgrad_schedule import FLAG_SHIFT, GROUP_ENDS, IN_FIXUP, IN_PARTIALS, split_start, tile_position
 
-_COLUMNS, _ROWS, _WARPS = 32, 32, 4
+#: The kernels of the configs that this module is compiled for: the fix-up has wgrad's tile.
+CONFIGS = ("wgrad",)
+#: Elements of a tile that one program of the fix-up adds, and its warps.
+FIXUP_CHUNK = 1024
+WARPS = 4
+_NORM_COLUMNS, _NORM_ROWS = 32, 32  # a tile of norms
+_POSITIONS = 512  # positions summed at a time by position_sums
+_ROWS, _COLUMNS = 32, 128  # a tile of row_sums
+_FEW_ROWS = 4  # the same, for spans of a few rows
 
-#: No kernel of the configs has a say here.
-CONFIGS: tuple[str, ...] = ()
+
+@triton.jit(do_not_specialize=["groups", "tile_first", "splits"])
+def split_fixup_kernel(
+    k_tile_ptr,  # [K tiles + 1] int64: the schedule
+    k_sample_ptr,  # [K tiles] int32
+    k_group_ptr,  # [K tiles] int32
+    count_ptr,  # [1] int32
+    workspace_ptr,  # [splits, tiles, TILES, SIZE] float32
+    fixup_ptr,  # [splits, 2, programs] float64, out: sums of squares of what ends in a split: sample, group
+    sum_ptr,  # [tiles, K, SIZE] float32, out if STORE_SUMS
+    weight_ptr,  # [d_out, d_in], out if WEIGHT_GRAD
+    d_in,
+    d_out,
+    groups,  # K
+    tile_first,
+    splits,
+    ONE_GROUP: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    STORE_SUMS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program per CHUNK elements of a tile."""
+    size: tl.constexpr = BLOCK_M * BLOCK_N
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    chunks: tl.constexpr = size // CHUNK
+    local, tiles = program // chunks, programs // chunks
+    element = program % chunks * CHUNK + tl.arange(0, CHUNK)
+    count = tl.load(count_ptr)
+
+    sample_sum = tl.zeros([CHUNK], tl.float32)
+    total = tl.zeros([CHUNK], tl.float32)
+    weight = tl.zeros([CHUNK], tl.float32)
+    for split in range(splits):
+        first, stop = split_start(count, split, splits), split_start(count, split + 1, splits)
+        tile = workspace_ptr + (tiles.to(tl.int64) * split + local) * (TILES * size) + element
+        out = fixup_ptr + programs.to(tl.int64) * 2 * split + program
+        if ONE_GROUP:
+            total += tl.load(tile + GROUP_IN * size)
+        elif WEIGHT_GRAD:
+            weight += tl.load(tile + (TILES - 1) * size)
+        if stop > first:
+            # What is carried in and what is carried out: a measured sample or -1, a group or -1.
+            earlier = first > 0
+            flags = (tl.load(k_tile_ptr + first - 1, mask=earlier, other=0) >> FLAG_SHIFT) & 15
+            sample = tl.load(k_sample_ptr + first - 1, mask=earlier & (flags == 0), other=-1)
+            group = tl.load(k_group_ptr + first - 1, mask=earlier & ((flags & GROUP_ENDS) == 0), other=-1)
+            flags = (tl.load(k_tile_ptr + stop - 1) >> FLAG_SHIFT) & 15
+            next_sample = tl.load(k_sample_ptr + stop - 1, mask=flags == 0, other=-1)
+            next_group = tl.load(k_group_ptr + stop - 1, mask=(flags & GROUP_ENDS) == 0, other=-1)
+            if sample >= 0:
+                sample_sum += tl.load(tile + SAMPLE_IN * size)
+                if next_sample != sample:
+                    tl.store(out, tl.sum(sample_sum * sample_sum).to(tl.float64))
+                    sample_sum = tl.zeros([CHUNK], tl.float32)
+            if (next_sample >= 0) & (next_sample != sample):
+                sample_sum = tl.load(tile + SAMPLE_OUT * size)
+            if not ONE_GROUP:
+                if group >= 0:
+                    carried = tl.load(tile + GROUP_IN * size)
+                    total += carried
+                    if WEIGHT_GRAD:
+                        weight += carried
+                    if next_group != group:
+                        tl.store(out + programs, tl.sum(total * total).to(tl.float64))
+                        if STORE_SUMS:
+                            at = local.to(tl.int64) * groups + group
+                            tl.store(sum_ptr + at * size + element, total)
+                        total = tl.zeros([CHUNK], tl.float32)
+                if (next_group >= 0) & (next_group != group):
+                    total = tl.load(tile + GROUP_OUT * size)
+                    if WEIGHT_GRAD:
+                        weight += total
+    if ONE_GROUP:
+        out = fixup_ptr + ((splits - 1).to(tl.int64) * 2 + 1) * programs + program
+        tl.store(out, tl.sum(total * total).to(tl.float64))
+        weight = total
+    if WEIGHT_GRAD:
+        row, column = tile_position(tile_first + local, d_in, d_out, BLOCK_M, BLOCK_N, GROUP_M)
+        at_row = row * BLOCK_M + element // BLOCK_N
+        at_column = column * BLOCK_N + element % BLOCK_N
+        element_ptr = weight_ptr + at_row.to(tl.int64) * d_in + at_column
+        tl.store(element_ptr, weight.to(weight_ptr.dtype.element_ty), mask=(at_row < d_out) & (at_column < d_in))
 
 
-def norms(state: Tensor, partials: Tensor, joined: Tensor | None, samples: int, onto: Tensor | None) -> Tensor:
+def norms(state: Tensor, partials: Tensor, fixup: Tensor | None, samples: int, onto: Tensor | None) -> Tensor:
     """Squared norms of samples and groups: [N + K] float64, added to ``onto`` if given.
 
-    ``state`` [N + K] int32 says where each is (:mod:`.wgrad_table`); ``partials`` [rows, N + K] float64; ``joined``
-    [splits, 2, programs] float64 of those that splits have cut.
+    ``state`` [N + K] int32 says where each is found (:mod:`.wgrad_schedule`). ``partials`` [rows, N + K] float64.
+    ``fixup`` [splits, 2, programs] float64: those of what the splits cut.
     """
     columns = state.shape[0]
     result = partials.new_empty(columns) if onto is None else onto
     if columns:
         with on_device(partials):
-            norms_kernel[(triton.cdiv(columns, _COLUMNS),)](
+            norms_kernel[(triton.cdiv(columns, _NORM_COLUMNS),)](
                 state,
                 partials,
-                partials if joined is None else joined,
+                partials if fixup is None else fixup,
                 result,
                 samples,
                 columns,
                 partials.shape[0],
-                0 if joined is None else joined.shape[2],
+                0 if fixup is None else fixup.shape[2],
                 ACCUMULATE=onto is not None,
-                SPLIT=joined is not None,
-                COLUMNS=_COLUMNS,
-                ROWS=_ROWS,
-                num_warps=_WARPS,
+                SPLIT=fixup is not None,
+                COLUMNS=_NORM_COLUMNS,
+                ROWS=_NORM_ROWS,
+                num_warps=WARPS,
                 enable_fp_fusion=True,
             )
     return result
@@ -51,7 +154,7 @@ def norms(state: Tensor, partials: Tensor, joined: Tensor | None, samples: int, 
 def norms_kernel(
     state_ptr,  # [N + K] int32
     partial_ptr,  # [rows, N + K] float64
-    joined_ptr,  # [splits, 2, programs] float64; read if SPLIT
+    fixup_ptr,  # [splits, 2, programs] float64; read if SPLIT
     out_ptr,  # [N + K] float64
     samples,  # N
     columns,  # N + K
@@ -66,29 +169,176 @@ def norms_kernel(
     inside = column < columns
     state = tl.load(state_ptr + column, mask=inside, other=0)
     total = tl.zeros([COLUMNS], tl.float64)
-    whole = inside & (state == WHOLE)
+    in_partials = inside & (state == IN_PARTIALS)
     for base in range(0, rows, ROWS):
         row = base + tl.arange(0, ROWS)
-        places = partial_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
-        total += tl.sum(tl.load(places, mask=(row < rows)[:, None] & whole[None, :], other=0.0), 0)
+        at = partial_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.sum(tl.load(at, mask=(row < rows)[:, None] & in_partials[None, :], other=0.0), 0)
     if SPLIT:
-        cut = inside & (state >= CUT)
-        line = (state - CUT).to(tl.int64) * 2 + (column >= samples).to(tl.int64)
+        in_fixup = inside & (state >= IN_FIXUP)
+        line = (state - IN_FIXUP).to(tl.int64) * 2 + (column >= samples).to(tl.int64)
         for base in range(0, programs, ROWS):
             row = base + tl.arange(0, ROWS)
-            places = joined_ptr + line[None, :] * programs + row[:, None]
-            total += tl.sum(tl.load(places, mask=(row < programs)[:, None] & cut[None, :], other=0.0), 0)
+            at = fixup_ptr + line[None, :] * programs + row[:, None]
+            total += tl.sum(tl.load(at, mask=(row < programs)[:, None] & in_fixup[None, :], other=0.0), 0)
     if ACCUMULATE:
         total += tl.load(out_ptr + column, mask=inside, other=0.0)
     tl.store(out_ptr + column, total, mask=inside)
 
 
-def signatures(config: None, element: str = "bf16") -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+@triton.jit(do_not_specialize=["parts", "tokens"])
+def position_sums_kernel(
+    part_ptr,  # [Q, T] float64: parts of each position's value
+    row_ptr,  # [T] int32: where a position's parts are; read if GATHER
+    span_ptr,  # [N, 2] int32
+    out_ptr,  # [N] float64
+    parts,  # Q
+    tokens,  # T
+    GATHER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0)
+    begin = tl.load(span_ptr + 2 * index)
+    stop = tl.load(span_ptr + 2 * index + 1)
+    total = tl.zeros([BLOCK], tl.float64)
+    for at in range(begin, stop, BLOCK):
+        position = at + tl.arange(0, BLOCK)
+        inside = position < stop
+        row = tl.load(row_ptr + position, mask=inside, other=0) if GATHER else position
+        value = part_ptr + row
+        for _ in range(parts):
+            total += tl.load(value, mask=inside, other=0.0)
+            value += tokens
+    tl.store(out_ptr + index, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["columns"])
+def row_sums_kernel(
+    in_ptr,  # [R, C], any float dtype, any strides
+    row_ptr,  # [positions] int: which row a position is; read if GATHER
+    span_ptr,  # [N, 2] int32: positions
+    out_ptr,  # [N, C] float64 or float32
+    in_row_stride,
+    in_column_stride,
+    columns,  # C
+    GATHER: tl.constexpr,
+    PARTIALS: tl.constexpr,  # spans count tokens, rows are partial sums per so many tokens; 0: spans count rows
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    begin = tl.load(span_ptr + 2 * index)
+    stop = tl.load(span_ptr + 2 * index + 1)
+    if PARTIALS > 0:
+        empty = begin == stop
+        begin = begin // PARTIALS + index.to(tl.int32)
+        stop = tl.where(empty, begin, (stop - 1) // PARTIALS + index.to(tl.int32) + 1)
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for at in range(begin, stop, ROWS):
+        position = at + tl.arange(0, ROWS)
+        present = position < stop
+        row = (tl.load(row_ptr + position, mask=present, other=0) if GATHER else position).to(tl.int64)
+        offset = row[:, None] * in_row_stride + column[None, :].to(tl.int64) * in_column_stride
+        total += tl.load(in_ptr + offset, mask=present[:, None] & inside[None, :], other=0.0).to(tl.float64)
+    sums = tl.sum(total, 0)
+    tl.store(out_ptr + index * columns + column, sums.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def position_sums(parts: Tensor, spans: Tensor, row: Tensor | None = None) -> Tensor:
+    """``out[n] = sum over the positions p of span n, and over q, of parts[q, p]``, or of ``parts[q, row[p]]``.
+
+    parts [Q, T] float64, spans [N, 2] int32, row [T] int32 -> [N] float64.
+    """
+    out = parts.new_empty(spans.shape[0])
+    if out.numel():
+        with on_device(parts):
+            position_sums_kernel[(len(out),)](
+                parts,
+                spans if row is None else row,
+                spans,
+                out,
+                *parts.shape,
+                GATHER=row is not None,
+                BLOCK=_POSITIONS,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
+    return out
+
+
+def row_sums(
+    values: Tensor,
+    spans: Tensor,
+    row: Tensor | None = None,
+    *,
+    partials: int = 0,
+    short: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """``out[n] = sum over the positions p of span n of values[p]``, or of ``values[row[p]]``, added in float64.
+
+    values [R, C] of any float dtype and strides, spans [N, 2] int32, row [positions] int -> [N, C] of ``dtype``. With
+    ``partials`` the spans count tokens, and the rows are the partial sums per block of so many tokens (:mod:`.gram`).
+    ``short``: most spans hold a few rows.
+    """
+    out = values.new_empty(spans.shape[0], values.shape[1], dtype=dtype)
+    if out.numel():
+        with on_device(values):
+            row_sums_kernel[(len(out), triton.cdiv(out.shape[1], _COLUMNS))](
+                values,
+                spans if row is None else row,
+                spans,
+                out,
+                *values.stride(),
+                values.shape[1],
+                GATHER=row is not None,
+                PARTIALS=partials,
+                ROWS=_FEW_ROWS if short else _ROWS,
+                COLUMNS=_COLUMNS,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
+    return out
+
+
+def signatures(
+    config: KernelConfig, element: str = "bf16"
+) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What is launched: (kernel, argument -> type, constexpr -> value, options), for a compile-only check."""
-    types = {"state_ptr": "*i32", "partial_ptr": "*fp64", "joined_ptr": "*fp64", "out_ptr": "*fp64"}
+    options = {"num_warps": WARPS, "num_stages": 3}  # the stages are Triton's default, as at every launch
+    types = {"k_tile_ptr": "*i64", "k_sample_ptr": "*i32", "k_group_ptr": "*i32", "count_ptr": "*i32"}
+    types |= {"workspace_ptr": "*fp32", "fixup_ptr": "*fp64", "sum_ptr": "*fp32", "weight_ptr": f"*{element}"}
+    types |= dict.fromkeys(("d_in", "d_out", "groups", "tile_first", "splits"), "i32")
+    tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "GROUP_M": config.group_m}
+    tile["CHUNK"] = min(FIXUP_CHUNK, config.block_m * config.block_n)
+    found: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
+    for one_group, weight_grad, store_sums in product((False, True), repeat=3):
+        if one_group and store_sums:
+            continue
+        form: dict[str, Any] = {"ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad, "STORE_SUMS": store_sums}
+        form["TILES"] = workspace_tiles(True, one_group, weight_grad)
+        found.append((split_fixup_kernel, types, form | tile, options))
+    types = {"state_ptr": "*i32", "partial_ptr": "*fp64", "fixup_ptr": "*fp64", "out_ptr": "*fp64"}
     types |= dict.fromkeys(("samples", "columns", "rows", "programs"), "i32")
-    found = []
     for accumulate, split in product((False, True), repeat=2):
-        form = {"ACCUMULATE": accumulate, "SPLIT": split, "COLUMNS": _COLUMNS, "ROWS": _ROWS}
-        found.append((norms_kernel, types, form, {"num_warps": _WARPS}))
+        form = {"ACCUMULATE": accumulate, "SPLIT": split, "COLUMNS": _NORM_COLUMNS, "ROWS": _NORM_ROWS}
+        found.append((norms_kernel, types, form, options))
+    types = {"part_ptr": "*fp64", "row_ptr": "*i32", "span_ptr": "*i32", "out_ptr": "*fp64"}
+    types |= {"parts": "i32", "tokens": "i32"}
+    for gather in (False, True):
+        found.append((position_sums_kernel, types, {"GATHER": gather, "BLOCK": _POSITIONS}, options))
+    # What is summed: partial sums of a Gram twice, the second time along its columns; gathered rows, long spans, short.
+    for source, out, stride, gather, partials, rows in (
+        ("fp32", "fp64", "columns", False, 128, _ROWS),
+        ("fp64", "fp64", "rows", False, 128, _ROWS),
+        ("fp32", "fp64", "columns", True, 0, _ROWS),
+        (element, "fp32", "columns", True, 0, _FEW_ROWS),
+    ):
+        constants = {"GATHER": gather, "PARTIALS": partials, "ROWS": rows, "COLUMNS": _COLUMNS}
+        # A stride of one is compiled in.
+        one, other = ("in_column_stride", "in_row_stride")[:: 1 if stride == "columns" else -1]
+        types = {"in_ptr": f"*{source}", "row_ptr": "*i32", "span_ptr": "*i32", "out_ptr": f"*{out}"}
+        found.append((row_sums_kernel, types | {other: "i32", "columns": "i32"}, constants | {one: 1}, options))
     return found

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer and SFTTrainer: :func:`attach` measures one, draws its tasks and corrects their imbalance."""
+"""TRL's GRPOTrainer and SFTTrainer: :func:`attach` measures tasks, draws them and corrects their imbalance."""
 
 from __future__ import annotations
 

@@ -1,0 +1,48 @@
+"""What the launches of Triton kernels share: the current device, the config, rows that are read without masks."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ...segments import rows
+from ...tuning import costs, tiles
+from ...tuning.tiles import KernelConfig
+
+_INT32_MAX = (1 << 31) - 1
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """What Triton needs around a launch: the tensor's GPU as the current one. Nothing under the interpreter."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def config_for(kernel: str, x: Tensor, d_in: int, d_out: int) -> KernelConfig:
+    """The config of a kernel for x's GPU. Under the interpreter, where x is on the CPU, the config of sm_80."""
+    chip = costs.chip(x.device)
+    return tiles.kernel_config(chip.gpu, chip.arch or 80, kernel, x.element_size(), d_in, d_out)
+
+
+def even_rows(tensor: Tensor, block_k: int) -> Tensor:
+    """``tensor`` [T, d] or [B, L, d] as rows that a kernel reads without masks: [T, d] of a width that block_k divides.
+
+    Copied and padded with zeros if the width needs it, copied if rows do not begin at a multiple of 16 bytes.
+    """
+    tensor = rows(tensor)
+    padding = -tensor.shape[1] % block_k
+    if padding:
+        return torch.nn.functional.pad(tensor, (0, padding))
+    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def checked(x: Tensor, dy: Tensor) -> int:
+    """The number of tokens. Raises ValueError if it or a width is more than the kernels can count."""
+    if max(*x.shape, dy.shape[1]) > _INT32_MAX:
+        raise ValueError(
+            f"x and dy must have fewer than 2^31 tokens and features for backend='triton', got {x.shape[0]} tokens, "
+            f"d_in={x.shape[1]}, d_out={dy.shape[1]}; split the call"
+        )
+    return x.shape[0]

@@ -1,0 +1,584 @@
+"""The segmented wgrad kernels: one for pointer loads (sm_80), one for tensor descriptors (sm_90), and what they share.
+
+A program takes one output tile after another and walks the schedule's K tiles (:mod:`.wgrad_schedule`). It holds two
+accumulators: the current sample's gradient and the group's running sum.
+
+- :func:`prologue` finds the tile, the range of K tiles and the program's part of every output.
+- :func:`segment_epilogue` runs where a sample or a group ends. It adds the sum of squares of the sample's gradient to
+  a partial sum and the gradient to the group's sum. At a group's end it does the same with the group's sum and dW.
+- :func:`tile_epilogue` runs after the last K tile and writes dW.
+
+Only ends of groups, and ends of samples that a split of the token axis cuts, write tiles to memory.
+
+On Hopper products are asynchronous. If anything but a product writes to their accumulator, ptxas may wait for every
+product of the loop separately (its advice C7515, seen with Triton 3.6), so a product of zeros clears the accumulator
+there (:func:`cleared`). The cross-thread part of a sample's sum of squares is deferred until the next products run
+(:func:`add_pending_squares`).
+
+With SPLIT a program has one of several even parts of the schedule. What the edges of the part cut, it stores in the
+workspace as float32 tiles: SAMPLE_IN of a sample carried in from an earlier split, SAMPLE_OUT of one carried out to the
+next, GROUP_IN and GROUP_OUT likewise. With ONE_GROUP a single tile, GROUP_IN, holds the split's whole sum. With several
+groups the last tile is the split's share of dW without the group tiles. The split-K fix-up (:mod:`.reduce`) adds them
+up before they are squared. TILES is the number of workspace tiles per program; without SPLIT it is one, for dW.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.tools.ragged_tma import load_ragged
+
+from ...tuning.tiles import KernelConfig
+from .wgrad_schedule import (
+    FLAG_SHIFT,
+    GROUP_ENDS,
+    ROW_SHIFT,
+    ROWS_MASK,
+    SAMPLE_ENDS,
+    carried_in,
+    split_start,
+    tile_position,
+)
+
+#: The kernels of the configs that this module is compiled for.
+CONFIGS = ("wgrad",)
+
+SAMPLE_IN = tl.constexpr(0)
+SAMPLE_OUT = tl.constexpr(1)
+GROUP_IN = tl.constexpr(2)
+GROUP_OUT = tl.constexpr(3)
+
+
+@triton.jit
+def _tile_offsets(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
+def add_sum(terms, partial_ptr, fresh):
+    """Add the sum of ``terms`` to a partial sum that only this program writes; if ``fresh``, it holds nothing yet."""
+    # The load is issued before the sum, which hides its latency.
+    before = tl.load(partial_ptr, mask=fresh == 0, other=0.0)
+    tl.store(partial_ptr, before + tl.sum(terms).to(tl.float64))
+
+
+@triton.jit
+def thread_squares(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's squares, added up as far as one thread holds them: [BLOCK_M, 8]. No thread waits for another."""
+    return tl.sum(tl.reshape(tile * tile, [BLOCK_M, BLOCK_N // 8, 8]), 1)
+
+
+@triton.jit
+def add_pending_squares(squares, sample, partial_ptr, fresh):
+    """Add the squares of the sample that ended last to its partial sum; ``sample`` below 0: there is none."""
+    if sample >= 0:
+        add_sum(squares, partial_ptr + sample, fresh)
+
+
+@triton.jit
+def cleared(element: tl.constexpr, ASYNC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """An accumulator of zeros; if ``ASYNC`` by the tensor cores, from operands of ``element``."""
+    if ASYNC:
+        return tl.dot(tl.zeros([BLOCK_M, 16], element), tl.zeros([16, BLOCK_N], element))
+    else:
+        return tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+
+@triton.jit
+def prologue(
+    work,  # the number of this (split, tile)
+    program,
+    count,  # K tiles of the schedule
+    tiles,  # of this launch
+    tile_first,
+    splits,
+    d_in,
+    d_out,
+    columns,
+    groups,
+    k_tile_ptr,
+    k_sample_ptr,
+    partial_ptr,
+    workspace_ptr,
+    sum_ptr,
+    SPLIT: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Before a tile's first K tile. dW starts from zero, and all threads see the partial sums of the tile before.
+
+    Returns the tile's (row, column), its K tiles (first, stop), whether the first one's sample and group are carried
+    in, this program's (partial sums, workspace, group sums), and whether nothing was written to the partial sums yet.
+    """
+    size: tl.constexpr = BLOCK_M * BLOCK_N
+    local = work % tiles
+    row, column = tile_position(tile_first + local, d_in, d_out, BLOCK_M, BLOCK_N, GROUP_M)
+    first, stop = 0, count
+    sample_carried, group_carried = 0, 0
+    own_partial = partial_ptr + program.to(tl.int64) * columns
+    own_workspace = workspace_ptr + program.to(tl.int64) * size
+    fresh = work == program
+    if SPLIT:
+        split = work // tiles
+        first, stop = split_start(count, split, splits), split_start(count, split + 1, splits)
+        sample_carried, group_carried = carried_in(k_tile_ptr, k_sample_ptr, first)
+        own_partial = partial_ptr + local.to(tl.int64) * columns
+        own_workspace = workspace_ptr + work.to(tl.int64) * (TILES * size)
+        fresh = work >= 0
+    own_sum = sum_ptr + local.to(tl.int64) * groups * size
+    tl.debug_barrier()
+    if WEIGHT_GRAD and not ONE_GROUP:
+        inner = own_workspace + (TILES - 1) * BLOCK_M * BLOCK_N + _tile_offsets(BLOCK_M, BLOCK_N)
+        tl.store(inner, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    return row, column, first, stop, sample_carried, group_carried, own_partial, own_workspace, own_sum, fresh
+
+
+@triton.jit
+def segment_epilogue(
+    acc,  # [BLOCK_M, BLOCK_N] float32: the current sample's gradient
+    total,  # [BLOCK_M, BLOCK_N] float32: the group's sum without acc
+    flags,
+    k_tile,
+    sample_carried,
+    group_carried,
+    fresh,
+    partial_ptr,  # [N + K] float64: this program's
+    workspace_ptr,  # [TILES, BLOCK_M * BLOCK_N] float32: this program's
+    sum_ptr,  # [K, BLOCK_M * BLOCK_N] float32: this tile's
+    k_sample_ptr,  # [K tiles] int32
+    k_group_ptr,  # [K tiles] int32
+    samples,
+    SPLIT: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    STORE_SUMS: tl.constexpr,
+    TILES: tl.constexpr,
+    DEFER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """After a K tile with flags. Returns the new (total, sample, sample_carried, group_carried); acc starts from zero.
+
+    ``sample``: with DEFER, the one whose squares the caller must add to the partial sums; otherwise, or if there is
+    none, -1.
+    """
+    size: tl.constexpr = BLOCK_M * BLOCK_N
+    offsets = _tile_offsets(BLOCK_M, BLOCK_N)
+    sample = -1
+    if flags & SAMPLE_ENDS:
+        if SPLIT and sample_carried != 0:
+            tl.store(workspace_ptr + SAMPLE_IN * size + offsets, acc)
+        elif DEFER:
+            sample = tl.load(k_sample_ptr + k_tile)
+        else:
+            add_sum(acc * acc, partial_ptr + tl.load(k_sample_ptr + k_tile), fresh)
+    total += acc
+    if not ONE_GROUP and flags & GROUP_ENDS:
+        if SPLIT and group_carried != 0:
+            tl.store(workspace_ptr + GROUP_IN * size + offsets, total)
+        else:
+            group = tl.load(k_group_ptr + k_tile)
+            add_sum(total * total, partial_ptr + samples + group, fresh)
+            if STORE_SUMS:
+                tl.store(sum_ptr + group.to(tl.int64) * size + offsets, total)
+            if WEIGHT_GRAD:
+                # Threads may load other elements of a tile than they stored. The sum over the tile above has already
+                # synchronised them; a barrier here would keep Triton from pipelining the loop.
+                inner = workspace_ptr + (TILES - 1) * size + offsets
+                tl.store(inner, total + tl.load(inner))
+        group_carried = group_carried * 0
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    return total, sample, sample_carried * 0, group_carried
+
+
+@triton.jit
+def tile_epilogue(
+    acc,
+    total,
+    row,  # of the tile, in tiles
+    column,
+    first,  # the K tiles that were walked
+    stop,
+    sample_carried,
+    group_carried,
+    fresh,
+    partial_ptr,
+    workspace_ptr,
+    weight_ptr,  # [d_out, d_in], out
+    k_tile_ptr,
+    k_sample_ptr,
+    samples,
+    d_in,
+    d_out,
+    SPLIT: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """After the last K tile: what the end of the split cuts, or the single group's norm and the tile of dW."""
+    size: tl.constexpr = BLOCK_M * BLOCK_N
+    offsets = _tile_offsets(BLOCK_M, BLOCK_N)
+    if SPLIT:
+        if stop > first:
+            flags = (tl.load(k_tile_ptr + stop - 1) >> FLAG_SHIFT) & 15
+            if flags == 0:
+                if tl.load(k_sample_ptr + stop - 1) >= 0:
+                    tl.store(workspace_ptr + tl.where(sample_carried != 0, SAMPLE_IN, SAMPLE_OUT) * size + offsets, acc)
+                total += acc
+            if not ONE_GROUP and (flags & GROUP_ENDS) == 0:
+                tl.store(workspace_ptr + tl.where(group_carried != 0, GROUP_IN, GROUP_OUT) * size + offsets, total)
+        if ONE_GROUP:
+            tl.store(workspace_ptr + GROUP_IN * size + offsets, total)
+    else:
+        if ONE_GROUP:
+            add_sum(total * total, partial_ptr + samples, fresh)
+        if WEIGHT_GRAD:
+            if not ONE_GROUP:
+                tl.debug_barrier()
+                total = tl.load(workspace_ptr + offsets)
+            rows = row * BLOCK_M + tl.arange(0, BLOCK_M)
+            columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = (rows < d_out)[:, None] & (columns < d_in)[None, :]
+            elements = weight_ptr + rows.to(tl.int64)[:, None] * d_in + columns[None, :]
+            tl.store(elements, total.to(weight_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["samples", "columns", "groups", "tile_first", "tile_stop", "splits"])
+def wgrad_sm80_kernel(
+    x_ptr,  # [T, d_in], rows of unit stride
+    dy_ptr,  # [T, d_out], rows of unit stride
+    k_tile_ptr,  # [K tiles + 1] int64: the schedule
+    k_sample_ptr,  # [K tiles] int32
+    k_group_ptr,  # [K tiles] int32
+    count_ptr,  # [1] int32: K tiles
+    partial_ptr,  # [programs or tiles, N + K] float64, out: each written by one program
+    workspace_ptr,  # [splits, tiles, TILES, BLOCK_M * BLOCK_N] float32, out; without SPLIT [programs, 1, ...] for dW
+    sum_ptr,  # [tiles, K, BLOCK_M * BLOCK_N] float32, out if STORE_SUMS: the groups' sums
+    weight_ptr,  # [d_out, d_in], out if WEIGHT_GRAD; with SPLIT the fix-up writes it
+    d_in,
+    d_out,
+    x_stride,
+    dy_stride,
+    samples,  # N
+    columns,  # N + K
+    groups,  # K
+    tile_first,  # the tiles of this launch
+    tile_stop,
+    splits,
+    SPLIT: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    STORE_SUMS: tl.constexpr,
+    TILES: tl.constexpr,
+    ASYNC: tl.constexpr,  # products are asynchronous (wgmma)
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Operands by pointer loads, which Triton makes into pipelined asynchronous copies: for Ampere and newer.
+
+    Any strides and widths. On Hopper it serves what tensor descriptors cannot: rows that overlap or are not aligned to
+    16 bytes, and float32, whose exact products run on no tensor core.
+    """
+    program = tl.program_id(0)
+    count = tl.load(count_ptr)
+    tiles = tile_stop - tile_first
+    for turn in tl.range(0, tl.cdiv(tiles * splits - program, tl.num_programs(0)), disable_licm=True):
+        work = program + turn * tl.num_programs(0)
+        row, column, first, stop, sample_carried, group_carried, own_partial, own_workspace, own_sum, fresh = prologue(
+            work,
+            program,
+            count,
+            tiles,
+            tile_first,
+            splits,
+            d_in,
+            d_out,
+            columns,
+            groups,
+            k_tile_ptr,
+            k_sample_ptr,
+            partial_ptr,
+            workspace_ptr,
+            sum_ptr,
+            SPLIT,
+            ONE_GROUP,
+            WEIGHT_GRAD,
+            TILES,
+            BLOCK_M,
+            BLOCK_N,
+            GROUP_M,
+        )
+
+        rows = row * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = tl.arange(0, BLOCK_K)
+        # dy's tile is loaded transposed, as the left operand needs it.
+        dy_offsets = rows[:, None] + token[None, :] * dy_stride
+        x_offsets = token[:, None] * x_stride + cols[None, :]
+        rows_inside = (rows < d_out)[:, None]
+        cols_inside = (cols < d_in)[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # One K tile ahead: the loads of the next tiles do not wait for the number that says where they are.
+        following = tl.load(k_tile_ptr + first)
+        for k_tile in tl.range(first, stop, num_stages=STAGES, disable_licm=True):
+            packed = following
+            following = tl.load(k_tile_ptr + k_tile + 1)
+            at = packed >> ROW_SHIFT
+            live = token < (packed & ROWS_MASK).to(tl.int32)
+            a = tl.load(dy_ptr + at * dy_stride + dy_offsets, mask=live[None, :] & rows_inside, other=0.0)
+            b = tl.load(x_ptr + at * x_stride + x_offsets, mask=live[:, None] & cols_inside, other=0.0)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+            flags = (packed >> FLAG_SHIFT) & 15
+            if flags != 0:
+                total, _, sample_carried, group_carried = segment_epilogue(
+                    acc,
+                    total,
+                    flags,
+                    k_tile,
+                    sample_carried,
+                    group_carried,
+                    fresh,
+                    own_partial,
+                    own_workspace,
+                    own_sum,
+                    k_sample_ptr,
+                    k_group_ptr,
+                    samples,
+                    SPLIT,
+                    ONE_GROUP,
+                    WEIGHT_GRAD,
+                    STORE_SUMS,
+                    TILES,
+                    False,
+                    BLOCK_M,
+                    BLOCK_N,
+                )
+                acc = cleared(x_ptr.dtype.element_ty, ASYNC, BLOCK_M, BLOCK_N)
+        tile_epilogue(
+            acc,
+            total,
+            row,
+            column,
+            first,
+            stop,
+            sample_carried,
+            group_carried,
+            fresh,
+            own_partial,
+            own_workspace,
+            weight_ptr,
+            k_tile_ptr,
+            k_sample_ptr,
+            samples,
+            d_in,
+            d_out,
+            SPLIT,
+            ONE_GROUP,
+            WEIGHT_GRAD,
+            BLOCK_M,
+            BLOCK_N,
+        )
+
+
+@triton.jit(do_not_specialize=["samples", "columns", "groups", "tile_first", "tile_stop", "splits"])
+def wgrad_sm90_kernel(
+    x_desc,  # ragged, of [T, d_in], boxes of [BLOCK_K, BLOCK_N]
+    dy_desc,  # ragged, of [T, d_out], boxes of [BLOCK_K, BLOCK_M]
+    k_tile_ptr,  # [K tiles + 1] int64: the schedule
+    k_sample_ptr,  # [K tiles] int32
+    k_group_ptr,  # [K tiles] int32
+    count_ptr,  # [1] int32: K tiles
+    partial_ptr,  # [programs or tiles, N + K] float64, out: each written by one program
+    workspace_ptr,  # [splits, tiles, TILES, BLOCK_M * BLOCK_N] float32, out; without SPLIT [programs, 1, ...] for dW
+    sum_ptr,  # [tiles, K, BLOCK_M * BLOCK_N] float32, out if STORE_SUMS: the groups' sums
+    weight_ptr,  # [d_out, d_in], out if WEIGHT_GRAD; with SPLIT the fix-up writes it
+    d_in,
+    d_out,
+    samples,  # N
+    columns,  # N + K
+    groups,  # K
+    tile_first,  # the tiles of this launch
+    tile_stop,
+    splits,
+    SPLIT: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    STORE_SUMS: tl.constexpr,
+    TILES: tl.constexpr,
+    ASYNC: tl.constexpr,  # products are asynchronous (wgmma)
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Operands through tensor descriptors (TMA), asynchronous products (wgmma): for Hopper.
+
+    The descriptors are "ragged": a load names the rows it may see, and the hardware fills the rest of the tile with
+    zeros. The end of a sample needs no mask and no pass over the operands, and copies run ahead across it. The only
+    waits besides the pipeline's are at the ends themselves, for the accumulator.
+    """
+    program = tl.program_id(0)
+    count = tl.load(count_ptr)
+    tiles = tile_stop - tile_first
+    for turn in range(tl.cdiv(tiles * splits - program, tl.num_programs(0))):
+        work = program + turn * tl.num_programs(0)
+        row, column, first, stop, sample_carried, group_carried, own_partial, own_workspace, own_sum, fresh = prologue(
+            work,
+            program,
+            count,
+            tiles,
+            tile_first,
+            splits,
+            d_in,
+            d_out,
+            columns,
+            groups,
+            k_tile_ptr,
+            k_sample_ptr,
+            partial_ptr,
+            workspace_ptr,
+            sum_ptr,
+            SPLIT,
+            ONE_GROUP,
+            WEIGHT_GRAD,
+            TILES,
+            BLOCK_M,
+            BLOCK_N,
+            GROUP_M,
+        )
+
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        squares = tl.zeros([BLOCK_M, 8], tl.float32)
+        pending = -1
+        # One K tile ahead: the loads of the next tiles do not wait for the number that says where they are.
+        following = tl.load(k_tile_ptr + first)
+        for k_tile in tl.range(first, stop, num_stages=STAGES):
+            packed = following
+            following = tl.load(k_tile_ptr + k_tile + 1)
+            at = (packed >> ROW_SHIFT).to(tl.int32)
+            rows = (packed & ROWS_MASK).to(tl.int32)
+            a = load_ragged(dy_desc, at, rows, [0, row * BLOCK_M])
+            b = load_ragged(x_desc, at, rows, [0, column * BLOCK_N])
+            acc = tl.dot(a.T, b, acc, input_precision="ieee")
+            # The sample that ended one K tile ago: these products hide its sum.
+            add_pending_squares(squares, pending, own_partial, fresh)
+            pending = -1
+            flags = (packed >> FLAG_SHIFT) & 15
+            if flags != 0:
+                squares = thread_squares(acc, BLOCK_M, BLOCK_N)
+                total, pending, sample_carried, group_carried = segment_epilogue(
+                    acc,
+                    total,
+                    flags,
+                    k_tile,
+                    sample_carried,
+                    group_carried,
+                    fresh,
+                    own_partial,
+                    own_workspace,
+                    own_sum,
+                    k_sample_ptr,
+                    k_group_ptr,
+                    samples,
+                    SPLIT,
+                    ONE_GROUP,
+                    WEIGHT_GRAD,
+                    STORE_SUMS,
+                    TILES,
+                    True,
+                    BLOCK_M,
+                    BLOCK_N,
+                )
+                acc = cleared(x_desc.dtype, ASYNC, BLOCK_M, BLOCK_N)
+        add_pending_squares(squares, pending, own_partial, fresh)
+        tile_epilogue(
+            acc,
+            total,
+            row,
+            column,
+            first,
+            stop,
+            sample_carried,
+            group_carried,
+            fresh,
+            own_partial,
+            own_workspace,
+            weight_ptr,
+            k_tile_ptr,
+            k_sample_ptr,
+            samples,
+            d_in,
+            d_out,
+            SPLIT,
+            ONE_GROUP,
+            WEIGHT_GRAD,
+            BLOCK_M,
+            BLOCK_N,
+        )
+
+
+def pointer_config(config: KernelConfig) -> KernelConfig:
+    """The config for pointer loads: a descriptor config's width leaves no registers for addresses."""
+    if not config.descriptors:
+        return config
+    return replace(config, block_n=max(16, config.block_n // 2), num_stages=3, descriptors=False)
+
+
+def asynchronous(config: KernelConfig, element_bytes: int) -> bool:
+    """Whether products are asynchronous, that is wgmma (ASYNC)."""
+    return config.arch >= 90 and element_bytes == 2
+
+
+def workspace_tiles(split: bool, one_group: bool, weight_grad: bool) -> int:
+    """The number of workspace tiles per program (TILES)."""
+    return 1 if not split else 3 if one_group else 5 if weight_grad else 4
+
+
+def signatures(
+    config: KernelConfig, element: str = "bf16"
+) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """What a config launches: (kernel, argument -> type, constexpr -> value, options), for a compile-only check."""
+    pointers = pointer_config(config)
+    inputs = {"x_ptr": f"*{element}", "dy_ptr": f"*{element}", "x_stride": "i32", "dy_stride": "i32"}
+    options = {"num_stages": pointers.num_stages}
+    found = [(*form, options) for form in _forms(wgrad_sm80_kernel, pointers, inputs, element)]
+    if config.descriptors:
+        rows = f"{element}[1,1,{config.block_k},"
+        inputs = {"x_desc": f"tensordesc<{rows}{config.block_n}]>", "dy_desc": f"tensordesc<{rows}{config.block_m}]>"}
+        found += [(*form, {}) for form in _forms(wgrad_sm90_kernel, config, inputs, element)]
+    return found
+
+
+def _forms(
+    kernel: Any, config: KernelConfig, inputs: dict[str, str], element: str
+) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Every form in which a kernel is launched. ``inputs``: the types of the arguments in which the kernels differ."""
+    pointers = {"k_tile_ptr": "*i64", "k_sample_ptr": "*i32", "k_group_ptr": "*i32", "count_ptr": "*i32"}
+    pointers |= {"partial_ptr": "*fp64", "workspace_ptr": "*fp32", "sum_ptr": "*fp32", "weight_ptr": f"*{element}"}
+    sizes = ("d_in", "d_out", "samples", "columns", "groups", "tile_first", "tile_stop", "splits")
+    types = inputs | pointers | dict.fromkeys(sizes, "i32")
+    tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    tile |= {"GROUP_M": config.group_m, "STAGES": config.num_stages}
+    tile["ASYNC"] = asynchronous(config, config.element_bytes)
+    found = []
+    for split, one_group, weight_grad, store_sums in product((False, True), repeat=4):
+        if one_group and store_sums:
+            continue
+        form = {"SPLIT": split, "ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad, "STORE_SUMS": store_sums}
+        found.append((kernel, types, form | {"TILES": workspace_tiles(split, one_group, weight_grad)} | tile))
+    return found
