@@ -375,7 +375,9 @@ def test_every_yaml_example_of_the_guide_builds() -> None:
     }
     for spec in specs:
         if spec.get("source") == "verifiers":  # a taskset that nobody has installed
-            with pytest.raises(UserError, match=r"needs the package verifiers|'my_taskset' of task 'sums' could not be"):
+            with pytest.raises(
+                UserError, match=r"needs the package verifiers|'my_taskset' of task 'sums' could not be"
+            ):
                 build_tasks([spec], 0, 2)
         elif "path" in spec or spec.get("source") != "datasets":
             task = build_tasks([spec], 0, 2)[0]
