@@ -1,4 +1,4 @@
-"""How far two computations of a number may differ by rounding, by dtype: for the tracker's checks, tests and benchmarks."""
+"""How far two computations of a number may differ by rounding, by dtype: one table for checks, tests, benchmarks."""
 
 from __future__ import annotations
 
