@@ -6,8 +6,8 @@ decoder. A forward that cannot run on the meta device is held to rules on names 
 
 from __future__ import annotations
 
-import os
 import re
+from itertools import takewhile
 
 import pytest
 from torch import nn
@@ -17,6 +17,19 @@ from tests.tracking.models import auto
 
 CLASSES = auto.every_class()
 
+#: One or two of every kind of architecture.
+_FAST = """
+AlbertForSequenceClassification AriaForConditionalGeneration AudioFlamingo3ForConditionalGeneration BambaForCausalLM
+BartForCausalLM BartForConditionalGeneration BertForSequenceClassification BertLMHeadModel BloomForCausalLM
+DebertaForSequenceClassification DeepseekV3ForCausalLM DistilBertForSequenceClassification EncoderDecoderModel
+FalconH1ForCausalLM FuyuForCausalLM GPT2LMHeadModel GPTNeoXForCausalLM Gemma3ForConditionalGeneration
+GptOssForCausalLM JambaForCausalLM Lfm2ForCausalLM LlamaForCausalLM LlavaForConditionalGeneration MambaForCausalLM
+MiniMaxForCausalLM MllamaForCausalLM MoonshineForConditionalGeneration MptForCausalLM NemotronHForCausalLM
+OPTForCausalLM OlmoHybridForCausalLM PaliGemmaForConditionalGeneration Qwen2AudioForConditionalGeneration
+Qwen2VLForConditionalGeneration Qwen3NextForCausalLM RecurrentGemmaForCausalLM SmolVLMForConditionalGeneration
+T5ForConditionalGeneration WhisperForConditionalGeneration XLNetLMHeadModel
+"""
+FAST = set(_FAST.split())
 #: Attention whose projections are no linear modules is refused by name, with what they are.
 REFUSED = {
     "XLNetLMHeadModel": "parameters",
@@ -36,15 +49,20 @@ def build(name: str) -> nn.Module:
 
 def check_names(model: nn.Module, chosen: list[str]) -> None:
     """Without a run: one layer, not of another modality, and no later layer with attention of the same class."""
-    common = os.path.commonprefix([f"{name}." for name in chosen])
-    parts = common.rpartition(".")[0].split(".")
+    levels = list(zip(*(name.split(".") for name in chosen), strict=False))
+    parts = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     numbers = [at for at, part in enumerate(parts) if part.isdigit()]
-    assert not OTHER_MODALITIES.search(common)
-    assert numbers, common
+    assert not OTHER_MODALITIES.search(".".join(parts))
+    assert numbers, parts
     stack = model.get_submodule(".".join(parts[: numbers[0]]))
     holder = model.get_submodule(chosen[0].rpartition(".")[0])
     for later in list(stack.children())[int(parts[numbers[0]]) + 1 :]:
         assert not any(type(module) is type(holder) for module in later.modules())
+
+
+def test_fast_classes_exist() -> None:
+    assert not FAST - CLASSES.keys()
+    assert not REFUSED.keys() - CLASSES.keys()
 
 
 def check(name: str) -> None:

@@ -66,7 +66,14 @@ add("olmoe", "OlmoeForCausalLM", num_experts=4, num_experts_per_tok=2)
 add("granitemoe", "GraniteMoeForCausalLM", num_local_experts=4, num_experts_per_tok=2)
 add("gpt_oss", "GptOssForCausalLM", head_dim=6, num_local_experts=4, num_experts_per_tok=2, sliding_window=4)
 add("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", slow=True, moe_num_experts=4, moe_k=2, moe_intermediate_size=16)
-add("glm4_moe", "Glm4MoeForCausalLM", slow=True, **EXPERTS | {"head_dim": 8}, n_routed_experts=4, first_k_dense_replace=1)
+add(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    slow=True,
+    **EXPERTS | {"head_dim": 8},
+    n_routed_experts=4,
+    first_k_dense_replace=1,
+)
 DEEPSEEK = {
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
