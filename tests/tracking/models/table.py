@@ -1,14 +1,16 @@
 """docs/models.md, from the models of the test: what the tracker measures in each architecture and what it leaves out.
 
-``python -m tests.tracking.models.table`` writes the page. ``tests/tracking/test_architectures.py`` holds it to what the
-tracker does.
+``python -m tests.tracking.models.table`` writes the page, with names of models the lines of these.
+``tests/tracking/test_architectures.py`` holds it to what the tracker does.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -95,20 +97,23 @@ def row(name: str, model: nn.Module, tracker: gk.GradNormTracker) -> str:
     return f"| {name} | {_default(MODELS[name])} | {cells[0]} | {cells[1]} |"
 
 
-def main() -> None:
-    """Measure every model and write the page."""
+def main(names: Sequence[str]) -> None:
+    """Measure these models, or all, and write the page; lines of the others stay."""
     from tests.tracking.test_architectures import RUNS, measure
 
-    rows = []
-    for name in MODELS:
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise SystemExit(f"no model is called {unknown[0]!r}; there are {', '.join(MODELS)}")
+    known = {line.split(" | ")[0].strip("| "): line for line in PAGE.read_text().splitlines() if line[:2] == "| "}
+    for name in names or MODELS:
         model = tiny_model(name)
         _, tracker = measure(model, RUNS[0], losses_of(model, name, RUNS[0].padding))
-        rows.append(row(name, model, tracker))
-        print(rows[-1], flush=True)
-    PAGE.write_text(TEXT.format(command=COMMAND, rows="\n".join(rows)))
+        known[name] = row(name, model, tracker)
+        print(known[name], flush=True)
+    PAGE.write_text(TEXT.format(command=COMMAND, rows="\n".join(known[name] for name in MODELS if name in known)))
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
-    main()
+    main(sys.argv[1:])
