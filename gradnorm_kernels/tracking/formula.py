@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tolerances import relative
 from . import distributed
 from .calls import Call
 from .layers import Layer
 from .parameter_gram import RowReplay
 from .quiet import quiet
-from .tolerances import relative
 
 
 class Mismatch(ValueError):

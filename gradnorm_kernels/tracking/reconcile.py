@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..segments import to_device
+from ..tolerances import relative, rounding
 from .parameter_gram import Tokens
-from .tolerances import relative, rounding
 
 PROJECTIONS = 4
 _CHUNK = 8192  # rows of a gradient converted to a wider dtype at once
