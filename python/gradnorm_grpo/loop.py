@@ -22,7 +22,7 @@ from gradnorm_kernels.control.balancer import TaskBalancer
 from gradnorm_kernels.estimation.metrics import gradient_metrics, task_key
 
 from .errors import UserError
-from .models import mixed_precision
+from .models import adamw, mixed_precision
 from .objective import advantages, row_weights, token_losses
 from .rollout import Prompter, Rollouts, completion_logprobs, completion_texts, generate
 from .runlog import FULL, Line, pair_metrics, task_metrics
@@ -65,13 +65,7 @@ class Grpo:
         self.reference = reference
         self.tasks = {task.name: task for task in tasks}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = adamw(self.parameters, settings, settings.learning_rate)
         try:
             self.scheduler = get_scheduler(
                 settings.lr_scheduler_type,
@@ -275,12 +269,14 @@ class Grpo:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "sampler": self.sampler.state_dict(),
-            "balancer": self.balancer.state_dict() if self.balancer else None,
-            "tracker": self.tracker.state_dict() if self.tracker else None,
-            "full_tracker": self.full_tracker.state_dict() if self.full_tracker else None,
+            **{name: part.state_dict() if part else None for name, part in self._optional().items()},
             "draws": self.draws.getstate(),
             "positions": {name: task.position for name, task in self.tasks.items()},
         }
+
+    def _optional(self) -> dict[str, Any]:
+        """The parts that the settings may leave out, None where they do."""
+        return {"balancer": self.balancer, "tracker": self.tracker, "full_tracker": self.full_tracker}
 
     def _take_optimizer_settings(self) -> None:
         """The optimizer's settings of this run in place of the loaded ones: the same bits where nothing changed."""
@@ -304,12 +300,9 @@ class Grpo:
         # Another strategy or floor changes the draws from here on; the averages they follow stay.
         sampler = {"exponent": self.sampler.exponent, "floor": self.sampler.floor}
         self.sampler.load_state_dict({**state["sampler"], **sampler})
-        if self.balancer and state.get("balancer"):
-            self.balancer.load_state_dict(state["balancer"])
-        if self.tracker and state["tracker"]:
-            self.tracker.load_state_dict(state["tracker"])
-        if self.full_tracker and state.get("full_tracker"):
-            self.full_tracker.load_state_dict(state["full_tracker"])
+        for name, part in self._optional().items():
+            if part and state.get(name):
+                part.load_state_dict(state[name])
         version, numbers, gauss = state["draws"]
         self.draws.setstate((version, tuple(numbers), gauss))
         for name, task in self.tasks.items():

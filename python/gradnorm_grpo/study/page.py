@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from ..numbers import MISSING, clean, count, duration, significant
 from .questions import QUESTIONS
-from .questions.common import VERDICTS
+from .questions.common import VERDICTS, count_of
 from .questions.reading import Answers, Reading, Row, reading
 
 _GENERATED = ("reasoning_gym", "synthetic")  # sources of tasks that are made by a program
@@ -108,11 +108,7 @@ def _facts(study: Mapping[str, Any], answers: Answers) -> list[tuple[str, Markup
 
 def _seeds(seeds: Sequence[object]) -> str:
     listed = f" ({', '.join(map(escape, seeds))})" if seeds else ""
-    return f"{_plural(len(seeds), 'seed')}{listed}"
-
-
-def _plural(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+    return f"{count_of(len(seeds), 'seed')}{listed}"
 
 
 def _training(config: Mapping[str, Any]) -> str:
@@ -182,7 +178,7 @@ def _limits(study: Mapping[str, Any], answers: Answers, given: Sequence[Reading]
     model = (study.get("config") or {}).get("model")
     what = f"of the model {code(model)}" if model else "of one model"
     limits = [
-        f"All of this is {what}, {_plural(tasks, 'task')} and {_plural(seeds, 'seed')}. "
+        f"All of this is {what}, {count_of(tasks, 'task')} and {count_of(seeds, 'seed')}. "
         "Whether it holds for larger models, longer training or other tasks is not known from here.",
         _stand_ins(study),
         "Undecided means that these data do not tell: it is no evidence that there is no effect.",

@@ -14,8 +14,8 @@ from matplotlib.transforms import ScaledTranslation
 from ... import plots
 from ...numbers import clean, signed
 from ..measurements import Measurements, Run
-from ..stats import ALPHA, LEVEL, holm, t_interval
-from .common import BASELINE, Answer, bounds, interval_over, number, p_value, scarce
+from ..stats import ALPHA, Interval, holm, t_interval
+from .common import BASELINE, Answer, bounds, interval_over, number, p_value, scarce, with_interval
 from .drawing import AXIS, nothing, sheet, stacked
 from .reading import Reading, Row
 
@@ -186,9 +186,7 @@ def _means(differences: Sequence[_Row]) -> list[_Row]:
 
 
 def _difference(row: dict[str, Any]) -> str:
-    if math.isnan(row["low"]):
-        return f"{signed(row['value'], 3)} (no interval)"
-    return f"{signed(row['value'], 3)} ({LEVEL:.0%} interval {signed(row['low'], 3)} to {signed(row['high'], 3)})"
+    return with_interval(Interval(row["value"], row["low"], row["high"]), lambda x: signed(x, 3))
 
 
 # The figure

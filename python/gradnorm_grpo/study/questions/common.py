@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ...numbers import fixed
 from ..measurements import Measurements, Run
-from ..stats import ALPHA, FEWEST_TASKS, LEVEL, Correlation, t_interval
+from ..stats import ALPHA, FEWEST_TASKS, LEVEL, Correlation, Interval, Ratio, t_interval
 
 BASELINE = "uniform"
 VERDICTS = ("supported", "contradicted", "undecided")
@@ -54,7 +54,7 @@ def correlation_number(name: str, found: Correlation, what: str) -> dict[str, An
     return number(name, found.value, found.low, found.high, f"{what}; {interval_over(found.per_seed)}{p}")
 
 
-def bounds(found: Any, value: str = "value") -> dict[str, float]:
+def bounds(found: Interval | Ratio | Correlation, value: str = "value") -> dict[str, float]:
     """An Interval, Ratio or Correlation as a row's three numbers, under the key ``value`` and, from it, of the ends."""
     low, high = ("low", "high") if value == "value" else (f"{value}_low", f"{value}_high")
     return {value: found.value, low: found.low, high: found.high}
@@ -81,11 +81,11 @@ def p_value(p: float) -> str:
     return "unknown" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
-def with_interval(found: Correlation) -> str:
+def with_interval(found: Interval | Ratio | Correlation, write: Callable[[float], str] = fixed) -> str:
     """0.62 (95% interval 0.31 to 0.93); says so where there is no interval."""
     if math.isnan(found.low):
-        return f"{fixed(found.value)} (no interval)"
-    return f"{fixed(found.value)} ({LEVEL:.0%} interval {fixed(found.low)} to {fixed(found.high)})"
+        return f"{write(found.value)} (no interval)"
+    return f"{write(found.value)} ({LEVEL:.0%} interval {write(found.low)} to {write(found.high)})"
 
 
 def scarce(m: Measurements, runs: Sequence[Run]) -> str:

@@ -26,8 +26,6 @@ CLAIM = (
     "estimation.)"
 )
 NAMES = {"cross_product": "cross-product", "plug_in": "plug-in", "two_batch": "two-batch split"}
-#: Spreads are those of fresh prompts: over subsets of the stored ones they shrink to zero when all are taken.
-_RELATIVE = ("bias_rel", "sd_fresh_rel")
 TYPICAL = 8  # prompts of a task in a step of the tiny preset
 WIDEST = 256
 
@@ -72,29 +70,23 @@ def _trusted(entry: dict[str, Any]) -> list[str]:
 
 def _by_n(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each estimator at each n: per task, the mean over seeds; and (task None) the median over significant tasks."""
-    rows: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    relative: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    rows: dict[tuple[str, int, str | None], list[dict[str, Any]]] = {}
     for task, trusted, row in _rows(found):
-        rows.setdefault((row["estimator"], row["n"], task), []).append(row)
-        if trusted:
-            relative.setdefault((row["estimator"], row["n"]), []).append(row)
+        for key in (task, None) if trusted else (task,):
+            rows.setdefault((row["estimator"], row["n"], key), []).append(row)
     made = []
-    for (name, n, task), own in rows.items():
-        means = {key: float(np.mean([_number(row[key]) for row in own])) for key in ("bias", "sd_fresh", *_RELATIVE)}
-        made.append(_row(name, n, task, **means))
-    for (name, n), own in relative.items():
-        medians = {key: known_median(_number(row[key]) for row in own) for key in _RELATIVE}
-        made.append(_row(name, n, None, math.nan, math.nan, **medians))
+    for (name, n, key), own in sorted(rows.items(), key=lambda item: item[0][2] is None):
+        middle = known_median if key is None else np.mean
+        keys = ("bias", "sd_fresh", "bias_rel", "sd_fresh_rel")
+        bias, sd, bias_rel, sd_rel = (float(middle([_number(row[field]) for row in own])) for field in keys)
+        if key is None:
+            bias = sd = math.nan
+        # The biases are exact expectations over all subsets: they have no interval. Spreads are those of fresh
+        # prompts: over subsets of the stored ones they shrink to zero when all are taken.
+        exact = {"bias": bias, "bias_low": math.nan, "bias_high": math.nan, "sd": sd}
+        row = {"estimator": NAMES.get(name, name), "n": n, "task": key, **exact}
+        made.append(row | {"relative_bias": bias_rel, "relative_sd": sd_rel})
     return made
-
-
-def _row(
-    name: str, n: int, task: str | None, bias: float, sd_fresh: float, bias_rel: float, sd_fresh_rel: float
-) -> dict[str, Any]:
-    # The biases are exact expectations over all subsets: they have no interval.
-    exact = {"bias": bias, "bias_low": math.nan, "bias_high": math.nan, "sd": sd_fresh}
-    row = {"estimator": NAMES.get(name, name), "n": n, "task": task, **exact}
-    return row | {"relative_bias": bias_rel, "relative_sd": sd_fresh_rel}
 
 
 def _sketch(found: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
@@ -102,45 +94,43 @@ def _sketch(found: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
 
     Its interval is that of a standard deviation over the sketches drawn (chi-squared), Bonferroni over tasks and seeds.
     """
-    errors, ratios, taus, drawn = [], [], [], []
-    times: dict[str, list[float]] = {"sketch_gram": [], "gram": [], "norms": []}
-    sizes, pairing = [], []
-    for entry in found:
-        own = next((row for row in entry["sketches"] if row["width"] == width and not row["skipped"]), None)
-        if own is None:
-            continue
-        drawn.append(entry["options"]["sketches"])
-        taus.append(_number(own["order"]["kendall_tau_mean"]))
-        ratios += [_number(task["u_sd_over_se"]) for task in own["tasks"].values()]
-        errors += [abs(_number(own["tasks"][task]["u_sd_rel"])) for task in _trusted(entry)]
-        for row in entry["cost"]["rows"]:
-            if row["what"] in times and row["width"] in (None, width):
-                times[row["what"]].append(_number(row["seconds"]))
-        sizes.append(own["bytes_per_prompt"] / own["exact_bytes_per_prompt"])
-        for task in _trusted(entry):
-            apart = [row["sd"] for row in entry["tasks"][task]["microbatches"] if row["size"] == TYPICAL]
-            if apart and _number(apart[0]) > 0:
-                pairing.append(_number(own["tasks"][task]["rmse_all_pairs"]) / apart[0])
-    known = [error for error in errors if math.isfinite(error)]
+    pairs = [(e, own) for e in found for own in e["sketches"] if own["width"] == width and not own["skipped"]]
+    trusted = [(entry["tasks"][task], own["tasks"][task]) for entry, own in pairs for task in _trusted(entry)]
+    errors = [error for _, task in trusted if math.isfinite(error := abs(_number(task["u_sd_rel"])))]
+    pairing = [
+        _number(sketched["rmse_all_pairs"]) / apart
+        for exact, sketched in trusted
+        for row in exact["microbatches"]
+        if row["size"] == TYPICAL and (apart := _number(row["sd"])) > 0
+    ]
+
+    def seconds(what: str) -> float:
+        rows = [row for entry, _ in pairs for row in entry["cost"]["rows"]]
+        return known_median(
+            _number(row["seconds"]) for row in rows if row["what"] == what and row["width"] in (None, width)
+        )
+
+    ratios = [_number(task["u_sd_over_se"]) for _, own in pairs for task in own["tasks"].values()]
     worst = max(ratios, default=math.nan) if all(map(math.isfinite, ratios)) else math.nan
     low = high = math.nan
-    if drawn and min(drawn) > 1 and math.isfinite(worst):
-        free, tail = min(drawn) - 1, ALPHA / 2 / len(ratios)
+    free = min((entry["options"]["sketches"] for entry, _ in pairs), default=0) - 1
+    if free > 0 and math.isfinite(worst):
+        tail = ALPHA / 2 / len(ratios)
         low, high = (worst * math.sqrt(free / float(stats.chi2.ppf(q, free))) for q in (1 - tail, tail))
     return {
         "width": width,
-        "relative_error": known_median(known),
-        "low": min(known, default=math.nan),
-        "high": max(known, default=math.nan),
-        "seconds": known_median(times["sketch_gram"]),
-        "exact_seconds": known_median(times["gram"]),
-        "norms_seconds": known_median(times["norms"]),
-        "size": known_median(sizes),
+        "relative_error": known_median(errors),
+        "low": min(errors, default=math.nan),
+        "high": max(errors, default=math.nan),
+        "seconds": seconds("sketch_gram"),
+        "exact_seconds": seconds("gram"),
+        "norms_seconds": seconds("norms"),
+        "size": known_median(own["bytes_per_prompt"] / own["exact_bytes_per_prompt"] for _, own in pairs),
         "error_by_microbatches": known_median(pairing),
         "sd_over_se": worst,
         "sd_over_se_low": low,
         "sd_over_se_high": high,
-        "kendall_tau": known_median(taus),
+        "kendall_tau": known_median(_number(own["order"]["kendall_tau_mean"]) for _, own in pairs),
     }
 
 

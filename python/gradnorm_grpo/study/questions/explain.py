@@ -44,24 +44,18 @@ def answer(m: Measurements) -> Answer:
         name: within(_means(m, name, blocks), over_time, seeds) if blocks and runs else NO_CORRELATION
         for name in FACTORS
     }
-    p_between, p_inside = (dict(zip(FACTORS, holm([x[n].p for n in FACTORS]), strict=True)) for x in (between, inside))
-
-    def adjusted(p: float) -> str:
-        return f"p after Holm for {len(FACTORS)} statistics {p_value(p)}"
-
+    sides = (
+        ("across", between, "across tasks", "means over training, mean over arms"),
+        ("within", inside, "within tasks over time", f"blocks of {count_of(width, 'step')}, from the same rollouts"),
+    )
+    p = {side: dict(zip(FACTORS, holm([found[n].p for n in FACTORS]), strict=True)) for side, found, _, _ in sides}
     numbers = [
         correlation_number(
-            f"Spearman of U and {label}, across tasks",
-            between[name],
-            f"means over training, mean over arms; {adjusted(p_between[name])}",
+            f"Spearman of U and {label}, {where}",
+            found[name],
+            f"{how}; p after Holm for {len(FACTORS)} statistics {p_value(p[side][name])}",
         )
-        for name, label in FACTORS.items()
-    ] + [
-        correlation_number(
-            f"Spearman of U and {label}, within tasks over time",
-            inside[name],
-            f"blocks of {count_of(width, 'step')}, from the same rollouts; {adjusted(p_inside[name])}",
-        )
+        for side, found, where, how in sides
         for name, label in FACTORS.items()
     ]
     data = {
@@ -71,15 +65,15 @@ def answer(m: Measurements) -> Answer:
         ],
         "factors": [
             {"name": name, "label": label}
-            | {
-                side: bounds(found[name]) | {"p": found[name].p, "p_holm": p[name]}
-                for side, found, p in (("across", between, p_between), ("within", inside, p_inside))
-            }
+            | {side: bounds(found[name]) | {"p": found[name].p, "p_holm": p[side][name]} for side, found, _, _ in sides}
             for name, label in FACTORS.items()
         ],
     }
-    shown = [name for name in _beyond_chance(between, p_between) if between[name].tasks >= FEWEST_TASKS]
-    sentence = _sentence(m, between, p_between, shown) + _within_sentence(m, inside, _beyond_chance(inside, p_inside))
+    shown = [name for name in _beyond_chance(between, p["across"]) if between[name].tasks >= FEWEST_TASKS]
+    sentence = _sentence(m, between, p["across"], shown)
+    if moving := _beyond_chance(inside, p["within"]):
+        parts = "; ".join(f"{FACTORS[name]} {with_interval(inside[name])}" for name in moving)
+        sentence += f" Within tasks over time U moves with {parts}; both come from the same rollouts."
     return Answer("supported" if shown else "undecided", sentence, numbers, data)
 
 
@@ -117,13 +111,6 @@ def _sentence(m: Measurements, between: dict[str, Correlation], p: dict[str, flo
     if not why:
         why = "Undecided: none is beyond chance, and with so few tasks that does not show that none matters."
     return f"The strongest relation of U across tasks is with {parts} (Spearman {over}). {why}"
-
-
-def _within_sentence(m: Measurements, inside: dict[str, Correlation], moving: list[str]) -> str:
-    if not moving:
-        return ""
-    shown = "; ".join(f"{FACTORS[name]} {with_interval(inside[name])}" for name in moving)
-    return f" Within tasks over time U moves with {shown}; both come from the same rollouts."
 
 
 # The figure

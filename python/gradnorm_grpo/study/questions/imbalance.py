@@ -17,7 +17,6 @@ from ...numbers import clean, significant
 from ..measurements import Mask, Measurements, Run, seeds_of
 from ..stats import (
     ALPHA,
-    LEVEL,
     NO_RATIO,
     Array,
     Ratio,
@@ -29,7 +28,7 @@ from ..stats import (
     tasks_alike,
     tasks_alike_within,
 )
-from .common import Answer, bounds, count_of, number, p_value
+from .common import Answer, bounds, count_of, number, p_value, with_interval
 from .drawing import AXIS, NAME, beside, empty, sheet
 from .reading import Reading, Row, spelled
 
@@ -118,11 +117,8 @@ def _sentence(m: Measurements, u: Array, found: Ratio, p: float, verdict: str) -
 
 def _times(found: Ratio) -> str:
     """A ratio for a sentence: 18 (95% interval 9.1 to 36), or what is known of it."""
-    if math.isnan(found.low):
-        return f"{significant(found.value)} (no interval)"
-    if math.isfinite(found.high):
-        ends = f"{significant(found.low)} to {significant(found.high)}"
-        return f"{significant(found.value)} ({LEVEL:.0%} interval {ends})"
+    if math.isnan(found.low) or math.isfinite(found.high):
+        return with_interval(found, significant)
     bound = f"at least {significant(found.low)}, {1 - ALPHA / 2:.1%} sure" if found.low > 0 else "no bound"
     text = f"{bound}; the quietest is not told apart from zero"
     return f"an unknown number of ({text})" if math.isnan(found.value) else f"{significant(found.value)} ({text})"
