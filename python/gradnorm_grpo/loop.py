@@ -269,14 +269,12 @@ class Grpo:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "sampler": self.sampler.state_dict(),
-            **{name: part.state_dict() if part else None for name, part in self._optional().items()},
+            "balancer": self.balancer.state_dict() if self.balancer else None,
+            "tracker": self.tracker.state_dict() if self.tracker else None,
+            "full_tracker": self.full_tracker.state_dict() if self.full_tracker else None,
             "draws": self.draws.getstate(),
             "positions": {name: task.position for name, task in self.tasks.items()},
         }
-
-    def _optional(self) -> dict[str, Any]:
-        """The parts that the settings may leave out, None where they do."""
-        return {"balancer": self.balancer, "tracker": self.tracker, "full_tracker": self.full_tracker}
 
     def _take_optimizer_settings(self) -> None:
         """The optimizer's settings of this run in place of the loaded ones: the same bits where nothing changed."""
@@ -305,9 +303,12 @@ class Grpo:
         # Another strategy or floor changes the draws from here on; the averages they follow stay.
         sampler = {"exponent": self.sampler.exponent, "floor": self.sampler.floor}
         self.sampler.load_state_dict({**state["sampler"], **sampler})
-        for name, part in self._optional().items():
-            if part and state.get(name):
-                part.load_state_dict(state[name])
+        if self.balancer and state.get("balancer"):
+            self.balancer.load_state_dict(state["balancer"])
+        if self.tracker and state["tracker"]:
+            self.tracker.load_state_dict(state["tracker"])
+        if self.full_tracker and state.get("full_tracker"):
+            self.full_tracker.load_state_dict(state["full_tracker"])
         version, numbers, gauss = state["draws"]
         self.draws.setstate((version, tuple(numbers), gauss))
         for name, task in self.tasks.items():
