@@ -101,7 +101,10 @@ def _module_state(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
     # With its attributes: transformers adds hooks in a model's first forward and notes that in an attribute.
-    hooks = [[(held, dict(held)) for name, held in own.items() if isinstance(held, dict) and "_hooks" in name] for own in attributes]
+    hooks = [
+        [(held, dict(held)) for name, held in own.items() if isinstance(held, dict) and "_hooks" in name]
+        for own in attributes
+    ]
     buffers = [{name: (b, b.clone()) for name, b in module._buffers.items() if b is not None} for module in modules]
     for module in modules:
         module.training = False
