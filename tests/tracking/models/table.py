@@ -79,6 +79,8 @@ def _reason(text: str, parameter: nn.Parameter) -> str:
 def _default(architecture: Architecture) -> str:
     if not architecture.at:
         return "refused: no softmax attention"
+    if architecture.refused:
+        return f"refused: {architecture.refused}"
     return f"`{architecture.at}`: {architecture.parts.replace(' ', ', ')}"
 
 
