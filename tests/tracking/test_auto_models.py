@@ -37,6 +37,11 @@ REFUSED = {
     "SqueezeBertForSequenceClassification": "convolutions",
     "IBertForSequenceClassification": "quantized linears",
 }
+#: The last attention has scores of another shape than one query and one key per token -> where it is.
+OTHER_SCORES = {
+    "FunnelForSequenceClassification": "funnel.encoder.blocks.2.3.",  # its blocks pool the tokens
+    "PerceiverForSequenceClassification": "perceiver.decoder.decoder.decoding_cross_attention.",  # one query per class
+}
 OTHER_MODALITIES = re.compile(r"(^|[._])(vision|visual|image|audio|speech|tower|qformer|vit)([._]|$)")
 
 
@@ -63,6 +68,7 @@ def check_names(model: nn.Module, chosen: list[str]) -> None:
 def test_fast_classes_exist() -> None:
     assert not FAST - CLASSES.keys()
     assert not REFUSED.keys() - CLASSES.keys()
+    assert not OTHER_SCORES.keys() - CLASSES.keys()
 
 
 def check(name: str) -> None:
@@ -73,6 +79,10 @@ def check(name: str) -> None:
         chosen, refusal = [], str(error)
     if name in REFUSED:
         assert "whose projections are not linear modules" in refusal
+        return
+    if name in OTHER_SCORES:
+        assert chosen
+        assert all(module.startswith(OTHER_SCORES[name]) for module in chosen)
         return
     try:
         at = auto.last_attention_call(model, **auto.text_inputs(model))
