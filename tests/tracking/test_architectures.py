@@ -67,17 +67,17 @@ class Truth:
         return sum((self._grams[padding][key] for key in parameters), torch.zeros(ROWS, ROWS, dtype=torch.float64))
 
     def _brute_force(self, losses: Losses) -> dict[str, Tensor]:
-        trained = {key: p for key, p in self.model.named_parameters() if p.requires_grad}
+        parameters = {key: p for key, p in self.model.named_parameters() if p.requires_grad}
         rows = []
         with torch.no_grad():
             together, alone = losses(range(ROWS)), torch.cat([losses([index]) for index in range(ROWS)])
         assert torch.allclose(together, alone, rtol=1e-5), "the model itself has another loss for a row alone"
         for index in range(ROWS):
-            grads = torch.autograd.grad(losses([index])[0], list(trained.values()), allow_unused=True)
+            grads = torch.autograd.grad(losses([index])[0], list(parameters.values()), allow_unused=True)
             rows.append([None if g is None else g.double().flatten() for g in grads])
         found = {}
-        for key, own in zip(trained, zip(*rows, strict=True), strict=True):
-            size = trained[key].numel()
+        for key, own in zip(parameters, zip(*rows, strict=True), strict=True):
+            size = parameters[key].numel()
             stacked = torch.stack([torch.zeros(size, dtype=torch.float64) if g is None else g for g in own])
             found[key] = stacked @ stacked.T
         return found
