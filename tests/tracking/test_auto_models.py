@@ -37,8 +37,17 @@ REFUSED = {
     "SqueezeBertForSequenceClassification": "convolutions",
     "IBertForSequenceClassification": "quantized linears",
 }
-#: The last attention has scores of another shape than one query and one key per token -> where it is.
+#: The run does not show the last attention (scores of another shape than one query and one key per token, or of a kernel
+#: that is no softmax, or a router's softmax behind it) -> where it is: in the last of six layers, as their sources say.
 OTHER_SCORES = {
+    "CpmAntForCausalLM": "cpmant.encoder.layers.5.self_att.self_attention.",  # its softmax is a module of its own
+    "DeepseekV4ForCausalLM": "model.layers.5.self_attn.",  # its last layer attends to compressed tokens
+    "Inkling2ForCausalLM": "model.layers.5.self_attn.",  # the mixture of its final input is a softmax too
+    "Inkling2ForConditionalGeneration": "model.language_model.layers.5.self_attn.",
+    "MraForSequenceClassification": "mra.encoder.layer.5.attention.",  # approximated scores
+    "ReformerForSequenceClassification": "reformer.encoder.layers.5.attention.",  # scores of hashed buckets
+    "YosoForSequenceClassification": "yoso.encoder.layer.5.attention.",  # approximated scores
+    "ZayaForCausalLM": "model.layers.5.self_attn.",  # its router's softmax comes later
     "FunnelForSequenceClassification": "funnel.encoder.blocks.2.3.",  # its blocks pool the tokens
     "PerceiverForSequenceClassification": "perceiver.decoder.decoder.decoding_cross_attention.",  # one query per class
 }
