@@ -37,8 +37,8 @@ REFUSED = {
     "SqueezeBertForSequenceClassification": "convolutions",
     "IBertForSequenceClassification": "quantized linears",
 }
-#: The run does not show the last attention (scores of another shape than one query and one key per token, or of a kernel
-#: that is no softmax, or a router's softmax behind it) -> where it is: in the last of six layers, as their sources say.
+#: The run does not show the last attention (scores of another shape than one query and one key per token, a kernel that
+#: is no softmax, or a router's softmax behind it) -> where it is: in the last of six layers, as their sources say.
 OTHER_SCORES = {
     "CpmAntForCausalLM": "cpmant.encoder.layers.5.self_att.self_attention.",  # its softmax is a module of its own
     "DeepseekV4ForCausalLM": "model.layers.5.self_attn.",  # its last layer attends to compressed tokens
