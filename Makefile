@@ -1,4 +1,4 @@
-# The commands of this repository. `make train` and `make test` start from a bare checkout and need nothing done first.
+# The commands of this repository. `make train` and `make test` work in a bare checkout.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install -qq --no-input
 # More arguments for the command behind `train`, `study` and `bench`, as in: make train ARGS="--max_steps 20"
 ARGS ?=
 
-# More settings of `make gpu-check`: where its results go, and PROFILE=1 for a profile with ncu.
+# More settings of `make gpu-check`: OUT= is its results folder, PROFILE=1 adds a profile with ncu.
 OUT ?=
 PROFILE ?=
 
@@ -18,17 +18,17 @@ help:
 	@echo "make setup    install everything into $(VENV) (PYTHON=python3.12 picks the interpreter)"
 	@echo "make train    train SmolLM2-135M on four reasoning tasks and write a report into runs/; ARGS= passes settings"
 	@echo "make study    four ways to draw and weigh tasks, three seeds each, on the tiny model: every question of the paper"
-	@echo "              with a figure and a verdict, in under forty minutes on two cores; goes on where it stopped"
+	@echo "              with a figure and a verdict, in under forty minutes on two cores; continues where it stopped"
 	@echo "make test     ruff, mypy and the test suite"
-	@echo "make test-interpreted  only the Triton kernels, in Triton's interpreter"
-	@echo "make test-versions     the Triton kernels interpreted and compiled under other versions of Triton as well"
-	@echo "make kernels-report    every kernel compiled for sm_80 and sm_90: registers, spills, shared memory; a JSON line each"
-	@echo "make gpu-check         on a machine with a GPU: build, tests, benchmarks, sanitizer, in nine minutes; OUT= names the"
-	@echo "                       results folder, ARGS=--dry-run walks the steps without a GPU, PROFILE=1 adds a profile;"
-	@echo "                       PYTHON=python3 takes that Python instead of $(VENV) and installs nothing"
+	@echo "make test-interpreted  the Triton kernels in Triton's interpreter"
+	@echo "make test-versions     the Triton kernels interpreted and compiled under the oldest and newest supported Triton"
+	@echo "make kernels-report    every kernel compiled for sm_80 and sm_90: registers, spills, shared memory; one JSON line each"
+	@echo "make gpu-check         on a machine with a GPU: build, tests, benchmarks and sanitizer in nine minutes; OUT= names the"
+	@echo "                       results folder, ARGS=--dry-run runs what works without a GPU, PROFILE=1 adds a profile;"
+	@echo "                       PYTHON=python3 uses that Python instead of $(VENV) and installs nothing"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   rewrite the files to the house format"
-	@echo "make bench    the benchmarks, a quarter of an hour on two cores; ARGS= goes to benchmarks.cpu_ratio"
+	@echo "make bench    the benchmarks, a quarter of an hour on two cores; ARGS= passes arguments to benchmarks.cpu_ratio"
 	@echo "make clean    remove caches and build outputs; $(VENV) and runs/ stay"
 
 setup: $(STAMP)
@@ -58,9 +58,9 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Several processes of one thread each: the tests are many and small, and threads that wait for each other's core cost
-# more than they bring (on two busy cores: 413 tests in 2 minutes this way, in 7 with one process of two threads).
-# A file stays in one process, because its tests share a model.
+# Several processes of one thread each: the tests are many and small, and threads that compete for cores cost more than
+# they gain (on two busy cores: 413 tests in 2 minutes this way, in 7 minutes with one process of two threads). All
+# tests of a file run in one process, because they share a model.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test: lint
@@ -84,7 +84,7 @@ test-versions: setup
 kernels-report: setup
 	@$(BIN)/python -m tests.compiled.report $(ARGS)
 
-# Where a machine with a GPU has what it needs already, PYTHON= on the command line says so.
+# PYTHON= on the command line uses that Python as it is, on a machine that has everything installed.
 gpu-check:
 	@python=$(BIN)/python; case "$(origin PYTHON)" in command*) python=$(PYTHON);; esac; \
 	test -x "$$(command -v $$python)" || python=$(PYTHON); \

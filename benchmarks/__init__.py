@@ -1,1 +1,1 @@
-"""Benchmarks: what the ops cost beside the weight-gradient GEMM and beside other ways to the same norms."""
+"""Benchmarks: the cost of the operators relative to the weight-gradient GEMM and to other ways to the same norms."""

@@ -1,7 +1,6 @@
 """The benchmarks' command: ``python -m benchmarks ops | step | table | freeze | plot | cpu_ratio``, and ``--help``.
 
-Status 0: what was asked for was done, and every number of ours was right; 1: it was not; 2: the arguments make no
-sense.
+Status 0: the command succeeded, and every number of ours was right; 1: not so; 2: the arguments are invalid.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cost model's constants from measured ratios: what a sample's end, a Gram and the pairs of tokens cost.
+"""The cost model's constants from measured ratios: the costs of a sample's end, of a Gram and of the pairs of tokens.
 
 With the multiply-adds of a plain product as the unit (:class:`gradnorm_kernels.tuning.costs.Costs`), the ratios to dW
 alone are
@@ -6,10 +6,11 @@ alone are
     r of gram        = a + (gram S / T + gram_token) (d_in + d_out) / (d_in d_out)
     r of gram_norms  = pairs T (d_in + d_out) / (d_in d_out)        every sample a group, with all inner products
 
-for N samples in T tokens, S the sum of their squared lengths. ``a`` is what our pass over the tokens costs by itself;
-one number serves both, since both make it. Least squares over lengths, each row weighted by its spread and by one
-percent of itself, what the blocks' sizes do to single lengths. The batches are of one size, that with the most lengths:
-what launches cost is in ``a``, and what the Gram's own launches cost in ``gram_token``, as shares of such a batch.
+for N samples in T tokens, where S is the sum of their squared lengths. ``a`` is the cost of our pass over the tokens,
+the same in both lines. Least squares over lengths; each row is weighted by its spread and
+by one percent of its ratio, which is the effect of tile sizes at single lengths. All batches have one size, the size
+with the most lengths: the cost of launches is part of ``a``, that of the Gram's own launches part of ``gram_token``, as
+shares of such a batch.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from gradnorm_kernels.tuning.costs import Costs
 
 #: The constants with standard errors.
 NAMES = ("epilogue", "gram", "gram_token")
-#: The different lengths that each of the two lines needs: one more than it has constants.
+#: The number of different lengths that each of the two lines needs: one more than it has constants.
 LEAST = 3
-#: What choosing by the fitted constants may cost at a measured length, of the faster way.
+#: The largest loss that choosing by the fitted constants may cause at a measured length, relative to the faster way.
 MOST_LOSS = 0.05
-#: How many standard errors below zero a constant may be found and still count as zero.
+#: A constant at most this many standard errors below zero counts as zero.
 _ERRORS = 2.0
 
 
 class MissingError(ValueError):
-    """Rows are missing: the text says which."""
+    """Rows are missing; the text says which."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """``costs``, found at one shape; ``base`` is a; ``residual``: the largest of a row, relative; ``loss``: the largest
-    that choosing by the costs makes at a measured length; ``errors``: standard errors by name."""
+    """``costs`` at one shape; ``base`` is a; ``residual``: the largest relative residual of a row; ``loss``: the
+    largest loss of choosing by the costs at a measured length; ``errors``: standard errors by name."""
 
     costs: Costs
     base: float
@@ -52,31 +53,31 @@ class Fit:
 
 
 def ways(backend: str) -> tuple[str, str, str]:
-    """The providers that a backend's constants come from: of the stops, of the Grams, of the pairs."""
+    """The providers that a backend's constants are fitted to: for sample ends, Grams and pairs of tokens."""
     return f"{backend}_wgrad", f"{backend}_gram", f"{backend}_gram_norms"
 
 
 def usable(found: Measured) -> bool:
-    """Whether a row is of a batch that the constants can be read from."""
+    """Whether the constants can be fitted to a row of such a batch."""
     row = found.row
     if found.name.endswith("_gram_norms"):
         return bool(row.get("gram"))
-    # With as many groups as samples no norm is from a Gram, whatever is asked for.
+    # With one group per sample no norm is computed by a Gram, whatever the algorithm.
     return not row.get("gram") and row.get("groups", 1) == 1 and row.get("samples", 2) > 1
 
 
 def fit(backend: str, rows: list[Row], workspace: int, gram_tile: int, element_bytes: int) -> Fit:
-    """The constants of a backend from rows of one shape that are right and usable.
+    """The constants of a backend from right and usable rows of one shape.
 
     Raises:
         MissingError: rows are missing; the text says which.
-        ValueError: a constant comes out negative; the text says which measurement to add.
+        ValueError: a constant is negative; the text says which measurement to add.
     """
     stops, grams, pairs = ([row for row in rows if row["provider"] == name] for name in ways(backend))
     size = max(
         {_size(row) for row in rows}, key=lambda size: min(_lengths(own, size) for own in (stops, grams)), default=0
     )
-    # What a call costs once is another share of a batch of another size.
+    # The fixed cost per call is a different share of a batch of another size.
     stops, grams = ([row for row in own if _size(row) == size] for own in (stops, grams))
     shape = f"{rows[0]['d_in']} x {rows[0]['d_out']}" if rows else "any shape"
     for name, own in zip(ways(backend), (stops, grams, pairs), strict=True):
@@ -92,8 +93,9 @@ def fit(backend: str, rows: list[Row], workspace: int, gram_tile: int, element_b
     names = ("base", *NAMES)
     found, errors = _least_squares(lines, [0, 1, 2, 3])
     if found[3] < 0:
-        # The price of a Gram may be all in its pairs.
-        _hold(found[3], errors[3], names[3], backend, shape)
+        # The cost of a Gram may be entirely in its pairs.
+        if found[3] < -_ERRORS * errors[3]:
+            raise ValueError(_negative(names[3], found[3], errors[3], backend, shape))
         found, errors = _least_squares(lines, [0, 1, 2])
     for place, name in enumerate(names[:3]):
         if found[place] <= 0:
@@ -111,7 +113,7 @@ def fit(backend: str, rows: list[Row], workspace: int, gram_tile: int, element_b
 
 
 def _size(row: Row) -> int:
-    """The power of two nearest to a batch's tokens: samples of one length may not quite fill it."""
+    """The exponent of the power of two nearest to the tokens: samples of one length may not fill a batch exactly."""
     return round(math.log2(row["tokens"]))
 
 
@@ -120,7 +122,7 @@ def _lengths(rows: list[Row], size: int) -> int:
 
 
 def _least_squares(lines: list[tuple[list[float], Row]], places: list[int]) -> tuple[list[float], list[float]]:
-    """The unknowns at ``places`` (the others are 0) and their standard errors, by the rows' own scatter."""
+    """The unknowns at ``places`` (the others are 0) and their standard errors from the scatter of the rows."""
     spread = [
         math.hypot((row["ratio"]["q3"] - row["ratio"]["q1"]) / 1.35, 0.01 * row["ratio"]["median"]) for _, row in lines
     ]
@@ -142,15 +144,10 @@ def _least_squares(lines: list[tuple[list[float], Row]], places: list[int]) -> t
     return found, errors
 
 
-def _hold(value: float, error: float, name: str, backend: str, shape: str) -> None:
-    if value < -_ERRORS * error:
-        raise ValueError(_negative(name, value, error, backend, shape))
-
-
 def _negative(name: str, value: float, error: float, backend: str, shape: str) -> str:
     advice = {
         "base": "the two ways do not share one pass over the tokens: look at the rows",
-        "epilogue": f"stops do not show: add rows of {backend}_wgrad with shorter samples (64 and 128 tokens)",
+        "epilogue": f"sample ends do not show: add rows of {backend}_wgrad with shorter samples (64 and 128 tokens)",
         "gram": f"Grams do not grow with length: add rows of {backend}_gram with longer samples (2048 and 4096 tokens)",
         "gram_token": f"add rows of {backend}_gram with shorter samples (64 and 128 tokens)",
     }[name]
@@ -160,7 +157,7 @@ def _negative(name: str, value: float, error: float, backend: str, shape: str) -
 def _loss(costs: Costs, stops: list[Row], grams: list[Row]) -> float:
     """The largest loss of choosing by the costs, at lengths where both ways were measured on samples of one length.
 
-    A difference within the two rows' quartiles is none.
+    A difference within the two rows' quartiles counts as no loss.
     """
     width, weight = costs.d_in + costs.d_out, costs.d_in * costs.d_out
     worst = 0.0
@@ -176,7 +173,7 @@ def _loss(costs: Costs, stops: list[Row], grams: list[Row]) -> float:
 
 
 def by_shape(rows: list[Measured], backend: str) -> dict[tuple[int, int, int], list[Measured]]:
-    """The backend's rows for its constants, by (d_in, d_out, bytes of an element)."""
+    """The backend's rows for its constants, by (d_in, d_out, bytes per element)."""
     found: dict[tuple[int, int, int], list[Measured]] = {}
     for item in rows:
         if (
@@ -190,5 +187,5 @@ def by_shape(rows: list[Measured], backend: str) -> dict[tuple[int, int, int], l
 
 
 def element_bytes(row: dict[str, Any]) -> int:
-    """Of the inputs of a row."""
+    """Bytes per element of a row's inputs."""
     return {"bf16": 2, "fp16": 2, "fp32": 4}[str(row["dtype"])]

@@ -1,14 +1,14 @@
-"""``python -m benchmarks freeze FILE...``: what a GPU's result files say, as the constants that the library ships.
+"""``python -m benchmarks freeze FILE...``: the constants that the library ships, from a GPU's result files.
 
     python -m benchmarks freeze benchmarks/results/ops-*.json                  # configs/<gpu>.json: costs and faster
-    python -m benchmarks freeze ops.json --tuned tuned                         # and kernels, of what `tune` has kept
+    python -m benchmarks freeze ops.json --tuned tuned                         # and the kernels that `tune` has saved
     python -m benchmarks freeze ops.json --backends triton --out some.json
 
 ``costs`` are fitted to the rows of <backend>_wgrad, _gram and _gram_norms over lengths (benchmarks/cost_fit.py);
 ``faster`` names triton or cuda where the two were measured on the same batches and differ by more than their spread;
-``kernels`` are the files that ``python -m gradnorm_kernels tune`` wrote. Blocks that the files say nothing of stay as
-they are. Rows that are wrong or failed, constants that do not fit, and too few lengths end it with status 2 and a
-sentence; nothing is written then.
+``kernels`` are the files that ``python -m gradnorm_kernels tune`` wrote. Blocks that the files do not cover stay as
+they are. Wrong or failed rows, constants that do not fit, and too few lengths end the command with status 2 and a
+message; nothing is written then.
 """
 
 from __future__ import annotations
@@ -33,31 +33,29 @@ from gradnorm_kernels.tuning.tiles import KernelConfig
 
 CONFIGS = Path(tuning.__file__).parent / "configs"
 Config = dict[str, Any]
-#: Between whom ``faster`` decides.
+#: The backends that ``faster`` compares.
 _RIVALS = ("triton", "cuda")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="results of `ops` on one device")
     parser.add_argument("--backends", nargs="+", choices=backends.NAMES, help="default: all that were measured")
-    parser.add_argument("--tuned", type=Path, metavar="FOLDER", help="with what `gradnorm_kernels tune` kept")
+    parser.add_argument("--tuned", type=Path, metavar="FOLDER", help="the folder of `gradnorm_kernels tune`")
     parser.add_argument("--out", type=Path, help="default, for a GPU: gradnorm_kernels/tuning/configs/<gpu>.json")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what was found and write the file; the status to exit with.
+    """Print the constants and write the file. Returns the exit status.
 
     Raises:
-        ValueError: the files do not allow it; the text says what is missing or wrong.
+        ValueError: nothing can be frozen from the files; the text says what is missing or wrong.
         OSError: a file cannot be read or written.
     """
     found = {path: records.read(path) for path in options.files}
     where = _machine(found)
     chip = chip_of(where)
     if options.out is None and not chip.gpu:
-        raise ValueError(
-            "--out must name the file where the results are not of a GPU: configs/cpu.json is made by hand"
-        )
+        raise ValueError("--out must name the file if the results are not of a GPU: configs/cpu.json is made by hand")
     out = options.out or CONFIGS / f"{chip.gpu}.json"
     before: Config = json.loads(out.read_text()) if out.is_file() else {}
     rows, source = measured(found.values()), _source(found, where)
@@ -100,7 +98,7 @@ def _machine(found: dict[Path, Record]) -> dict[str, Any]:
         if record["benchmark"] != "ops":
             raise ValueError(f"{path} must be a result file of ops, it is one of {record['benchmark']}")
         if record["machine"].get("triton_interpreter"):
-            raise ValueError(f"{path} is from Triton's interpreter, whose times mean nothing")
+            raise ValueError(f"{path} is from Triton's interpreter, whose times are meaningless")
         machines.append(record["machine"])
 
     def named(machine: dict[str, Any]) -> tuple[str, str, str]:
@@ -116,7 +114,7 @@ def _machine(found: dict[Path, Record]) -> dict[str, Any]:
 
 
 def chip_of(machine: dict[str, Any]) -> Chip:
-    """The chip of a result file's machine, as :func:`gradnorm_kernels.tuning.costs.chip` has it."""
+    """The chip of a result file's machine, as :func:`gradnorm_kernels.tuning.costs.chip` describes it."""
     if "gpu" not in machine:
         return Chip("cpu")
     major, minor = str(machine["gpu"]["sm"]).split(".")
@@ -124,7 +122,7 @@ def chip_of(machine: dict[str, Any]) -> Chip:
 
 
 def _source(found: dict[Path, Record], where: dict[str, Any]) -> str:
-    """What ``measured_on`` begins with: device, versions, commits, files."""
+    """The beginning of ``measured_on``: device, versions, commits, files."""
     device = where["cpu"] if "gpu" not in where else where["gpu"]["name"]
     smi = where.get("gpu", {}).get("nvidia_smi")
     if isinstance(smi, dict) and "driver_version" in smi:
@@ -143,7 +141,7 @@ def _sound(rows: Iterable[Measured]) -> None:
             row = found.row
             shape = f"{row['d_in']} x {row['d_out']} at {row['length']} tokens"
             raise ValueError(
-                f"{found.name} was {found.status} for {shape}, {row['dtype']} ({row['reason']}): mend it and measure "
+                f"{found.name} was {found.status} for {shape}, {row['dtype']} ({row['reason']}): fix it and measure "
                 "again, or name other --backends"
             )
 
@@ -191,7 +189,7 @@ def costs_block(backend: str, rows: list[Measured], chip: Chip, source: str) -> 
 
 
 def line(backend: str, fit: cost_fit.Fit, now: tuning.Costs) -> str:
-    """A fit for people, beside what has been frozen until now."""
+    """A fit as one line of text, next to the values that are frozen now."""
     costs = fit.costs
     said = [
         f"{name} {getattr(costs, name):.3g} ± {fit.errors[name]:.2g} (was {getattr(now, name):g})"
@@ -205,15 +203,15 @@ def line(backend: str, fit: cost_fit.Fit, now: tuning.Costs) -> str:
 
 
 def faster_block(rows: list[Measured], source: str) -> Config | None:
-    """Who is faster at each shape: the mean over batches of the best of each backend, where it is beyond their spread.
+    """The faster backend per shape, by the mean over batches of each one's best, if the difference exceeds the spread.
 
-    A shape at which one of the two was wrong, failed or was not measured has no entry.
+    A shape has no entry if one of the two was wrong, failed or was not measured.
     """
     entries = []
     for shape, batches in _batches(rows).items():
         own = [found for ways in batches.values() for found in ways]
         if any(found.status in ("wrong", "failed") for found in own):
-            print(f"faster: nothing is said of {shape[0]} x {shape[1]}, where rows are wrong or failed")
+            print(f"faster: no entry for {shape[0]} x {shape[1]}, where rows are wrong or failed")
             continue
         differences, spreads = [], []
         for ways in batches.values():
@@ -244,10 +242,10 @@ def faster_block(rows: list[Measured], source: str) -> Config | None:
 
 
 def _batches(rows: list[Measured]) -> dict[tuple[int, int, int], dict[tuple[Any, ...], list[Measured]]]:
-    """The two backends' rows by shape, then by batch and whether dW is wanted."""
+    """The two backends' rows by shape, then by batch and by whether dW is computed."""
     found: dict[tuple[int, int, int], dict[tuple[Any, ...], list[Measured]]] = {}
     for item in rows:
-        # Tiles on trial are not what a caller gets.
+        # Candidate tiles are not what a call launches.
         if item.record["benchmark"] != "ops" or item.name.split("_")[0] not in _RIVALS or item.name in TILES:
             continue
         row = item.row
@@ -258,10 +256,10 @@ def _batches(rows: list[Measured]) -> dict[tuple[int, int, int], dict[tuple[Any,
 
 
 def kernels_block(folder: Path, chip: Chip, where: dict[str, Any], source: str) -> Config:
-    """What ``tune`` kept for this GPU with the files' Triton.
+    """The configs that ``tune`` saved for this GPU with the Triton of the result files.
 
     Raises:
-        ValueError: a file is damaged, of another GPU or Triton, or there is none.
+        ValueError: a file is damaged or of another GPU or Triton, or there is no file.
     """
     names = {"d_in", "d_out", *(field.name for field in fields(KernelConfig))}
     entries: dict[tuple[Any, ...], Config] = {}
@@ -295,7 +293,7 @@ def _kept(before: Config, after: Config) -> str:
 
 
 def text_of(config: Config) -> str:
-    """The file's text, an entry a line."""
+    """The file's text, one entry per line."""
 
     def block(content: Config, indent: str) -> str:
         lines = ",\n".join(f"{indent}    {json.dumps(entry)}" for entry in content["entries"])

@@ -1,84 +1,31 @@
-"""What every benchmark shares: the correctness gate, interleaved timing on a CPU or a GPU, and quantiles."""
+"""How a function is measured: interleaved pairs of calls, quantiles, and a child process that may crash."""
 
 from __future__ import annotations
 
-import math
+import multiprocessing
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
 
 import torch
 
-from benchmarks.batches import Batch, Truth
-from benchmarks.providers import Provider, Result
-from tests import tolerances
-from tests.tolerances import WEIGHT_GRAD
+from gradnorm_kernels.tuning.timer import DeviceTimer
 
-
-class WrongResultError(RuntimeError):
-    """A provider's result is off: its speed means nothing and is not reported."""
-
-
-def errors_of(result: Result, expected: Truth, batch: Batch) -> dict[str, float]:
-    """How far each result is from the truth, relative to the truth's largest element: {what: error}."""
-    norms = None if result.norms is None else result.norms[torch.tensor(expected.checked, device=batch.x.device)]
-    compared = {
-        "norms": (norms, expected.norms),
-        "weight gradient": (result.weight_grad, expected.total),
-        "group norms": (result.group_norms, expected.group_norms),
-        "group gram": (result.group_gram, expected.gram),
-    }
-    return {
-        what: float((actual.double() - right).abs().max() / right.abs().max())
-        for what, (actual, right) in compared.items()
-        if actual is not None and right is not None
-    }
-
-
-def gate(
-    provider: Provider, batch: Batch, expected: Truth, run: Callable[[], Result] | None = None
-) -> dict[str, float]:
-    """The errors of the provider's result (``errors_of``), all within what is allowed.
-
-    That is the tests' tolerances, which are wider for long chains of products on a GPU. What ``rounds`` on its way is
-    allowed that: norms as far off as a weight gradient may be, and twice that for the weight gradient. Float32 inputs
-    are not rounded.
-
-    Raises:
-        WrongResultError: one is not; NaN never is.
-    """
-    poison(batch.x.device)
-    errors = errors_of((run or provider.prepare(batch))(), expected, batch)
-    for what, error in errors.items():
-        allowed = _allowed(provider, what, batch)
-        if not error <= allowed:
-            raise WrongResultError(f"{provider.name}: {what} off by {error:.1e} (allowed {allowed:.0e})")
-    return errors
-
-
-def _allowed(provider: Provider, what: str, batch: Batch) -> float:
-    dtype = batch.x.dtype
-    if not provider.rounds or dtype == torch.float32:
-        # Sums over samples may go through one accumulator from the first token to the last.
-        tokens = max(batch.lengths) if what == "norms" else len(batch.x)
-        chain = max(tokens, batch.x.shape[1], batch.dy.shape[1])
-        return WEIGHT_GRAD[dtype] if what == "weight gradient" else tolerances.norms(dtype, batch.x.device, chain)
-    return WEIGHT_GRAD[dtype] * (2 if what == "weight gradient" else 1)
-
-
-def poison(device: torch.device, size: int = 64 << 20) -> None:
-    """Leave NaN in the memory that a GPU's caching allocator hands out next: an element not written will show."""
-    if device.type == "cuda":
-        for elements in (size // 4, 1 << 18, 1 << 8):  # the allocator keeps large, middle and small blocks apart
-            torch.full((elements,), math.nan, device=device)
+Job = dict[str, Any]
+#: Makes, inside the child, the function that does jobs; the factory and its arguments are pickled.
+Factory = Callable[..., Callable[[Job], Job]]
 
 
 class Stopwatch(Protocol):
-    """Runs a function once and returns what tells the seconds it took, to be asked after ``settle``.
+    """What :class:`HostClock` and :class:`gradnorm_kernels.tuning.timer.DeviceTimer` share.
 
-    ``late``: the share of a function's calls, since it was last asked, that a GPU had begun before the host had
-    launched all of it.
+    A call runs a function once and returns a function that gives the seconds, to be called after ``settle``.
+
+    ``late``: the share of a function's calls, since the last question, that a GPU began before the host had launched
+    all of the call.
     """
 
     def __call__(self, function: Callable[[], object]) -> Callable[[], float]: ...
@@ -89,7 +36,7 @@ class Stopwatch(Protocol):
 
 
 class HostClock:
-    """A clock of the host around the call: all there is on a CPU."""
+    """The host's clock around the call: all that a CPU needs."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -107,59 +54,14 @@ class HostClock:
         return 0.0
 
 
-#: No GPU's clock is faster: a wait of so many cycles a second is never too short.
-_CYCLES = 2.2e9
-#: Least and longest wait. A call that synchronises takes longer on the host the longer the wait before it.
-_SHORTEST, _LONGEST = 0.2e-3, 2e-3
-
-
-class DeviceClock:
-    """CUDA events around the call, with a cold L2 and the host ahead.
-
-    Before each call a buffer of four times the L2 is read, so that no input is left in it, and the GPU is kept waiting
-    for a moment, so that launches are queued before their time begins, as they are in the middle of a training step:
-    somewhat longer than the host took for the calls before, which may make dozens of launches.
-    What synchronises inside the call pays for it all the same.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self._buffer = torch.randn(max(4 * cache, 64 << 20) // 4, device=device)
-        self._sink = torch.zeros((), device=device)
-        self._device, self._wait = device, _SHORTEST
-        self._late: dict[Callable[[], object], list[bool]] = {}
-
-    def __call__(self, function: Callable[[], object]) -> Callable[[], float]:
-        torch.sum(self._buffer, dim=0, out=self._sink)
-        torch.cuda._sleep(int(self._wait * _CYCLES))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began = time.perf_counter()
-        start.record()
-        function()
-        end.record()
-        self._late.setdefault(function, []).append(start.query())
-        host = time.perf_counter() - began
-        # It falls slowly, so that the two calls of a pair find the same.
-        self._wait = min(max(1.3 * host, 0.95 * self._wait, _SHORTEST), _LONGEST)
-        return lambda: start.elapsed_time(end) / 1e3
-
-    def settle(self) -> None:
-        torch.cuda.synchronize(self._device)
-
-    def late(self, function: Callable[[], object]) -> float:
-        calls = self._late.get(function, [])
-        self._late.clear()  # functions hold on to their tensors
-        return sum(calls) / max(len(calls), 1)
-
-
 def stopwatch(device: torch.device) -> Stopwatch:
-    return DeviceClock(device) if device.type == "cuda" else HostClock()
+    return DeviceTimer(device) if device.type == "cuda" else HostClock()
 
 
 def pairs(
     run: Callable[[], object], base: Callable[[], object], repeats: int, watch: Stopwatch
 ) -> tuple[list[float], list[float]]:
-    """Seconds of ``run`` and of ``base``, in pairs run back to back, the order swapped every time."""
+    """Seconds of ``run`` and of ``base``, in pairs run back to back, in alternating order."""
     times: dict[Callable[[], object], list[Callable[[], float]]] = {run: [], base: []}
     for i in range(repeats):
         for function in (run, base) if i % 2 else (base, run):
@@ -171,7 +73,7 @@ def pairs(
 def ratios(
     run: Callable[[], object], base: Callable[[], object], repeats: int, clock: Callable[[], float]
 ) -> list[float]:
-    """Times of ``run`` over times of ``base`` by a clock of the host, in pairs; one of each goes before, unmeasured."""
+    """Times of ``run`` over times of ``base`` by a host clock, in pairs, after one untimed call of each."""
     run(), base()
     return [a / b for a, b in zip(*pairs(run, base, repeats, HostClock(clock)), strict=True)]
 
@@ -183,12 +85,118 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Least, lower quartile, median, upper quartile, ninth decile and greatest of at least two values."""
+    """Minimum, quartiles, 90th percentile and maximum of at least two values."""
     low, middle, high = quartiles(values)
     ninth = statistics.quantiles(values, n=10, method="inclusive")[-1]
     return {"min": min(values), "q1": low, "median": middle, "q3": high, "p90": ninth, "max": max(values)}
 
 
 def repeats_for(seconds: float, budget: float, least: int = 5, most: int = 100) -> int:
-    """How many repetitions of something that takes ``seconds`` fit the budget, within bounds."""
+    """How many repetitions of a call that takes ``seconds`` fit the budget, within bounds."""
     return max(least, min(most, int(budget / max(seconds, 1e-9))))
+
+
+class LostError(RuntimeError):
+    """The child process died or did not answer in time."""
+
+
+class Worker:
+    """Does jobs in a child process, so that a provider which crashes or hangs takes nothing else with it.
+
+    A kernel that reads out of bounds leaves the CUDA context of its process unusable, and one that waits for a barrier
+    nobody reaches never returns. The child starts with the first job. One that dies, or does not answer in time, is
+    replaced; only its own job is lost.
+
+    Args:
+        factory: a module-level function or class, called once in each child with ``arguments``.
+        patience: seconds without an answer after which the child is killed.
+    """
+
+    def __init__(self, factory: Factory, arguments: tuple[Any, ...], patience: float) -> None:
+        self._factory, self._arguments, self._patience = factory, arguments, patience
+        self._context = multiprocessing.get_context("spawn")  # a forked child cannot use CUDA
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def __call__(self, job: Job) -> Job:
+        """The child's answer.
+
+        Raises:
+            LostError: there was none; the next call starts a new child.
+            RuntimeError: the job raised an error; the text is the error's, with the place that raised it.
+        """
+        if self._connection is None:
+            self._connection, end = self._context.Pipe()
+            self._process = self._context.Process(
+                target=_serve, args=(end, self._factory, self._arguments), daemon=True
+            )
+            self._process.start()
+            end.close()
+        try:
+            self._connection.send(job)
+            if not self._connection.poll(self._patience):
+                self.close()
+                raise LostError(f"no answer for {self._patience:.0f} s; its process was ended")
+            kind, answer = self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join(10)
+            code = self._process.exitcode
+            self.close()
+            raise LostError(f"its process ended with status {code}") from None
+        if kind == "answer":
+            return dict(answer)
+        text, usable = answer
+        if not usable:
+            self.close()
+        raise RuntimeError(text)
+
+    def close(self) -> None:
+        """Kill the child, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(20)  # a process stuck in the driver may never end
+        if self._connection is not None:
+            self._connection.close()
+        self._process = self._connection = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(connection: Connection, factory: Factory, arguments: tuple[Any, ...]) -> None:
+    work: Callable[[Job], Job] | None = None
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        try:
+            if work is None:
+                work = factory(*arguments)
+            message: tuple[str, Any] = ("answer", work(job))
+        except Exception as error:
+            message = ("error", (describe(error), work is not None and _device_works()))
+        connection.send(message)
+
+
+def describe(error: BaseException) -> str:
+    """One paragraph: the error's type and text, and the place in the code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}{where}"
+
+
+def _device_works() -> bool:
+    """Whether the CUDA context, if there is one, survived the error."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.zeros(1, device="cuda").item()
+    except Exception:  # torch raises several kinds, all of which mean the same here
+        return False
+    return True

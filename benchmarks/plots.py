@@ -3,10 +3,11 @@
     python -m benchmarks plot benchmarks/results/ops-*.json --out plots
     python -m benchmarks plot step.json --providers linears linears_fused
 
-A file of ``ops`` gives, for each model, dtype and kind of batch, the time over that of dW alone against the tokens a
-sample, with quartiles, one panel a layer: once with everybody, once with ours alone from near. Then the rate against
-the device's measured ceilings. A file of ``step`` gives time and peak memory of each variant over the plain step's, a
-file of ``cpu_ratio`` the ratios by width. What was wrong or failed leaves a gap in its line, and is named below.
+A file of ``ops`` gives, per model, dtype and kind of batch, the time relative to dW alone against the tokens per
+sample, with quartiles and one panel per layer: one picture with all providers, and one of ours on a linear axis around
+1. Then the rates under the device's measured ceilings. A file of ``step`` gives time and peak memory of each variant
+relative to the plain step, a file of ``cpu_ratio`` the ratios by width. A wrong or failed row is a gap in its line and
+is named below.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.providers import YARDSTICK
+from benchmarks.providers import BASELINE
 from benchmarks.targets import BY_LENGTH, SMALL, SMALL_LENGTH, WAYS, is_small
 
-#: Where the pictures of ours alone are cut: what lies above is in the others.
+#: The largest ratio in the pictures of ours alone; the pictures of all providers show larger ones.
 _NEAR = 1.5
 Row = dict[str, Any]
 
@@ -36,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw every file; the status to exit with: 1 if a file has nothing to draw.
+    """Draw every file. Returns the exit status, 1 if a file has nothing to draw.
 
     Raises:
         ValueError: matplotlib is missing, or a file is no result file.
-        OSError: a file cannot be read or a picture not be written.
+        OSError: a file cannot be read, or a picture cannot be written.
     """
     try:
         import matplotlib
@@ -91,14 +92,16 @@ def _panels(count: int, width: float = 4.6, height: float = 3.6) -> tuple[Any, l
 
     columns = min(count, 3)
     rows = math.ceil(count / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:count])
 
 
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
-    """One colour and marker a name, the same in every picture of a file."""
+    """One colour and marker per name, the same in every picture of a file."""
     from matplotlib import colormaps
 
     colours, markers = [*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2]], "os^Dv<>Pp*"
@@ -109,7 +112,7 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _lines(axis: Any, rows: list[Row], styles: dict[str, dict[str, Any]], ratio: Callable[[Row], list[float]]) -> None:
-    """One line a provider over tokens a sample, bars from quartile to quartile; a row without a speed is a gap."""
+    """One line per provider over tokens per sample, bars from quartile to quartile; a row without a speed is a gap."""
     for name in _unique(row["provider"] for row in rows if _drawn(row)):
         own = sorted((row for row in rows if row["provider"] == name), key=lambda row: row["length"])
         low, middle, high = zip(*(ratio(row) if _drawn(row) else [math.nan] * 3 for row in own), strict=True)
@@ -128,7 +131,7 @@ def _lines(axis: Any, rows: list[Row], styles: dict[str, dict[str, Any]], ratio:
     fine, coarse = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4), (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
     marks = [mark for mark in (fine if high < 6 * low else coarse) if low <= mark <= high]
     axis.set_yticks(marks, [f"{mark:g}" for mark in marks])
-    axis.set_xlabel("tokens a sample")
+    axis.set_xlabel("tokens per sample")
     axis.grid(alpha=0.3)
 
 
@@ -143,13 +146,13 @@ def _draw_ops(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) ->
     usual = Counter(row["tokens"] for row in record["rows"]).most_common(1)[0][0]
 
     def batches(row: Row) -> str:
-        # Batches of another size have pictures of their own; samples of one length may not quite fill the usual one.
+        # Batches of another size have their own pictures. Samples of one length may not fill the usual size exactly.
         size = f"-of-{row['tokens']}" if abs(row["tokens"] - usual) >= row["length"] else ""
         return ("gram" if row.get("gram") else "ragged" if row["ragged"] else "uniform") + size
 
     for model, dtype, sort in _unique((row["model"], row["dtype"], batches(row)) for row in rows):
         chosen = [row for row in record["rows"] if (row["model"], row["dtype"], batches(row)) == (model, dtype, sort)]
-        near = [row for row in chosen if row.get("ours") or row["provider"] == YARDSTICK]
+        near = [row for row in chosen if row.get("ours") or row["provider"] == BASELINE]
         for suffix, own in (("", chosen), ("-ours", near)):
             if any(map(_drawn, own)) and (own is chosen or 1 < len(near) < len(chosen)):
                 title = f"{model}, {dtype}, {sort} samples\n{_title(record)}"
@@ -160,14 +163,14 @@ def _draw_ops(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) ->
     for dtype in _unique(row["dtype"] for row in rows):
         if record.get("ceilings", {}).get(dtype):
             own = [row for row in rows if row["dtype"] == dtype]
-            # Of a dozen providers at as many shapes nothing could be told apart.
-            few = [row for row in own if row["provider"] in (YARDSTICK, *WAYS)]
+            # A dozen providers at as many shapes would be indistinguishable.
+            few = [row for row in own if row["provider"] in (BASELINE, *WAYS)]
             written.append(_roofline(record, few or own, record["ceilings"][dtype], styles, stem, kind))
     return written
 
 
 def _ratio_panels(rows: list[Row], styles: dict[str, dict[str, Any]], title: str, aims: bool, near: bool) -> Any:
-    """A panel a layer, with what is aimed at; ``near``: on a linear axis around 1, for what costs little beyond dW."""
+    """One panel per layer, with the targets if ``aims``; ``near``: on a linear axis around 1, for small costs."""
     layers = _unique(row["layer"] for row in rows)
     figure, axes = _panels(len(layers))
     for axis, layer in zip(axes, layers, strict=True):
@@ -184,15 +187,13 @@ def _ratio_panels(rows: list[Row], styles: dict[str, dict[str, Any]], title: str
     said = ", ".join(f"{name} {status} in {count}" for (name, status), count in without.items())
     note = textwrap.fill(f"without a speed: {said} of the batches", 140) if said else None
     handles, labels = _legend(axes)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
-    figure.legend(handles, labels, ncols=5, fontsize=8, title=note, title_fontsize=8, **place)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, title=note, title_fontsize=8)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
     return figure
 
 
 def _look_near(axis: Any, rows: list[Row]) -> None:
-    """The axis linear and cut where what is drawn would be too small to see."""
+    """Make the axis linear and cut it at ``_NEAR``, so that a few percent are visible."""
     found = [row["ratio"][key] for row in rows if _drawn(row) for key in ("q1", "q3")]
     low, high = min([*found, 0.95]), min(max([*found, 1.15]), _NEAR)
     axis.set_yscale("linear")
@@ -204,7 +205,7 @@ def _look_near(axis: Any, rows: list[Row]) -> None:
 
 
 def _aims(axis: Any, rows: list[Row]) -> None:
-    """What wgrad with dW aims at in this layer, if anything, at the lengths that the targets are about."""
+    """Draw the target of wgrad with dW in this layer, if there is one, at the lengths it applies to."""
     d_in, d_out, longest = rows[0]["d_in"], rows[0]["d_out"], max(row["length"] for row in rows)
     limits = BY_LENGTH if d_in == d_out == 4096 else {SMALL_LENGTH: SMALL} if is_small(d_in, d_out) else {}
     aims = {length: limit for length, limit in limits.items() if length <= longest}
@@ -212,7 +213,7 @@ def _aims(axis: Any, rows: list[Row]) -> None:
         return
     aims[longest] = aims[max(aims)]
     style = {"color": "black", "linewidth": 1.0, "linestyle": ":"}
-    axis.step(list(aims), list(aims.values()), where="post", label="aim of wgrad with dW", **style)
+    axis.step(list(aims), list(aims.values()), where="post", label="target of wgrad with dW", **style)
 
 
 def _legend(axes: list[Any]) -> tuple[list[Any], list[str]]:
@@ -238,7 +239,7 @@ def _roofline(
     axis.plot(points, roof, color="black", linewidth=1, label="measured copy and product")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xlabel("floating-point operations of dW a byte of x, dy and dW")
+    axis.set_xlabel("floating-point operations of dW per byte of x, dy and dW")
     axis.set_ylabel("TFLOP/s of dW's work")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -261,7 +262,7 @@ def _draw_step(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) -
         axes[1].set_xlabel("peak memory beyond the plain step's, GiB")
         axes[1].margins(x=0.2)
     if ours:
-        # A bar that begins at 0 does not show what a few percent are made of.
+        # A few percent are invisible in a bar that begins at 0.
         _bars(axes[-1], ours, lambda ratio: 100 * (ratio - 1), "{:+.2f}%")
         axes[-1].axvline(0.0, color="black", linewidth=0.8, linestyle="--")
         for place, row in enumerate(ours):
@@ -277,12 +278,11 @@ def _draw_step(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) -
     settings = record["settings"]
     what = f"{settings['model']}, {settings['dtype']}, {settings['prompts']} prompts x {settings['completions']} rows"
     figure.suptitle(f"{what} x {settings['length']} tokens, {settings['optimizer']}\n{_title(record)}", fontsize=9)
-    figure.tight_layout()
     return [_save(figure, stem, "", kind)]
 
 
 def _bars(axis: Any, rows: list[Row], of: Callable[[float], float], text: str) -> None:
-    """A bar a row of the ratio's median, with its quartiles."""
+    """One bar per row: the ratio's median, with its quartiles."""
     low, middle, high = ([of(row["ratio"][key]) for row in rows] for key in ("q1", "median", "q3"))
     errors = [[m - v for m, v in zip(middle, low, strict=True)], [v - m for m, v in zip(middle, high, strict=True)]]
     bars = axis.barh([row["variant"] for row in rows], middle, xerr=errors, capsize=2, color="tab:blue")
@@ -300,7 +300,6 @@ def _draw_cpu_ratio(record: dict[str, Any], rows: list[Row], stem: Path, kind: s
         axis.set_title(f"d_in = d_out = {d}", fontsize=9)
         axis.set_ylabel("time over dW alone")
     handles, labels = _legend(axes)
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(_title(record), fontsize=9)
-    figure.tight_layout()
     return [_save(figure, stem, "", kind)]

@@ -1,17 +1,18 @@
-"""The ways to the squared norms of per-sample gradients that are compared, by name.
+"""The compared ways to compute squared norms of per-sample gradients, by name, and the check that a result is right.
 
-A provider takes a batch and returns a function of no arguments; that function does the work and returns what it found.
-``weight_grad`` alone does no norms: it is the yardstick. Ours are named by backend, algorithm and "norms" (without dW),
-what is "auto" left out: ``auto``, ``wgrad``, ``triton``, ``triton_gram``, ``cuda_norms``, ``cuda_gram_norms``. Names in
-``TILES`` are ``cuda_wgrad`` with its tiles given, to find the ones to take.
+A provider takes a batch and returns a function of no arguments, which does the work and returns its results.
+``weight_grad`` computes no norms: it is the baseline. Ours are named by backend, algorithm and "norms" (without dW),
+with "auto" left out: ``auto``, ``wgrad``, ``triton``, ``triton_gram``, ``cuda_norms``, ``cuda_gram_norms``. Names in
+``TILES`` are ``cuda_wgrad`` with a given tile, to choose between tiles.
 
-The peers are written as somebody who needs the right numbers would write them: norms of half-precision gradients are
-taken in float32, two-Gram products are kept in float32 where the library can, and ragged batches are padded
-beforehand, outside the time.
+The peers are written the way a user who needs correct numbers would write them: norms of half-precision gradients are
+computed in float32, two-Gram products are kept in float32 where the library can, and ragged batches are padded
+beforehand, outside the timed region.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,14 +22,14 @@ import torch
 from torch import Tensor
 
 import gradnorm_kernels as gk
-from benchmarks.batches import Batch
-from gradnorm_kernels import backends, dispatch
+from benchmarks.batches import Batch, Truth
+from gradnorm_kernels import backends, dispatch, tolerances
 from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, forced
 
 
 class Result(NamedTuple):
-    """Squared norms of the samples [N], the weight's gradient [d_out, d_in], squared norms of group sums [K],
-    their inner products [K, K]."""
+    """Squared norms of the samples [N], weight gradient [d_out, d_in], squared norms of the groups' sums [K] and their
+    inner products [K, K]."""
 
     norms: Tensor | None = None
     weight_grad: Tensor | None = None
@@ -41,17 +42,17 @@ Run = Callable[[], Result]
 
 @dataclass(frozen=True)
 class Provider:
-    """``prepare(batch)`` gives the function to time; ``unable(batch)`` says why there is none, or None.
+    """``prepare(batch)`` gives the function to time; ``unavailable_reason(batch)`` says why there is none, or None.
 
-    ``does`` is "dW", "norms" or "dW and norms". ``ran(batch)`` tells what the dispatch chose, for ours. ``rounds``: it
-    rounds parts of the result to the inputs' dtype before it adds them: stored gradients, or a BLAS's split sums.
+    ``does`` is "dW", "norms" or "dW and norms". ``ran(batch)``, for ours: what dispatch chose. ``rounds``: parts of the
+    result are rounded to the inputs' dtype before they are added (stored gradients, or partial sums of a BLAS).
     """
 
     name: str
     what: str
     does: str
     prepare: Callable[[Batch], Run]
-    unable: Callable[[Batch], str | None] = lambda batch: None
+    unavailable_reason: Callable[[Batch], str | None] = lambda batch: None
     ran: Callable[[Batch], dict[str, object]] | None = None
     rounds: bool = False
 
@@ -60,13 +61,72 @@ class Provider:
         return self.ran is not None
 
 
-YARDSTICK = "weight_grad"
-#: What a provider that stores every sample's gradient may use on a CPU; on a GPU, this share of what is free.
+class WrongResultError(RuntimeError):
+    """A provider's result is wrong: its speed means nothing and is not reported."""
+
+
+def errors_of(result: Result, expected: Truth, batch: Batch) -> dict[str, float]:
+    """The error of each result, relative to the truth's largest element: {what: error}."""
+    norms = None if result.norms is None else result.norms[torch.tensor(expected.checked, device=batch.x.device)]
+    compared = {
+        "norms": (norms, expected.norms),
+        "weight gradient": (result.weight_grad, expected.total),
+        "group norms": (result.group_norms, expected.group_norms),
+        "group gram": (result.group_gram, expected.gram),
+    }
+    return {
+        what: float((actual.double() - right).abs().max() / right.abs().max())
+        for what, (actual, right) in compared.items()
+        if actual is not None and right is not None
+    }
+
+
+def gate(
+    provider: Provider, batch: Batch, expected: Truth, run: Callable[[], Result] | None = None
+) -> dict[str, float]:
+    """The errors of the provider's result (:func:`errors_of`), all within the tolerances of the tests.
+
+    The tolerances are wider for long chains of products on a GPU. A provider that ``rounds`` is allowed that rounding:
+    the weight gradient's tolerance for its norms, and twice that for its weight gradient. With float32 inputs nothing
+    is rounded.
+
+    Raises:
+        WrongResultError: an error is larger than allowed, or NaN.
+    """
+    poison(batch.x.device)
+    errors = errors_of((run or provider.prepare(batch))(), expected, batch)
+    for what, error in errors.items():
+        allowed = _allowed(provider, what, batch)
+        if not error <= allowed:
+            raise WrongResultError(f"{provider.name}: {what} off by {error:.1e} (allowed {allowed:.0e})")
+    return errors
+
+
+def _allowed(provider: Provider, what: str, batch: Batch) -> float:
+    dtype = batch.x.dtype
+    if not provider.rounds or dtype == torch.float32:
+        # Sums over samples may go through one accumulator from the first token to the last.
+        tokens = max(batch.lengths) if what == "norms" else len(batch.x)
+        chain = max(tokens, batch.x.shape[1], batch.dy.shape[1])
+        weight_grad = tolerances.WEIGHT_GRAD[dtype]
+        return weight_grad if what == "weight gradient" else tolerances.norms(dtype, batch.x.device, chain)
+    return tolerances.WEIGHT_GRAD[dtype] * (2 if what == "weight gradient" else 1)
+
+
+def poison(device: torch.device, size: int = 64 << 20) -> None:
+    """Leave NaN in the memory that a GPU's caching allocator hands out next, so that an unwritten element shows."""
+    if device.type == "cuda":
+        for elements in (size // 4, 1 << 18, 1 << 8):  # the allocator has pools by block size
+            torch.full((elements,), math.nan, device=device)
+
+
+BASELINE = "weight_grad"
+#: Memory that a provider which stores every sample's gradient may use: bytes on a CPU, share of free memory on a GPU.
 CPU_LIMIT, GPU_SHARE = 4 << 30, 0.6
 
 
 def _too_large(batch: Batch, copies: float, padded: bool) -> str | None:
-    """Why every sample's gradient cannot be stored ``copies`` times, or None."""
+    """The reason why every sample's gradient cannot be stored ``copies`` times, or None."""
     one = batch.x.shape[1] * batch.dy.shape[1] * batch.x.element_size()
     need = copies * one * batch.samples
     if padded and batch.length is None:
@@ -81,11 +141,11 @@ def _too_large(batch: Batch, copies: float, padded: bool) -> str | None:
 
 
 def sq_norms(gradients: Tensor) -> Tensor:
-    """[N, ...] -> [N] float32: squares summed in float32 whatever the dtype, without a float32 copy on a GPU."""
+    """[N, ...] -> [N] float32: squares summed in float32 for every dtype, without a float32 copy on a GPU."""
     flat = gradients.flatten(1)
     if flat.is_cuda:
         return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float32).square()
-    # On a CPU vector_norm adds one after the other and is off by 6e-5 at a million elements; sum adds in a tree.
+    # On a CPU vector_norm adds sequentially and is off by 6e-5 at a million elements; sum adds pairwise.
     return flat.float().square().sum(1)
 
 
@@ -113,7 +173,7 @@ def _ours(backend: str, algorithm: str, weight_grad: bool) -> Provider:
 
         return run
 
-    def unable(batch: Batch) -> str | None:
+    def unavailable_reason(batch: Batch) -> str | None:
         return (
             None
             if backend == "auto"
@@ -133,15 +193,15 @@ def _ours(backend: str, algorithm: str, weight_grad: bool) -> Provider:
             backend=backend,
         ).plan
         longest = max(batch.lengths)
-        return {"backend": plan.backend, "gram_tokens": min(plan.gram_tokens, longest), "sums": plan.sums}
+        return {"backend": plan.backend, "gram_tokens": min(plan.gram_tokens, longest), "sums": plan.group_sums}
 
     what = f"fused_grad_norm, backend={backend!r}, algorithm={algorithm!r}" + (", with dW" if weight_grad else "")
     does = "dW and norms" if weight_grad else "norms"
-    return Provider("_".join(parts) or "auto", what, does, prepare, unable, ran)
+    return Provider("_".join(parts) or "auto", what, does, prepare, unavailable_reason, ran)
 
 
 def _bmm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, batched, with a float32 result: straight from the accumulators on a GPU."""
+    """a @ b, batched, with a float32 result, on a GPU directly from the accumulators."""
     if a.dtype == torch.float32:
         return torch.bmm(a, b)
     if a.is_cuda:
@@ -151,7 +211,7 @@ def _bmm_float32(a: Tensor, b: Tensor) -> Tensor:
 
 def _two_gram(batch: Batch) -> Run:
     if batch.length is None and not batch.x.is_cuda:
-        # Many small products cost a CPU nothing extra, padding costs it products.
+        # On a CPU many small products cost nothing extra; padding costs products.
         pairs = [(batch.x[None, lo:hi], batch.dy[None, lo:hi]) for lo, hi in pairwise(batch.offsets)]
         return lambda: Result(torch.cat([_two_gram_of(x, dy) for x, dy in pairs]))
     x, dy = batch.padded()
@@ -162,11 +222,11 @@ def _two_gram_of(x: Tensor, dy: Tensor) -> Tensor:
     return (_bmm_float32(x, x.mT) * _bmm_float32(dy, dy.mT)).sum((1, 2))
 
 
-def _two_gram_unable(batch: Batch) -> str | None:
+def _two_gram_unavailable(batch: Batch) -> str | None:
     longest = max(batch.lengths)
     need = 3 * 4 * batch.samples * longest * longest
     limit = GPU_SHARE * torch.cuda.mem_get_info(batch.x.device)[0] if batch.x.is_cuda else CPU_LIMIT
-    return None if need <= limit else f"stores two Grams of {longest} tokens a sample: {need / 2**30:.1f} GiB"
+    return None if need <= limit else f"stores two Grams of {longest} tokens per sample: {need / 2**30:.1f} GiB"
 
 
 def _bmm(batch: Batch) -> Run:
@@ -196,7 +256,7 @@ def _vmap_grad(batch: Batch) -> Run:
 
 
 def _grouped_mm(batch: Batch) -> Run:
-    # Both operands two-dimensional: the offsets divide the tokens, the contraction, and the result is [N, d_out, d_in].
+    # With two-dimensional operands the offsets split the contracted dimension, the tokens: [N, d_out, d_in].
     ends = batch.cu_seqlens[1:].to(torch.int32)
 
     def run() -> Result:
@@ -206,7 +266,7 @@ def _grouped_mm(batch: Batch) -> Run:
     return run
 
 
-def _grouped_mm_unable(batch: Batch) -> str | None:
+def _grouped_mm_unavailable(batch: Batch) -> str | None:
     if not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has no _grouped_mm"
     if batch.x.dtype != torch.bfloat16:
@@ -240,17 +300,19 @@ def _with_tiles(name: str, tiles: CudaConfig) -> Provider:
 
         return run
 
-    def unable(batch: Batch) -> str | None:
-        reason = base.unable(batch)
+    def unavailable_reason(batch: Batch) -> str | None:
+        reason = base.unavailable_reason(batch)
         if reason is None and torch.cuda.get_device_capability(batch.x.device)[0] < 9:
             reason = "other tiles are for Hopper's kernel"
         return reason
 
-    return replace(base, name=name, what=f"{base.what}, {tiles}", prepare=prepare, unable=unable)
+    return replace(
+        base, name=name, what=f"{base.what}, {tiles}", prepare=prepare, unavailable_reason=unavailable_reason
+    )
 
 
 _PEERS = (
-    Provider("two_gram", "the two-Gram formula", "norms", _two_gram, _two_gram_unable),
+    Provider("two_gram", "the two-Gram formula", "norms", _two_gram, _two_gram_unavailable),
     Provider(
         "bmm",
         "every sample's gradient by torch.bmm",
@@ -272,7 +334,7 @@ _PEERS = (
         "every sample's gradient by torch._grouped_mm (a loop of products where the GPU is no sm_90 or sm_100)",
         "dW and norms",
         _grouped_mm,
-        _grouped_mm_unable,
+        _grouped_mm_unavailable,
         rounds=True,
     ),
 )
@@ -280,7 +342,7 @@ _PEERS = (
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider(YARDSTICK, "dy.T @ x by torch's BLAS", "dW", _weight_grad, rounds=True),
+        Provider(BASELINE, "dy.T @ x by torch's BLAS", "dW", _weight_grad, rounds=True),
         *_all_ours(),
         *(_with_tiles(name, tiles) for name, tiles in _TILES.items()),
         *_PEERS,

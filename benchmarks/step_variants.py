@@ -1,18 +1,134 @@
-"""The ways to take a training step that are compared: plain, measured by the tracker, and what one would do without it.
+"""The training steps that are compared: the models, a batch of prompts, and the ways to take one step on it.
 
-Every variant makes one optimizer step on the same batch with the same total gradient, the mean over the rows.
+Models have random weights and the sizes of known ones. Every variant makes one optimizer step on the same batch with
+the same total gradient, the mean over the rows: the plain step, the step with the tracker, and the rivals, which find
+each prompt's norm without the tracker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
-from benchmarks.models import Prompts, linears, row_losses
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """As in the model's published configuration; ``bias``: of q, k and v; ``tied``: the head is the embedding."""
+
+    hidden: int
+    wide: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    bias: bool
+    tied: bool
+
+
+MODELS = {
+    "qwen2.5-3b": Sizes(2048, 11008, 36, 16, 2, 151936, True, True),
+    "qwen2.5-1.5b": Sizes(1536, 8960, 28, 12, 2, 151936, True, True),
+    "qwen2.5-0.5b": Sizes(896, 4864, 24, 14, 2, 151936, True, True),
+    "llama-3.1-8b": Sizes(4096, 14336, 32, 32, 8, 128256, False, False),
+    "smollm2-135m": Sizes(576, 1536, 30, 9, 3, 49152, False, True),
+    "tiny": Sizes(64, 176, 2, 4, 2, 512, True, True),
+}
+
+
+def build(
+    name: str, layers: int | None, dtype: torch.dtype, device: torch.device, checkpointing: bool
+) -> tuple[nn.Module, Sizes]:
+    """The model on the device, all parameters trainable; ``layers`` overrides the number of decoder layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = MODELS[name]
+    common: dict[str, Any] = {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.wide,
+        "num_hidden_layers": layers or sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "tie_word_embeddings": sizes.tied,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            if sizes.bias:
+                model: nn.Module = Qwen2ForCausalLM(Qwen2Config(**common))
+            else:
+                model = LlamaForCausalLM(LlamaConfig(**common))
+    finally:
+        torch.set_default_dtype(before)
+    model.train()
+    # The biases of a new model are zero, and products of zeros draw less power than those of a trained model.
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=0.02)
+    if checkpointing:
+        # Later releases of transformers renamed it, and the old name warns there.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        if enable is None:
+            enable = model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model, sizes
+
+
+def linears(model: nn.Module) -> list[str]:
+    """The names of all linear layers except the head, which is tied to the embedding in most models of this size."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """B rows of L tokens: n prompts with B / n adjacent completions each, and one advantage per row.
+
+    ``sample_ids`` [B]: the prompt of each row. ``task_ids`` [B]: its task.
+    """
+
+    tokens: Tensor
+    advantages: Tensor
+    sample_ids: list[int]
+    task_ids: list[int]
+
+    @property
+    def prompts(self) -> list[slice]:
+        """The rows of each prompt."""
+        each = self.sample_ids.count(0)
+        return [slice(lo, lo + each) for lo in range(0, len(self.sample_ids), each)]
+
+
+def make_prompts(
+    prompts: int, completions: int, length: int, tasks: int, vocabulary: int, device: torch.device
+) -> Prompts:
+    """Random tokens and advantages."""
+    generator = torch.Generator().manual_seed(1)
+    rows = prompts * completions
+    tokens = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
+    advantages = torch.randn(rows, generator=generator).to(device)
+    sample_ids = [row // completions for row in range(rows)]
+    return Prompts(tokens, advantages, sample_ids, [sample % tasks for sample in sample_ids])
+
+
+def row_losses(model: nn.Module, tokens: Tensor, advantages: Tensor) -> Tensor:
+    """[B] float32: each row's advantage times its mean negative log-likelihood per token, as in policy gradients."""
+    logits = model(input_ids=tokens).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+    ).view(len(tokens), -1)
+    return losses.mean(1) * advantages
 
 
 @dataclass
@@ -31,7 +147,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """``layers`` "last_attention" or "linears" and ``fused`` for the tracker's; ``rival`` for the ways without it."""
+    """``layers``: "last_attention" or "linears", with the tracker; ``rival``: a way without the tracker."""
 
     name: str
     what: str
@@ -44,25 +160,25 @@ class Variant:
         return self.layers is not None
 
 
-BASELINE = "nothing"
+PLAIN = "nothing"
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant(BASELINE, "forward, backward, optimizer step"),
-        Variant("last_attention", "the last block's attention projections watched", "last_attention"),
+        Variant(PLAIN, "forward, backward, optimizer step"),
+        Variant("last_attention", "the last block's attention projections observed", "last_attention"),
         Variant("last_attention_fused", "the same, their backward replaced", "last_attention", True),
-        Variant("linears", "all linear layers but the head watched", "linears"),
+        Variant("linears", "all linear layers except the head observed", "linears"),
         Variant("linears_fused", "the same, their backward replaced", "linears", True),
-        Variant("prompt_microbatches", "one micro-batch a prompt, its gradient's norm, accumulation", rival=True),
+        Variant("prompt_microbatches", "one micro-batch per prompt, its gradient's norm, accumulation", rival=True),
         Variant(
-            "prompt_backwards", "one forward, one backward a prompt, its gradient's norm, accumulation", rival=True
+            "prompt_backwards", "one forward, one backward per prompt, its gradient's norm, accumulation", rival=True
         ),
     )
 }
 
 
 def layer_names(setting: Setting, layers: str) -> str | list[str]:
-    """The tracker's ``layers=`` for a variant's."""
+    """The tracker's ``layers`` argument for a variant's ``layers``."""
     return linears(setting.model) if layers == "linears" else layers
 
 
@@ -88,17 +204,17 @@ def tracked_step(setting: Setting, tracker: gk.GradNormTracker) -> Callable[[], 
     return step
 
 
-#: The squared norms of one prompt's gradient in some of the parameters.
+#: The squared norm of one prompt's gradient in some of the parameters.
 Norms = Callable[[list[Tensor]], Tensor]
 
 
 def total_sq_norm(gradients: list[Tensor]) -> Tensor:
-    """float64: one launch for all tensors, squares summed in float32 a tensor."""
+    """float64: one launch for all tensors; the squares of each tensor are summed in float32."""
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double().square().sum()
 
 
 def prompt_microbatches(setting: Setting, norms: Norms = total_sq_norm) -> Callable[[], Tensor]:
-    """One forward and backward a prompt; needs a second gradient buffer. The step returns ||G_p||^2, [n]."""
+    """One forward and backward per prompt; needs a second gradient buffer. The step returns ||G_p||^2 [n]."""
     parts, parameters = setting.batch.prompts, setting.parameters
 
     def step() -> Tensor:
@@ -115,7 +231,7 @@ def prompt_microbatches(setting: Setting, norms: Norms = total_sq_norm) -> Calla
 
 
 def prompt_backwards(setting: Setting, norms: Norms = total_sq_norm) -> Callable[[], Tensor]:
-    """One forward, then a backward a prompt through the whole batch's graph. The step returns ||G_p||^2, [n]."""
+    """One forward, then one backward per prompt through the whole graph. The step returns ||G_p||^2 [n]."""
     parts, parameters = setting.batch.prompts, setting.parameters
 
     def step() -> Tensor:
@@ -136,7 +252,7 @@ RIVALS = {"prompt_microbatches": prompt_microbatches, "prompt_backwards": prompt
 
 
 def _taken(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """The gradients, taken away from the parameters."""
+    """The gradients, removed from the parameters."""
     gradients = []
     for parameter in parameters:
         assert parameter.grad is not None
@@ -157,5 +273,5 @@ def _finish(setting: Setting, total: list[Tensor] | None, found: list[Tensor]) -
     for parameter, gradient in zip(setting.parameters, total, strict=True):
         parameter.grad = gradient
     setting.optimizer.step()
-    # Each backward was of the prompt's share of the mean over n prompts.
+    # Each backward is of the prompt's share of the mean over n prompts.
     return torch.stack(found).cpu() * len(found) ** 2

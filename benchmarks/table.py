@@ -1,12 +1,12 @@
-"""``python -m benchmarks table FILE...``: result files as Markdown: the targets, and every ratio to dW alone.
+"""``python -m benchmarks table FILE...``: result files as Markdown: the targets, and all ratios to dW alone.
 
     python -m benchmarks table benchmarks/results/ops-*.json benchmarks/results/step-*.json
-    python -m benchmarks table ops.json step.json --into README.md       # replaces what stands between its two markers
+    python -m benchmarks table ops.json step.json --into README.md       # replaces the text between its two markers
     python -m benchmarks table ops.json --all                            # every layer, length and provider
 
-Files of ``ops``, ``step`` and ``cpu_ratio``, of one GPU. Where two are about the same batch and provider, the later one
-counts. Without --all the layers and lengths are those of ``ops --quick``. A result that was wrong, or that failed, is
-named and has no speed.
+Files of ``ops``, ``step`` and ``cpu_ratio``, all of one GPU. Of two rows for the same batch and provider the later one
+counts. Without --all the layers and lengths are those of ``ops --quick``. A result that was wrong or failed is named
+and has no speed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
+from benchmarks.batches import choose
 from benchmarks.ops import PRESETS
-from benchmarks.providers import PEERS, PROVIDERS, YARDSTICK
-from benchmarks.shapes import choose
+from benchmarks.providers import BASELINE, PEERS, PROVIDERS
 from benchmarks.targets import Measured, Record, Row, measured, verdicts
 
 README = records.RESULTS.parent.parent / "README.md"
 MARKERS = ("<!-- performance: begin", "<!-- performance: end -->")
-#: What stands between the markers as long as no GPU has measured anything.
+#: The text between the markers as long as no GPU has measured anything.
 NOTHING = (
-    "The kernels are not measured on a GPU yet. [docs/gpu-notes.md](docs/gpu-notes.md) has what they are reckoned to "
-    "cost there,\nand [docs/benchmarks.md](docs/benchmarks.md) the commands that measure it and write this section."
+    "The kernels are not measured on a GPU yet. [docs/gpu-notes.md](docs/gpu-notes.md) has the predictions,\n"
+    "and [docs/benchmarks.md](docs/benchmarks.md) the commands that measure the kernels and write this section."
 )
-#: The columns where not all are asked for.
+#: The columns without --all.
 _SHORT = ("auto", "triton_wgrad", "cuda_wgrad", "triton_norms", "cuda_norms", *PEERS)
 
 
@@ -42,18 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the tables, or write them into a file; the status to exit with.
+    """Print the tables, or write them into a file. Returns the exit status.
 
     Raises:
-        ValueError: a file is no result file, the files are of different GPUs, or ``--into`` has no place for it; for
-            README.md, a file that is not among the results that are kept.
+        ValueError: a file is no result file, the files are of different GPUs, or the file of ``--into`` lacks the
+            markers; for README.md, a file that does not lie in benchmarks/results/.
         OSError: a file cannot be read or written.
     """
     outside = [path for path in options.files if path.resolve().parent != records.RESULTS]
     if options.into is not None and options.into.resolve() == README and outside:
         raise ValueError(
-            f"{outside[0]} must lie in {records.RESULTS}, with what README is made from: copy it there under a name "
-            "that says GPU and commit, and commit it"
+            f"{outside[0]} must lie in {records.RESULTS}, like all files that README is made from: copy it there under "
+            "a name with GPU and commit, and commit it"
         )
     text = section(options.files, options.all)
     if options.into is None:
@@ -68,19 +68,19 @@ def replace(path: Path, text: str) -> None:
     """Put the text between the file's markers.
 
     Raises:
-        ValueError: the markers are not there once each, in order.
+        ValueError: the file does not have each marker once, in order.
     """
     begin, _, end = _parts(path.read_text(), str(path))
     path.write_text(f"{begin}\n\n{text}\n\n{end}")
 
 
 def between(path: Path) -> str:
-    """What stands between the file's markers."""
+    """The text between the file's markers."""
     return _parts(path.read_text(), str(path))[1].strip()
 
 
 def _parts(text: str, name: str) -> tuple[str, str, str]:
-    """(up to the end of the first marker's comment, what is between, from the second marker on)."""
+    """(text up to the end of the first marker, text between the markers, text from the second marker on)."""
     first, last = MARKERS
     if text.count(first) != 1 or text.count(last) != 1 or text.index(first) > text.index(last):
         raise ValueError(f"{name} must have one comment '{first} ... -->' and after it one '{last}'")
@@ -90,7 +90,7 @@ def _parts(text: str, name: str) -> tuple[str, str, str]:
 
 
 def section(paths: list[Path], everything: bool = False) -> str:
-    """The Markdown of these files; of none, that nothing was measured.
+    """The Markdown of these files; for no files, the text that nothing was measured.
 
     Raises:
         ValueError: a file is no result file or one of Triton's interpreter, or they are of different GPUs.
@@ -104,7 +104,7 @@ def section(paths: list[Path], everything: bool = False) -> str:
         raise ValueError(f"the files must be of one GPU, not of {' and '.join(sorted(gpus))}: give one GPU's at a time")
     for path, record in found.items():
         if record["machine"].get("triton_interpreter"):
-            raise ValueError(f"{path} is from Triton's interpreter, whose times mean nothing")
+            raise ValueError(f"{path} is from Triton's interpreter, whose times are meaningless")
     rows = measured(found.values())
     parts = [_sources(found), _targets(rows, found), _ratios(rows, everything), _unshown(rows)]
     return "\n\n".join(part for part in parts if part)
@@ -120,7 +120,7 @@ def _sources(found: dict[Path, Record]) -> str:
         device = f"{gpu['name']}{driver}" if gpu else f"{where['cpu']}, {where['threads']} threads"
         left = record.get("left")
         count = left if isinstance(left, int) else len(left or [])
-        cut = f"; {count} of its measurements were left for want of time" if count else ""
+        cut = f"; {count} of its measurements were not made for lack of time" if count else ""
         versions = f"torch {where['torch']}"
         versions += f", triton {where['triton']}" if where.get("triton") else ""
         versions += f", commit {where['commit']}, {where['date'][:10]}"
@@ -157,15 +157,15 @@ def _targets(rows: list[Measured], found: dict[Path, Record]) -> str:
 
 
 def _ratios(rows: list[Measured], everything: bool) -> str:
-    """Each layer and length's ratios to dW alone, a column a provider."""
+    """The ratios to dW alone by layer and length, one column per provider."""
     own = [found for found in rows if found.record["benchmark"] == "ops"]
     preset = PRESETS["quick"]
     if not everything:
         layers = {layer.name for layer in (*choose(list(preset.shapes)), *(layer for layer, _, _ in preset.more))}
         kinds = {(length, False, False) for length in preset.lengths}
         kinds |= {(length, True, False) for length in preset.ragged} | {(length, True, True) for length in preset.gram}
-        own = [f for f in own if f.row["layer"] in layers and _kind(f.row) in kinds and f.name in (*_SHORT, YARDSTICK)]
-    order = [name for name in PROVIDERS if name != YARDSTICK] if everything else list(_SHORT)
+        own = [f for f in own if f.row["layer"] in layers and _kind(f.row) in kinds and f.name in (*_SHORT, BASELINE)]
+    order = [name for name in PROVIDERS if name != BASELINE] if everything else list(_SHORT)
     columns = [name for name in order if any(found.name == name and found.status != "unable" for found in own)]
     if not columns:
         return ""
@@ -175,7 +175,7 @@ def _ratios(rows: list[Measured], everything: bool) -> str:
         case = (row["dtype"], row["layer"], row["d_in"], row["d_out"], *_kind(row), row["tokens"], row.get("groups", 1))
         cases.setdefault(case, {})[found.name] = row
     dtypes = {case[0] for case in cases}
-    # Samples of one length may not quite fill a batch.
+    # Samples of one length may not fill a batch exactly.
     usual = Counter(case[7] for case in cases).most_common(1)[0][0]
     lines = []
     for case in sorted(cases, key=_order(own)):
@@ -187,12 +187,12 @@ def _ratios(rows: list[Measured], everything: bool) -> str:
         lines.append([shape, samples, *(_cell(cases[case].get(name)) for name in columns)])
     blas = "cuBLAS'" if all(found.on_gpu for found in own) else "torch's"
     text = (
-        f"Time over that of {blas} dW alone, median (quartiles), by tokens a sample in batches of {usual}; `~`:\n"
-        "ragged, half to one and a half times the length; `gram`: every sample a group, with all inner products.\n"
+        f"Time over that of {blas} dW alone, median (quartiles), by tokens per sample in batches of {usual}; `~`:\n"
+        "ragged, half to one and a half times the length; `gram`: every sample is a group, with all inner products.\n"
         "`norms` columns return no dW; `two_gram`, `bmm`, `vmap_grad` and `grouped_mm` are other ways to the same\n"
-        "norms. –: it does not apply there."
+        "norms. –: not applicable."
     )
-    return f"{text}\n\n{_grid(['layer', 'tokens a sample', *columns], lines)}"
+    return f"{text}\n\n{_grid(['layer', 'tokens per sample', *columns], lines)}"
 
 
 def _kind(row: Row) -> tuple[int, bool, bool]:
@@ -200,7 +200,7 @@ def _kind(row: Row) -> tuple[int, bool, bool]:
 
 
 def _order(own: list[Measured]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Layers as the files have them; then plain, ragged and gram batches, by length."""
+    """Layers in the order of the files; then plain, ragged and gram batches, by length."""
     layers = list(dict.fromkeys(found.row["layer"] for found in own))
     return lambda case: (case[0], layers.index(case[1]), case[6], case[5], case[4], case[7:])
 
@@ -217,7 +217,7 @@ def _cell(row: Row | None) -> str:
 
 
 def _unshown(rows: list[Measured]) -> str:
-    """What was wrong or failed, each reason once."""
+    """The wrong and failed rows, each reason once."""
     reasons: dict[tuple[str, str], str] = {}
     counts: Counter[tuple[str, str]] = Counter()
     for found in rows:

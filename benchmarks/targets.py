@@ -1,8 +1,7 @@
-"""The performance targets, in one place, and what result files say of each: met, missed by how much, or not measured.
+"""The performance targets in one list, and the verdicts from result files: met, missed by how much, or not measured.
 
-A target is judged by its worst row: the largest median among the rows that it is about. What was wrong or failed is
-never a speed, so a target with such a row has no verdict. Noise is the yardstick measured against itself in the same
-file.
+A target is judged by its worst row: the largest median among the rows that it applies to. A target with a row that was
+wrong or failed has no verdict. Noise is the baseline measured against itself in the same file.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import cpu_ratio, step
-from benchmarks.providers import YARDSTICK
-from benchmarks.step_variants import BASELINE
+from benchmarks.providers import BASELINE
+from benchmarks.step_variants import PLAIN
 
 Row = dict[str, Any]
 Record = dict[str, Any]
-#: What is judged where an operator is: what a caller gets who asks for nothing, and each GPU backend's one pass.
+#: The providers that are judged in ``ops``: the defaults, and the one-pass wgrad of each GPU backend.
 WAYS = ("auto", "triton_wgrad", "cuda_wgrad")
 MIB = 2**20
-#: dW and norms in one pass, of dW alone: by tokens a sample at d 4096, and where both widths are 576 to 1536.
+#: dW and norms in one pass relative to dW alone: by tokens per sample at d 4096, and for widths of 576 to 1536.
 BY_LENGTH, SMALL = {256: 1.10, 1024: 1.05, 2048: 1.00}, 1.10
-#: From this share of calls on it is said that the GPU began before the host had launched all of a call.
+#: Above this share of late calls the verdict says so: the GPU began them before the host had launched all of the call.
 LATE = 0.1
-#: Lengths below this were no target's subject for small layers.
+#: The target of small layers applies from this length on.
 SMALL_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A row, the record it is from, and the noise there: what the yardstick's ratio to itself was, or None."""
+    """A row, its record, and the noise: the ratio of the baseline to itself for the same batch, or None."""
 
     row: Row
     record: Record
@@ -51,10 +50,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Target:
-    """``what`` may cost at most ``limit``; ``ways`` are the providers or variants that are judged, one by one.
+    """``what`` may cost at most ``limit``; each of ``ways``, providers or variants, is judged separately.
 
-    ``about``: whether a row is a case of it. ``figure``: lower quartile, median and upper quartile of what is held to
-    the limit; None where the row does not have it. ``memory``: in MiB; other limits are ratios.
+    ``about``: whether the target applies to a row. ``figure``: lower quartile, median and upper quartile of the limited
+    quantity, or None if the row lacks it. ``memory``: the limit is in MiB; other limits are ratios.
     """
 
     what: str
@@ -101,7 +100,7 @@ def _small(found: Measured) -> bool:
 
 
 def is_small(d_in: int, d_out: int) -> bool:
-    """Whether a layer is one of the small ones that have a target."""
+    """Whether the target of small layers applies."""
     return 576 <= min(d_in, d_out) and max(d_in, d_out) <= 1536
 
 
@@ -122,7 +121,7 @@ def _cpu(narrow: bool) -> Callable[[Measured], bool]:
 
 TARGETS = (
     Target(
-        "dW and norms, d 4096, 2048 tokens a sample and more",
+        "dW and norms, d 4096, 2048 tokens per sample and more",
         BY_LENGTH[2048],
         "ops",
         WAYS,
@@ -138,9 +137,9 @@ TARGETS = (
     *(
         Target(f"a training step of Qwen2.5-3B, {layers}", limit, "step", (name,), _whole_model, _ratio)
         for name, limit, layers in (
-            ("linears", step.TARGETS["linears"], "every linear layer watched"),
+            ("linears", step.TARGETS["linears"], "every linear layer observed"),
             ("linears_fused", step.TARGETS["linears_fused"], "every linear layer, fused"),
-            ("last_attention", step.TARGETS["last_attention"], "the last attention watched"),
+            ("last_attention", step.TARGETS["last_attention"], "the last attention observed"),
             ("last_attention_fused", step.TARGETS["last_attention_fused"], "the last attention, fused"),
         )
     ),
@@ -156,27 +155,27 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """``measured``: the worst case's figure with its spread and where it is from; "" where there is none."""
+    """``measured``: the worst row's figure with its spread and case, or ""."""
 
     target: Target
-    way: str  # and in brackets the backend that was chosen
+    way: str  # with the chosen backend in brackets
     measured: str
     noise: str
     text: str
 
 
 def measured(records: Iterable[Record]) -> list[Measured]:
-    """All rows of the records; of two about the same case the later record's."""
+    """All rows of the records; of two rows for one case, the later record's."""
     found: dict[tuple[Any, ...], Measured] = {}
     for record in sorted(records, key=lambda record: str(record["machine"]["date"])):
         noise = {
             _case(row): row["ratio"]
             for row in record["rows"]
-            if row.get("provider", row.get("variant")) in (YARDSTICK, BASELINE) and row.get("status", "ok") == "ok"
+            if row.get("provider", row.get("variant")) in (BASELINE, PLAIN) and row.get("status", "ok") == "ok"
         }
         for row in record["rows"]:
             name = row.get("provider", row.get("variant"))
-            # What a step file's rows are about is in its settings.
+            # In a step file the settings describe the case.
             about = str(record["settings"]) if record["benchmark"] == "step" else ""
             case = (record["benchmark"], about, name, *_case(row))
             found[case] = Measured(row, record, noise.get(_case(row)))
@@ -184,20 +183,20 @@ def measured(records: Iterable[Record]) -> list[Measured]:
 
 
 def _case(row: Row) -> tuple[Any, ...]:
-    """What two rows of one file share if they are about the same batch."""
+    """The fields that two rows of one batch share."""
     names = ("layer", "d_in", "d_out", "d", "length", "ragged", "gram", "groups", "tokens", "dtype")
     return tuple(row.get(name) for name in names)
 
 
 def verdicts(rows: list[Measured], benchmarks: Iterable[str] = ("ops", "step", "cpu_ratio")) -> list[Verdict]:
-    """One for each target of those benchmarks and each of its ways."""
+    """One verdict per target of those benchmarks and way."""
     return [
         judge(target, way, rows) for target in TARGETS if target.benchmark in set(benchmarks) for way in target.ways
     ]
 
 
 def judge(target: Target, way: str, rows: list[Measured]) -> Verdict:
-    """What the rows say of a target."""
+    """The verdict on a target from the rows."""
     own = [
         found
         for found in rows

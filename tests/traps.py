@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradnorm_kernels import ops, reference
-from tests import tolerances
-from tests.tolerances import NORMS, WEIGHT_GRAD
+from gradnorm_kernels import ops, reference, tolerances
+from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
 
 ALGORITHMS = ("wgrad", "gram", "auto")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradnorm_kernels import ops, reference
+from gradnorm_kernels import checks, ops, reference
 from gradnorm_kernels.backends import Plan, cuda, native
 from gradnorm_kernels.backends.cuda import tables, wgrad
 from gradnorm_kernels.backends.cuda.launch import old_driver, operand
@@ -132,7 +132,7 @@ def test_a_wrong_value_on_the_device_makes_nan(context: HostContext, monkeypatch
         1,
         torch.tensor(False),
     )
-    monkeypatch.setattr(cuda, "prepare", lambda *_: segments)
+    monkeypatch.setattr(cuda, "device_segments", lambda *_: segments)
     result = ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, weight_grad=True, group_gram=True, backend="cuda")
     for name, tensor in result._asdict().items():
         assert tensor is not None and tensor[:1].isnan().all(), name
@@ -284,5 +284,6 @@ def test_what_it_does_not_take(device: str, dtype: torch.dtype, text: str) -> No
 
 def test_more_tokens_than_can_be_counted() -> None:
     x = torch.empty(1, 1, dtype=BF16).expand(2**31, 1)
+    batch = checks.grad_gram(x, x, None, None, 1, "gram", "cuda", backends=("cuda",))
     with pytest.raises(ValueError, match="fewer than 2\\^31 - 1024 tokens"):
-        cuda.grad_gram(x, x, None, None, cuda.checks.Sizes(2**31, 1, 1, 1, 1, 1), Plan("cuda", 0, "gram", 1, 1))
+        cuda.grad_gram(batch, Plan("cuda", 0, "gram", 1, 1))

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from gradnorm_kernels import ops, reference
+from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
 from tests import traps
 from tests.cuda_host.backend import host_context, install
 from tests.cuda_host.build import Host, Patch, Tree
-from tests.tolerances import NORMS, WEIGHT_GRAD
 
 WGRAD, GRAM, REDUCE, SEGMENTS = "wgrad_norm_sm80.cu", "gram_sm80.cu", "reduce.cu", "device/segments.cuh"
 COPY, RACE, WRONG = "before the copy into it", "race at shared", "wrong"

@@ -13,11 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.batches import make_batch, truth
-from benchmarks.harness import gate
-from benchmarks.providers import PROVIDERS, TILES
 from gradnorm_kernels.backends.cuda import wgrad
-from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, forced
 from tests import traps
 from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
@@ -77,7 +74,7 @@ def test_candidates_are_compiled(host: Host) -> None:
         assert candidate.config.columns in host.module.WGRAD_TILES[candidate.config.arch]
 
 
-@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("name", CUDA_CANDIDATES)
 def test_tiles_that_are_asked_for_are_launched_and_right(
     host: Host, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -91,11 +88,11 @@ def test_tiles_that_are_asked_for_are_launched_and_right(
 
     monkeypatch.setattr(HostContext, "launch", launch)
     install(monkeypatch, host_context(host, arch=90))
-    batch = make_batch(200, 136, 33, 99, True, dtype=BF16)
-    gate(PROVIDERS[name], batch, truth(batch))
+    with forced(CUDA_CANDIDATES[name].config):
+        traps.check(traps.packed([40, 19, 40], 200, 136, BF16), "cuda", "wgrad", weight_grad=True)
     wanted = {"columns_128": (128, True, 8), "columns_192": (192, True, 8), "columns_192_band_12": (192, True, 12)}
     wanted |= {f"columns_{width}_abreast": (width, False, 8) for width in (128, 192)}
-    assert set(seen) == {wanted[name.removeprefix("cuda_")]}
+    assert set(seen) == {wanted[name]}
     assert wgrad.launch_config(host_context(host, arch=90), 4096).columns == 128, (
         "the tiles stay as they were afterwards"
     )

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ops, records, step
-from benchmarks.batches import make_batch
+from benchmarks.batches import LAYERS, make_batch
 from benchmarks.harness import summary
-from benchmarks.models import MODELS
-from benchmarks.providers import PEERS, YARDSTICK
-from benchmarks.shapes import LAYERS
-from benchmarks.step_jobs import DTYPES
-from benchmarks.step_variants import VARIANTS
+from benchmarks.providers import BASELINE, PEERS
+from benchmarks.step import DTYPES
+from benchmarks.step_variants import MODELS, VARIANTS
 from gradnorm_kernels.tuning.costs import Costs
 
 GPU = "NVIDIA Made-up 1"
-#: What the made-up kernels cost, and their whole pass over that of the plain product.
+#: The costs of the made-up kernels, and the ratio of their pass to the plain product.
 PLANTED = Costs(0, 0, epilogue=24.0, gram=0.9, gram_token=150.0, pairs=0.6, workspace=1, gram_tile=1)
 BASE = 1.02
 SECONDS_A_MULTIPLY_ADD = 2.5e-15
@@ -41,17 +39,17 @@ def pairs_of_tokens(length: int, ragged: bool, tokens: int) -> tuple[int, int, i
 
 
 def ours(name: str) -> bool:
-    return name != YARDSTICK and name not in PEERS
+    return name != BASELINE and name not in PEERS
 
 
 def does(name: str) -> str:
-    return "dW" if name == YARDSTICK else "norms" if name.endswith("norms") or name == "two_gram" else "dW and norms"
+    return "dW" if name == BASELINE else "norms" if name.endswith("norms") or name == "two_gram" else "dW and norms"
 
 
 def ratio_of(name: str, row: dict[str, Any], planted: Costs, base: float) -> float:
-    """The ratio to dW alone that the planted costs give a provider; peers cost a few times dW."""
+    """A provider's ratio to dW alone under the planted costs; peers cost a few times dW."""
     weight, width = row["d_in"] * row["d_out"], row["d_in"] + row["d_out"]
-    if name == YARDSTICK:
+    if name == BASELINE:
         return 1.0
     stops = planted.epilogue * row["samples"] / row["tokens"]
     grams = (planted.gram * row["token_pairs"] / row["tokens"] + planted.gram_token) * width / weight
@@ -65,16 +63,16 @@ def ratio_of(name: str, row: dict[str, Any], planted: Costs, base: float) -> flo
 
 
 def spread(middle: float, relative: float) -> list[float]:
-    """Forty values around a median, normally spread."""
+    """Forty normally distributed values around a median."""
     normal = statistics.NormalDist()
     return [middle * (1 + relative * normal.inv_cdf((i + 0.5) / 40)) for i in range(40)]
 
 
 def ops_row(layer: str, length: int, name: str, ratio: float | None, seed: int, **case: Any) -> dict[str, Any]:
-    """A row of ops; ``ratio`` None: what the planted costs give.
+    """A row of ops; without a ``ratio``, from the planted costs.
 
-    ``case``: ragged, gram, tokens, dtype, groups; ``noise`` is the ratios' relative spread within the row, ``scatter``
-    that of the row's median, drawn with the seed.
+    ``case``: ragged, gram, tokens, dtype, groups. ``noise``: relative spread of the ratios within the row. ``scatter``:
+    relative spread of the row's median, drawn with the seed.
     """
     case = {"ragged": False, "gram": False, "tokens": 16384, "dtype": "bf16", "groups": 1, "noise": 0.004} | case
     noise, planted, base = case.pop("noise"), case.pop("planted", PLANTED), case.pop("base", BASE)
@@ -99,7 +97,7 @@ def ops_row(layer: str, length: int, name: str, ratio: float | None, seed: int, 
 
 
 def not_ok(row: dict[str, Any], status: str, reason: str) -> dict[str, Any]:
-    """The row as it is written when its provider was wrong, failed, or was unable."""
+    """The row of a provider that was wrong, failed or unable."""
     measured = ("seconds", "yardstick_seconds", "ratio", "errors", "tflops", "gbps", "flop_per_byte", "repeats")
     return {key: value for key, value in row.items() if key not in measured} | {"status": status, "reason": reason}
 
@@ -140,6 +138,6 @@ def step_record(ratios: dict[str, float], model: str = "qwen2.5-3b", **where: An
 
 
 def write(path: Path, record: dict[str, Any]) -> Path:
-    """The record as a file, held to the form that real ones have."""
+    """Write the record as a file, with the checks of real files."""
     records.write(path, json.loads(json.dumps(record)))
     return path

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: tiny runs on a CPU, the files they write, the pictures of those, and the errors."""
+"""``python -m benchmarks``: tiny runs on a CPU, their result files and pictures, and the errors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 
 from benchmarks import ops, records, step
 from benchmarks.__main__ import main
-from benchmarks.isolate import LostError
-from benchmarks.machine import machine, nvidia_smi
-from benchmarks.models import build, linears
-from benchmarks.providers import PROVIDERS, YARDSTICK
-from benchmarks.shapes import LAYERS
+from benchmarks.batches import LAYERS
+from benchmarks.harness import LostError
+from benchmarks.providers import BASELINE, PROVIDERS
+from benchmarks.records import machine, nvidia_smi
+from benchmarks.step_variants import build, linears
 
 
 @pytest.fixture(scope="module")
 def ops_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("ops") / "ops.json"
     arguments = ["ops", "--dry-run", "--shapes", "tiny.kv", "--lengths", "1", "33", "--dtypes", "fp32"]
-    providers = [YARDSTICK, "torch", "torch_norms", "cuda", "two_gram", "bmm", "grouped_mm"]
+    providers = [BASELINE, "torch", "torch_norms", "cuda", "two_gram", "bmm", "grouped_mm"]
     assert main([*arguments, "--providers", *providers, "--out", str(path)]) == 0
     return path
 
@@ -34,13 +34,13 @@ def step_file(tmp_path_factory):
     return path
 
 
-def test_ops_measures_what_can_run_and_says_why_the_rest_cannot(ops_file):
+def test_ops_measures_providers_that_can_run_and_records_why_others_cannot(ops_file):
     record = records.read(ops_file)
     assert record["left"] == 0
     assert record["ceilings"]["fp32"]["product_tflops"] > 0
     assert {"torch", "python", "commit", "date", "triton", "cpu"} <= set(record["machine"])
     status = {(row["provider"], row["status"]) for row in record["rows"]}
-    assert status >= {(YARDSTICK, "ok"), ("torch", "ok"), ("torch_norms", "ok"), ("bmm", "ok"), ("two_gram", "ok")}
+    assert status >= {(BASELINE, "ok"), ("torch", "ok"), ("torch_norms", "ok"), ("bmm", "ok"), ("two_gram", "ok")}
     for row in record["rows"]:
         if row["provider"] in ("cuda", "grouped_mm"):
             assert row["status"] == "unable" and len(row["reason"]) > 10
@@ -71,7 +71,7 @@ def test_step_compares_norms_before_it_times(step_file):
 
 
 def test_step_refuses_wrong_norms(monkeypatch):
-    from benchmarks.step_jobs import StepJobs
+    from benchmarks.step import StepJobs
 
     sizes = {"prompts": 2, "completions": 1, "length": 5, "tasks": 1, "pairs": 2}
     settings = {"model": "tiny", "layers": 1, "dtype": "fp32", "checkpointing": False, "optimizer": "sgd"} | sizes
@@ -83,7 +83,7 @@ def test_step_refuses_wrong_norms(monkeypatch):
     assert "seconds" not in row and "ratio" not in row
 
 
-def test_plots_are_drawn_from_what_was_measured(ops_file, step_file, tmp_path, capsys):
+def test_plots_are_drawn_from_result_files(ops_file, step_file, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert main(["plot", str(ops_file), str(step_file), "--out", str(tmp_path)]) == 0
     names = {path.name for path in tmp_path.iterdir()}
@@ -102,7 +102,7 @@ def test_plots_are_drawn_from_what_was_measured(ops_file, step_file, tmp_path, c
     assert "no measured row to draw" in capsys.readouterr().out
 
 
-def test_the_plots_of_the_published_files_can_be_drawn(tmp_path):
+def test_the_published_files_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     files = sorted(records.RESULTS.glob("*.json"))
     assert files
@@ -149,7 +149,7 @@ def test_results_are_named_by_device_and_commit(ops_file):
         ([], "required: command"),
     ],
 )
-def test_arguments_that_make_no_sense_end_with_status_2(arguments, message, capsys):
+def test_invalid_arguments_end_with_status_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -158,7 +158,7 @@ def test_arguments_that_make_no_sense_end_with_status_2(arguments, message, caps
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 @pytest.mark.parametrize("command", ["ops", "step"])
-def test_a_gpu_that_is_not_there_is_an_error(command, capsys):
+def test_a_missing_gpu_is_an_error(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--device", "cuda"])
     assert ended.value.code == 2
@@ -166,7 +166,7 @@ def test_a_gpu_that_is_not_there_is_an_error(command, capsys):
 
 
 class StandIn:
-    """In the child's place: answers by provider."""
+    """Stands in for the child process: answers by provider."""
 
     def __init__(self, factory, arguments, patience) -> None:
         pass
@@ -196,7 +196,7 @@ class StandIn:
     ("providers", "status"),
     [(["torch", "cuda"], 1), (["torch", "triton"], 1), (["torch"], 1), (["torch", "bmm"], 1)],
 )
-def test_a_failing_provider_is_recorded_and_stops_nobody(providers, status, monkeypatch, tmp_path, capsys):
+def test_a_failing_provider_is_recorded_and_the_others_go_on(providers, status, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ops, "Worker", StandIn)
     out = tmp_path / "ops.json"
     arguments = ["ops", "--dry-run", "--shapes", "tiny.q", "--lengths", "4", "--ragged", "--gram", "--dtypes", "fp32"]
@@ -209,9 +209,9 @@ def test_a_failing_provider_is_recorded_and_stops_nobody(providers, status, monk
     assert ("cuda: failed on 1 of the batches: no answer for 9 s" in printed) == ("cuda" in providers)
 
 
-def test_a_peer_that_fails_is_not_our_failure():
+def test_a_failing_peer_does_not_change_the_status():
     row = {"provider": "bmm", "ours": False, "status": "failed", "reason": "broke"}
-    fine = {"provider": YARDSTICK, "ours": False, "status": "ok"}
+    fine = {"provider": BASELINE, "ours": False, "status": "ok"}
     ours = {"provider": "triton", "ours": True, "status": "failed", "reason": "broke"}
     assert ops._conclude([fine, row], 0, records.RESULTS) == 0
     assert ops._conclude([fine, row, ours], 0, records.RESULTS) == 1
@@ -226,19 +226,17 @@ def test_presets():
     assert {case.dtype for _, case in full} == {"bf16"}
     assert {case.length for _, case in full if not case.ragged} == {64, 128, 256, 512, 1024, 2048, 4096, 8192}
     assert {layer.model for layer, _ in full} == {"smollm2-135m", "qwen2.5-3b", "llama-3.1-8b"}
-    # The batches of the targets come first, and every one of their providers before any other.
+    # The batches of the targets come first, and the providers of the targets before the others.
     batches = [(case.d_in, case.d_out, case.length, case.tokens) for _, case in quick]
     assert (4096, 4096, 1024, 65536) in batches[:5]
     for length in (256, 1024, 2048):
         for d_in, d_out in ((4096, 4096), (576, 576), (576, 1536), (1536, 1536)):
             assert (d_in, d_out, length, 16384) in batches
     first, then = ops.providers_of(parser.parse_args([]), "cuda")
-    assert set(first) == {YARDSTICK, "auto", "triton_wgrad", "cuda_wgrad"} and set(first) | set(then) == set(
-        ops.DEFAULT
-    )
+    assert set(first) == {BASELINE, "auto", "triton_wgrad", "cuda_wgrad"} and set(first) | set(then) == set(ops.DEFAULT)
     assert ops.providers_of(parser.parse_args(["--providers", "bmm"]), "cuda") == [("bmm",)]
     (costs,) = ops.providers_of(parser.parse_args(["--costs"]), "cuda")
-    assert costs[0] == YARDSTICK and {"triton_gram_norms", "cuda_wgrad"} <= set(costs) <= set(PROVIDERS)
+    assert costs[0] == BASELINE and {"triton_gram_norms", "cuda_wgrad"} <= set(costs) <= set(PROVIDERS)
     one = list(ops.cases_of(parser.parse_args(["--lengths", "5", "--ragged", "--gram"]), "cpu"))
     assert {(case.length, case.dtype) for _, case in one} == {(5, "fp32")}
 
@@ -246,7 +244,7 @@ def test_presets():
 def test_the_machine_without_a_gpu(monkeypatch):
     assert "gpu" not in machine("cpu")
     assert machine("cpu", "0123456789ab")["commit"] == "0123456789ab"
-    monkeypatch.setattr("benchmarks.machine.shutil.which", lambda name: None)
+    monkeypatch.setattr("benchmarks.records.shutil.which", lambda name: None)
     assert nvidia_smi("a GPU") == "nvidia-smi was not found"
 
 

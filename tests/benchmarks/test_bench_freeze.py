@@ -1,4 +1,4 @@
-"""``python -m benchmarks freeze``: planted costs are found again, dispatch follows them, bad rows freeze nothing."""
+"""``python -m benchmarks freeze``: planted costs are recovered, dispatch follows them, bad rows freeze nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def frozen(folder: Path, made: list, *arguments: str, **where) -> dict:
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], made: list, *arguments: str, **where) -> str:
-    """What ``freeze`` says instead of writing a file."""
+    """The message of ``freeze``, which writes no file."""
     source = write(folder / "ops-made-up.json", ops_record(made, **where))
     with pytest.raises(SystemExit) as ended:
         main(["freeze", str(source), "--out", str(folder / "configs.json"), *arguments])
@@ -55,7 +55,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], made: list, *argum
 
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """``shipped(content)``: the library's folder of configs has this file for the made-up GPU as well."""
+    """``shipped(content)``: adds this file for the made-up GPU to the library's configs."""
     real = tuning.frozen
 
     def put(content: dict) -> None:
@@ -100,14 +100,14 @@ def test_without_noise_they_are_found_exactly(tmp_path):
 
 
 def test_batches_of_another_size_do_not_mix_in(tmp_path):
-    # A call's own cost weighs more in small batches.
+    # The fixed cost per call is a larger share of small batches.
     more = rows(kinds=[(256, False, False), (1024, False, False)], tokens=2048, base=2.0, scatter=0.0)
     for entry in frozen(tmp_path, [*more, *rows(scatter=0.0)])["costs"]["triton"]["entries"]:
         assert entry["epilogue"] == pytest.approx(PLANTED.epilogue, rel=0.006)
         assert entry["gram_token"] == pytest.approx(PLANTED.gram_token, rel=0.006)
 
 
-def test_dispatch_then_stands_on_the_right_side_of_the_crossover(tmp_path, shipped, monkeypatch):
+def test_dispatch_follows_the_frozen_crossover(tmp_path, shipped, monkeypatch):
     monkeypatch.setattr(
         backends, "unavailable_reason", lambda name, *_: None if name in ("torch", "triton") else "not here"
     )
@@ -128,23 +128,23 @@ def test_dispatch_then_stands_on_the_right_side_of_the_crossover(tmp_path, shipp
         for length in (16, 32, 64, 128, 256, 512, 1024, 2048):
             prices = (planted.gram * length + planted.gram_token) * length * width, planted.epilogue * weight
             if max(prices) < 1.1 * min(prices):
-                continue  # by so little either is right
+                continue  # too close: either choice is right
             assert (plan(length).gram_tokens >= length) == gram_is_cheaper(length), (d, length)
-        # All pairs of tokens against slabs of every sample's gradient, with the samples' Gram.
+        # All pairs of tokens against workspaces of every sample's gradient, with the samples' Gram.
         for tokens in (256, 512, 1024, 2048, 4096, 16384):
             samples = tokens // 64
             dear = planted.epilogue * weight
             cheap = min(dear, (planted.gram * 64 + planted.gram_token) * 64 * width)
-            slabs = [(tokens + samples * samples) * weight + samples * norm for norm in (cheap, dear)]
+            workspaces = [(tokens + samples * samples) * weight + samples * norm for norm in (cheap, dear)]
             by_pairs = planted.pairs * tokens * tokens * width
-            if not 0.85 * slabs[0] < by_pairs < 1.2 * slabs[1]:
+            if not 0.85 * workspaces[0] < by_pairs < 1.2 * workspaces[1]:
                 decided += 1
                 found = plan(64, tokens, weight_grad=False, groups=samples).group_sums
-                assert (found == "gram") == (by_pairs < slabs[0]), (d, tokens)
+                assert (found == "gram") == (by_pairs < workspaces[0]), (d, tokens)
     assert decided > 10
 
 
-def test_the_file_passes_the_checks_of_the_shipped_ones(tmp_path, monkeypatch):
+def test_the_file_passes_the_checks_of_shipped_files(tmp_path, monkeypatch):
     folder = tmp_path / "tuned" / CHIP.gpu
     monkeypatch.setattr(tiles, "tuned_folder", lambda: tmp_path / "tuned")
     monkeypatch.setattr(tiles, "_stamp", lambda: {"format": 1, "triton": "8.8"})
@@ -172,7 +172,7 @@ def test_the_file_passes_the_checks_of_the_shipped_ones(tmp_path, monkeypatch):
         test_tuning.test_frozen_files_are_whole()
 
 
-def test_the_shipped_files_are_written_as_freeze_writes_them():
+def test_shipped_files_have_the_format_of_freeze():
     for path in freeze.CONFIGS.glob("*.json"):
         assert freeze.text_of(json.loads(path.read_text())) == path.read_text(), path.name
 
@@ -209,7 +209,7 @@ def test_too_few_rows_are_named(tmp_path, capsys, kept, missing):
     assert missing in said and "4096 x 4096" in said
 
 
-def test_a_backend_without_enough_rows_does_not_keep_the_other_from_being_frozen(tmp_path, capsys):
+def test_a_backend_without_enough_rows_does_not_block_the_other(tmp_path, capsys):
     made = rows() + [row for row in rows("cuda") if row["provider"] != "cuda_gram_norms"]
     assert set(frozen(tmp_path, made)["costs"]) == {"triton"}
     assert "left out: nothing of cuda can be frozen: cuda_gram_norms must be measured" in capsys.readouterr().out
@@ -240,7 +240,7 @@ def test_a_gram_token_within_its_error_of_zero_is_zero(tmp_path):
     assert entry["gram_token"] == 0 and entry["gram"] == pytest.approx(PLANTED.gram, rel=0.1)
 
 
-def test_a_constant_that_noise_hides_is_named(tmp_path):
+def test_a_constant_smaller_than_its_error_is_named(tmp_path):
     made = rows(layers=["llama-3.1-8b.q"], scatter=0.0)
     assert "standard error" not in frozen(tmp_path, made)["costs"]["triton"]["measured_on"]
     for row in made:
@@ -251,8 +251,8 @@ def test_a_constant_that_noise_hides_is_named(tmp_path):
     assert said.endswith(f"less than its own standard error: {hidden}")
 
 
-def test_rows_that_do_not_follow_the_model_are_refused(tmp_path, capsys):
-    # At one length, where Grams are the cheaper way by all the others, they are not.
+def test_rows_that_do_not_fit_the_model_are_refused(tmp_path, capsys):
+    # At one length Grams are dearer, although the fit to the other lengths makes them cheaper.
     made = rows(layers=["llama-3.1-8b.q"], scatter=0.0, planted=dataclasses.replace(PLANTED, epilogue=150.0))
     for row in made:
         if row["provider"] == "triton_gram" and row["length"] == 256:
@@ -261,7 +261,7 @@ def test_rows_that_do_not_follow_the_model_are_refused(tmp_path, capsys):
     assert "triton at 4096 x 4096 do not fit: choosing by them loses 49" in said and "% at a length" in said
 
 
-def test_faster_is_said_only_beyond_the_spread(tmp_path, capsys):
+def test_faster_has_an_entry_only_beyond_the_spread(tmp_path, capsys):
     def named(base: float, **case) -> list[str]:
         content = frozen(
             tmp_path, rows(scatter=0.0) + rows("cuda", base=base, scatter=0.0, **case), "--backends", "triton"
@@ -275,20 +275,20 @@ def test_faster_is_said_only_beyond_the_spread(tmp_path, capsys):
     assert named(0.9, noise=0.5) == []
 
 
-def test_tiles_on_trial_do_not_make_a_backend_faster(tmp_path):
+def test_candidate_tiles_do_not_make_a_backend_faster(tmp_path):
     tried = [row | {"provider": TILES[0]} for row in rows("cuda", base=0.5, scatter=0.0)]
     made = rows(scatter=0.0) + rows("cuda", base=1.2, scatter=0.0) + tried
     content = frozen(tmp_path, made, "--backends", "triton")
     assert [entry["backend"] for entry in content["faster"]["entries"]] == ["triton"] * 3
 
 
-def test_faster_passes_over_a_shape_with_wrong_rows(tmp_path, capsys, shipped, monkeypatch):
+def test_faster_skips_a_shape_with_wrong_rows(tmp_path, capsys, shipped, monkeypatch):
     made = rows() + rows("cuda", base=0.8)
     place = next(n for n, row in enumerate(made) if row["provider"] == "cuda_gram" and row["d_in"] == 576)
     made[place] = not_ok(made[place], "failed", "no answer for 60 s")
     content = frozen(tmp_path, made, "--backends", "triton")
     assert [entry["d_in"] for entry in content["faster"]["entries"]] == [2048, 4096]
-    assert "nothing is said of 576 x 576" in capsys.readouterr().out
+    assert "no entry for 576 x 576" in capsys.readouterr().out
     shipped(content)
     monkeypatch.setattr(
         backends, "unavailable_reason", lambda name, *_: None if name in ("triton", "cuda") else "not here"
@@ -297,7 +297,7 @@ def test_faster_passes_over_a_shape_with_wrong_rows(tmp_path, capsys, shipped, m
     assert choice.plan.backend == "cuda" and "was measured fastest" in choice.why
 
 
-def test_other_blocks_stay_as_they_were(tmp_path, capsys):
+def test_other_blocks_are_unchanged(tmp_path, capsys):
     first = frozen(tmp_path, rows() + rows("cuda", base=1.3))
     second = frozen(tmp_path, rows(planted=dataclasses.replace(PLANTED, epilogue=200.0)))
     assert second["costs"]["cuda"] == first["costs"]["cuda"] and second["faster"] == first["faster"]
@@ -314,7 +314,7 @@ def test_other_blocks_stay_as_they_were(tmp_path, capsys):
         ({"folder": "another-gpu"}, "must lie in a folder named nvidia-made-up-1"),
     ],
 )
-def test_tuned_files_that_are_not_of_these_results_are_refused(tmp_path, capsys, change, said):
+def test_tuned_files_of_another_gpu_or_triton_are_refused(tmp_path, capsys, change, said):
     config = KernelConfig("wgrad", change.get("arch", 90), 2, 128, 128, 64, 8, 4)
     content = {"format": 1, "triton": "8.8", "entry": {"d_in": 9, "d_out": 9, **dataclasses.asdict(config)}}
     content |= {key: value for key, value in change.items() if key in content}
@@ -324,7 +324,7 @@ def test_tuned_files_that_are_not_of_these_results_are_refused(tmp_path, capsys,
     assert said in refused(tmp_path, capsys, rows(), "--tuned", str(tmp_path / "tuned"))
 
 
-def test_the_default_place_is_the_gpus_own_file_and_a_cpu_has_none(tmp_path, capsys, monkeypatch):
+def test_the_default_output_is_the_file_of_the_gpu_and_a_cpu_has_none(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(freeze, "CONFIGS", tmp_path)
     source = write(tmp_path / "ops.json", ops_record(rows(layers=["llama-3.1-8b.q"])))
     assert main(["freeze", str(source)]) == 0

@@ -1,24 +1,26 @@
-"""The benchmarks' gate and the batches it looks at: a wrong provider is refused, and a right one is not."""
+"""The benchmarks' batches, providers and gate: a wrong provider is refused, and a right one is not."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import op_jobs
-from benchmarks.batches import make_batch, truth
-from benchmarks.harness import HostClock, WrongResultError, gate
-from benchmarks.providers import PEERS, PROVIDERS, YARDSTICK, Provider, Result
-from benchmarks.shapes import LAYERS, choose
-from gradnorm_kernels import reference
-from tests import tolerances
+from benchmarks import ops, providers
+from benchmarks.batches import LAYERS, choose, make_batch, truth
+from benchmarks.harness import HostClock
+from benchmarks.providers import BASELINE, PEERS, PROVIDERS, Provider, Result, WrongResultError, gate
+from gradnorm_kernels import reference, tolerances
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, cuda_config
+
+EMPTY = SimpleNamespace(sample_sq_norms=None, weight_grad=None, group_sq_norms=None, group_gram=None)
 
 
 def broken(change) -> Provider:
-    """bmm with its result changed."""
+    """``bmm`` with a changed result."""
     peer = PROVIDERS["bmm"]
 
     def prepare(batch):
@@ -50,7 +52,7 @@ def test_truth_agrees_with_the_reference(ragged, groups):
     torch.testing.assert_close(expected.total, total)
 
 
-def test_truth_of_some_samples_keeps_the_sums_of_all():
+def test_truth_of_some_samples_has_the_sums_of_all():
     batch = make_batch(13, 7, 9, 100, True)
     whole, some = truth(batch), truth(batch, most=3)
     assert 3 <= len(some.checked) < batch.samples
@@ -68,10 +70,10 @@ def test_the_gram_of_a_batch_is_the_samples_gram():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("name", [YARDSTICK, "torch", "torch_gram", "torch_norms", *PEERS])
+@pytest.mark.parametrize("name", [BASELINE, "torch", "torch_gram", "torch_norms", *PEERS])
 def test_providers_are_right(name, ragged, dtype):
     batch = make_batch(40, 24, 13, 100, ragged, dtype=dtype, groups=2)
-    reason = PROVIDERS[name].unable(batch)
+    reason = PROVIDERS[name].unavailable_reason(batch)
     if reason is not None:
         assert name == "grouped_mm" and "bfloat16" in reason
         return
@@ -95,7 +97,7 @@ def test_the_gate_refuses_a_wrong_result(change, what):
         gate(broken(change), batch, truth(batch))
 
 
-def test_a_peer_that_rounds_is_not_held_to_float32():
+def test_a_peer_that_rounds_has_a_wider_tolerance():
     batch = make_batch(40, 24, 13, 100, False, dtype=torch.bfloat16)
     rounded = PROVIDERS["bmm"]
     gate(rounded, batch, truth(batch))
@@ -103,7 +105,7 @@ def test_a_peer_that_rounds_is_not_held_to_float32():
         gate(dataclasses.replace(rounded, rounds=False), batch, truth(batch))
 
 
-def test_only_tensor_cores_are_allowed_more_and_only_for_long_chains():
+def test_only_tensor_cores_have_a_wider_tolerance_and_only_for_long_chains():
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
         assert tolerances.norms(dtype, gpu, 1000) == tolerances.NORMS[dtype]
@@ -113,7 +115,7 @@ def test_only_tensor_cores_are_allowed_more_and_only_for_long_chains():
 
 
 @pytest.mark.parametrize(("d", "norms", "sums"), [(24, 100, 131), (120, 120, 131), (777, 777, 777)])
-def test_a_chain_is_a_sample_s_tokens_a_sum_s_tokens_or_the_features(d, norms, sums, monkeypatch):
+def test_a_chain_is_as_long_as_the_tokens_of_a_sample_or_a_sum_or_as_the_features(d, norms, sums, monkeypatch):
     chains = []
     monkeypatch.setattr(tolerances, "norms", lambda dtype, device, chain: chains.append(chain) or 1.0)
     batch = make_batch(d, 8, 1, 131, False, gram=True)
@@ -124,8 +126,8 @@ def test_a_chain_is_a_sample_s_tokens_a_sum_s_tokens_or_the_features(d, norms, s
 
 def measured(provider: Provider, monkeypatch) -> dict:
     monkeypatch.setitem(PROVIDERS, provider.name, provider)
-    case = op_jobs.Case("tiny.q", 17, 11, 10, False, 50, "fp32")
-    return op_jobs.measure(provider.name, op_jobs._prepare(case, torch.device("cpu")), HostClock(), 1e-3)
+    case = ops.Case("tiny.q", 17, 11, 10, False, 50, "fp32")
+    return ops.measure(provider.name, ops._prepare(case, torch.device("cpu")), HostClock(), 1e-3)
 
 
 def test_a_wrong_provider_has_no_speed(monkeypatch):
@@ -134,7 +136,7 @@ def test_a_wrong_provider_has_no_speed(monkeypatch):
     assert not {"seconds", "ratio", "tflops", "errors"} & set(row)
 
 
-def test_a_provider_that_is_right_only_at_first_has_no_speed(monkeypatch):
+def test_a_provider_that_is_right_only_in_its_first_call_has_no_speed(monkeypatch):
     calls = []
 
     def change(result: Result) -> Result:
@@ -152,11 +154,33 @@ def test_a_right_provider_has_its_numbers(monkeypatch):
     assert row["repeats"] >= 5
 
 
+@pytest.mark.parametrize("name", CUDA_CANDIDATES)
+def test_a_candidate_tile_is_forced_during_the_call_only(name, monkeypatch):
+    config = CUDA_CANDIDATES[name].config
+
+    def launched() -> CudaConfig:
+        return cuda_config(90, (128, 192), 4096)
+
+    def call(*_, **options):
+        seen.append((launched(), options))
+        return EMPTY
+
+    before, seen = launched(), []
+    monkeypatch.setattr(providers.gk, "fused_grad_norm", call)
+    run = PROVIDERS[f"cuda_{name}"].prepare(make_batch(17, 11, 10, 50, False))
+    assert not seen and launched() == before
+    run()
+    ((during, options),) = seen
+    assert during == config and launched() == before
+    assert (options["backend"], options["algorithm"], options["weight_grad"]) == ("cuda", "wgrad", True)
+    assert tuple(f"cuda_{name}" for name in CUDA_CANDIDATES) == providers.TILES
+
+
 def test_memory_limits_name_the_sizes(monkeypatch):
     monkeypatch.setattr("benchmarks.providers.CPU_LIMIT", 1000)
     batch = make_batch(40, 24, 13, 100, False)
-    assert "stores 7 gradients" in str(PROVIDERS["bmm"].unable(batch))
-    assert "two Grams of 13 tokens" in str(PROVIDERS["two_gram"].unable(batch))
+    assert "stores 7 gradients" in str(PROVIDERS["bmm"].unavailable_reason(batch))
+    assert "two Grams of 13 tokens" in str(PROVIDERS["two_gram"].unavailable_reason(batch))
 
 
 def test_layers_are_chosen_by_name():

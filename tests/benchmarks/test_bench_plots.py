@@ -1,4 +1,4 @@
-"""The pictures of result files: what was wrong or failed is a gap and is named, and small costs are large enough."""
+"""The pictures of result files: wrong and failed rows are gaps and are named, and small costs are visible."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_near_axes_show_a_few_percent_and_say_where_they_are_cut():
         ("qwen2.5-3b.gate_up", LENGTHS, None),
     ],
 )
-def test_aims_are_drawn_where_there_is_a_target_only(layer, lengths, aims):
+def test_targets_are_drawn_only_where_there_is_one(layer, lengths, aims):
     axis = panels([ops_row(layer, n, "auto", None, 1) for n in lengths], layer)[1]
-    found = [line for line in axis.lines if line.get_label() == "aim of wgrad with dW"]
+    found = [line for line in axis.lines if line.get_label() == "target of wgrad with dW"]
     assert [dict(zip(*line.get_data(), strict=True)) for line in found] == ([] if aims is None else [aims])
 
 
-def test_a_complete_file_gives_both_pictures_and_few_points_under_the_roof(tmp_path, monkeypatch):
+def test_a_complete_file_gives_both_pictures_and_a_roofline_of_few_providers(tmp_path, monkeypatch):
     kinds = [(256, False, False), (1000, True, False), (1000, True, True)]
     names = ("weight_grad", "auto", "triton_wgrad", "triton_gram", "cuda_wgrad", "bmm", "two_gram")
     rows = made_up.grid(("llama-3.1-8b.q", "llama-3.1-8b.kv"), kinds, names)
@@ -97,7 +97,7 @@ def test_a_complete_file_gives_both_pictures_and_few_points_under_the_roof(tmp_p
     assert set(seen) == {"weight_grad", "auto", "triton_wgrad", "cuda_wgrad"}
 
 
-def test_a_steps_few_percent_have_a_panel_of_their_own(tmp_path, monkeypatch):
+def test_the_small_overheads_of_a_step_have_their_own_panel(tmp_path, monkeypatch):
     figures: list[Any] = []
     monkeypatch.setattr(plots, "_save", lambda figure, *_: figures.append(figure) or tmp_path)
     record = step_record({"nothing": 1.0, "linears": 1.02, "prompt_backwards": 3.0})

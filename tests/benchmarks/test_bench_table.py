@@ -1,4 +1,4 @@
-"""``python -m benchmarks table``: what is met or missed, what is never shown as a speed, and README's own section."""
+"""``python -m benchmarks table``: targets met or missed, wrong rows without a speed, and README's section."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows_of(*rows: dict, **case) -> list[Measured]:
 
 
 def both(layer: str, length: int, ratio: float, name: str = "auto", **case) -> list[dict]:
-    """A provider's row with this ratio, and the yardstick's."""
+    """A provider's row with this ratio, and the baseline's."""
     return [
         ops_row(layer, length, "weight_grad", 1.0, 1, **case),
         ops_row(layer, length, name, ratio, 1, **case),
@@ -57,7 +57,7 @@ def test_a_target_is_met_or_missed_by_its_own_rows(number, length, layer):
     "case",
     [{"ragged": True}, {"gram": True}, {"dtype": "fp16"}, {"groups": 2}],
 )
-def test_other_calls_are_no_case_of_a_target(case):
+def test_a_target_does_not_apply_to_other_calls(case):
     assert verdict(0, "auto", rows_of(*both(SQUARE, 2048, 0.9, **case))).text == "not measured"
 
 
@@ -75,7 +75,7 @@ def test_the_worst_of_several_rows_counts():
     assert found.text == "missed by 0.100" and "worst of 3: smollm2-135m.q at 256 of 16384 tokens" in found.measured
 
 
-def test_a_small_miss_is_told_from_the_noise():
+def test_a_miss_below_the_noise_is_reported_as_such():
     quiet = verdict(0, "auto", rows_of(*both(SQUARE, 2048, 1.01, noise=0.001)))
     loud = verdict(0, "auto", rows_of(*both(SQUARE, 2048, 1.01, noise=0.1)))
     assert quiet.text == "missed by 0.010"
@@ -83,7 +83,7 @@ def test_a_small_miss_is_told_from_the_noise():
 
 
 @pytest.mark.parametrize("status", ["wrong", "failed"])
-def test_what_was_wrong_or_failed_has_no_verdict_and_no_speed(status, tmp_path):
+def test_wrong_or_failed_rows_have_no_verdict_and_no_speed(status, tmp_path):
     good, bad = both("smollm2-135m.q", 256, 1.0), both("smollm2-135m.q", 1024, 1.01)
     bad[1] = not_ok(bad[1], status, "norms | off by 1.0e-02 (allowed 2e-05)")
     found = verdict(3, "auto", rows_of(*good, *bad))
@@ -96,7 +96,7 @@ def test_what_was_wrong_or_failed_has_no_verdict_and_no_speed(status, tmp_path):
     assert {line.count("|") for line in targets_table[:-1]} == {7}, "a reason's | must not make a cell"
 
 
-def test_a_time_that_is_the_hosts_says_so():
+def test_late_launches_are_reported():
     rows = both(SQUARE, 2048, 1.2)
     rows[1]["late"] = 0.05
     assert "host" not in verdict(0, "auto", rows_of(*rows)).measured
@@ -104,12 +104,12 @@ def test_a_time_that_is_the_hosts_says_so():
     assert verdict(0, "auto", rows_of(*rows)).measured.endswith("; the GPU waited for the host in 40% of the calls")
 
 
-def test_what_cannot_run_is_not_measured_and_says_why():
+def test_a_provider_that_cannot_run_is_not_measured_and_says_why():
     row = not_ok(ops_row(SQUARE, 2048, "cuda_wgrad", 1.0, 1), "unable", "was built without nvcc")
     assert verdict(0, "cuda_wgrad", rows_of(row)).text == "not measured: was built without nvcc"
 
 
-def test_extra_memory_is_held_to_mebibytes_at_64k_tokens():
+def test_extra_memory_has_a_limit_in_mebibytes_at_64k_tokens():
     rows = both(SQUARE, 1024, 1.0, tokens=65536)
     assert verdict(4, "auto", rows_of(*rows)).text == "met"
     rows[1]["extra_bytes"] = 41 << 20
@@ -137,7 +137,7 @@ def test_the_published_cpu_figures_are_judged():
     assert "worst of 21" in found[0].measured and "worst of 7" in found[1].measured
 
 
-def test_every_published_file_can_be_a_table():
+def test_every_published_file_gives_a_table():
     for path in sorted(records.RESULTS.glob("*.json")):
         text = table.section([path])
         assert f"- `benchmarks/results/{path.name}`: " in text and "| target |" in text
@@ -152,7 +152,7 @@ def test_of_two_measurements_of_one_case_the_later_counts():
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
-    """Files as ``ops --quick`` and ``step`` write them on a GPU where all goes well, but for two peers."""
+    """Files as ``ops --quick`` and ``step`` write them on a GPU where everything but two peers succeeds."""
     folder, preset = tmp_path_factory.mktemp("complete"), ops.PRESETS["quick"]
     kinds = [(n, False, False) for n in preset.lengths]
     kinds += [(n, True, False) for n in preset.ragged] + [(n, True, True) for n in preset.gram]
@@ -176,11 +176,11 @@ def test_the_tables_name_files_columns_and_every_batch(complete, capsys):
         "`benchmarks/results/ops-a.json`: NVIDIA Made-up 1, driver 777.0, torch 9.9, triton 8.8, commit 0123456789ab"
     )
     assert source in text
-    assert "7 of its measurements were left for want of time" in text
+    assert "7 of its measurements were not made for lack of time" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    head = next(line for line in lines if "tokens a sample" in line and "layer" in line).strip("| ").split(" | ")
+    head = next(line for line in lines if "tokens per sample" in line and "layer" in line).strip("| ").split(" | ")
     shown = ["auto", "triton_wgrad", "cuda_wgrad", "triton_norms", "cuda_norms", "two_gram", "bmm", "grouped_mm"]
-    assert head == ["layer", "tokens a sample", *shown], "what is unable everywhere has no column"
+    assert head == ["layer", "tokens per sample", *shown], "what is unable everywhere has no column"
     samples = [line.split(" | ")[1] for line in lines if line.startswith(f"| {SQUARE}, 4096 → 4096 |")]
     assert samples == ["256", "1024", "1024, batch of 65536", "2048", "~1000", "gram ~1000"]
     for layer, _, _ in ops.PRESETS["quick"].more:
@@ -191,7 +191,7 @@ def test_the_tables_name_files_columns_and_every_batch(complete, capsys):
     assert "triton_gram" in capsys.readouterr().out
 
 
-def test_a_cpu_file_is_not_said_to_be_of_cublas(tmp_path):
+def test_the_table_of_a_cpu_file_does_not_name_cublas(tmp_path):
     record = ops_record(both(SQUARE, 256, 1.0))
     del record["machine"]["gpu"]
     text = table.section([write(tmp_path / "ops.json", record)])
@@ -221,7 +221,7 @@ def test_a_page_without_the_markers_is_left_alone(complete, tmp_path, text, caps
     assert page.read_text() == text
 
 
-def test_readme_is_not_made_from_files_that_are_not_kept(complete, capsys):
+def test_readme_is_made_only_from_files_in_the_results_folder(complete, capsys):
     before = table.README.read_text()
     with pytest.raises(SystemExit) as ended:
         main(["table", str(complete[0]), "--into", str(table.README)])
@@ -241,7 +241,7 @@ def test_files_of_two_gpus_or_of_the_interpreter_are_refused(tmp_path):
 
 
 def expected_of_readme(folder, text: str) -> str:
-    """What README must say: made from the files that it names, the newest of each kind from a GPU among them."""
+    """README's section, made from the files that it names; the newest GPU results of each kind must be among them."""
     newest: dict[str, tuple[str, str]] = {}
     for path in sorted(folder.glob("*.json")):
         record = records.read(path)
@@ -260,7 +260,7 @@ def test_readme_is_made_from_the_newest_results_of_a_gpu():
     assert ("not measured on a GPU" in text) == ("|" not in text)
 
 
-def test_that_test_sees_an_old_table_and_a_changed_number(tmp_path):
+def test_the_readme_test_detects_an_old_table_and_a_changed_number(tmp_path):
     for number, date in enumerate(("2001-01-01T00:00:00Z", "2001-01-02T00:00:00Z")):
         write(tmp_path / f"ops-{number}.json", ops_record(both(SQUARE, 2048, 1.0 + number), date=date))
     old, new = (table.section([tmp_path / f"ops-{number}.json"]) for number in (0, 1))

@@ -1,20 +1,18 @@
-"""The benchmarks' clocks and quantiles, and the child process that providers run in."""
+"""The benchmarks' pairs and quantiles, and the child process that providers run in."""
 
 from __future__ import annotations
 
 import os
 import time
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from benchmarks import harness
-from benchmarks.isolate import LostError, Worker
+from benchmarks.harness import LostError, Worker
 
 
 class FakeClock:
-    """A clock that a function moves."""
+    """A clock that advances when a function says so."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -66,82 +64,8 @@ def test_repeats_fit_the_budget():
     assert harness.repeats_for(1e-6, 0.2) == 100
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Stand-ins for CUDA: what is called, in which order; ``ahead`` says whether the host is."""
-    seen = SimpleNamespace(calls=[], waits=[], ahead=True)
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            seen.calls.append("record")
-
-        def query(self) -> bool:
-            return not seen.ahead
-
-        def elapsed_time(self, end: Event) -> float:
-            return 2.5
-
-    class Properties:
-        L2_cache_size = 1 << 20
-
-    total = torch.sum
-
-    def read(*args, **kwargs):
-        seen.calls.append("flush")
-        return total(*args, **kwargs)
-
-    def sleep(cycles):
-        seen.calls.append("sleep")
-        seen.waits.append(cycles / harness._CYCLES)
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.calls.append("synchronize"))
-    monkeypatch.setattr(torch, "sum", read)
-    return seen
-
-
-def test_the_device_clock_flushes_waits_and_reads_events(gpu):
-    clock = harness.DeviceClock(torch.device("cpu"))
-    seconds = clock(lambda: gpu.calls.append("run"))
-    clock.settle()
-    assert gpu.calls == ["flush", "sleep", "record", "run", "record", "synchronize"]
-    assert seconds() == 2.5e-3
-    assert clock._buffer.numel() * 4 == 64 << 20
-
-
-def test_the_device_waits_as_long_as_the_host_needs_to_launch(gpu, monkeypatch):
-    host = FakeClock()
-    monkeypatch.setattr(harness.time, "perf_counter", host)
-    clock = harness.DeviceClock(torch.device("cpu"))
-    slow, quick = host.takes(0.6e-3), host.takes(1e-5)
-    for function in (quick, slow, quick, slow):
-        clock(function)
-    assert gpu.waits == pytest.approx([0.2e-3, 0.2e-3, 0.78e-3, 0.95 * 0.78e-3], rel=1e-5)
-    for _ in range(100):
-        clock(quick)
-    assert gpu.waits[-1] == pytest.approx(0.2e-3, rel=1e-5)
-    clock(host.takes(5.0))
-    clock(quick)
-    assert gpu.waits[-1] == pytest.approx(2e-3, rel=1e-5), "a call that synchronises does not make its own wait longer"
-
-
-def test_calls_that_the_gpu_began_too_soon_are_counted(gpu):
-    clock = harness.DeviceClock(torch.device("cpu"))
-    mine, base = (lambda: None), (lambda: None)
-    for gpu.ahead in (True, False, True, False):
-        clock(mine)
-        clock(base)
-    assert clock.late(mine) == 0.5
-    assert clock.late(mine) == clock.late(base) == 0.0
-
-
 def jobs(greeting: str):
-    """What the child of the tests below does."""
+    """The jobs of the child process in the tests below."""
 
     def work(job):
         if job["do"] == "die":

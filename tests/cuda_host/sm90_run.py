@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_kernels import reference
+from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
 from tests.cuda_host.build import Host
-from tests.tolerances import NORMS, WEIGHT_GRAD
 
 TYPES = {torch.bfloat16: 1, torch.float16: 2}
 NAN = float("nan")

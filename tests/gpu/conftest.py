@@ -1,7 +1,7 @@
-"""The GPU backends on a GPU. ``--rehearse`` runs the same tests on the CPU where they can, to find slips without one.
+"""The GPU backends on a GPU. ``--rehearse`` runs the same tests on the CPU as far as possible, to find slips early.
 
-A rehearsal covers the triton backend in the interpreter (TRITON_INTERPRET=1), which has no bfloat16, no streams and no
-graphs; what needs these is skipped.
+A rehearsal covers the triton backend in the interpreter (TRITON_INTERPRET=1), which has no bfloat16, streams or graphs;
+tests that need these are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    """A backend that can run here; the others are skipped with their reason (``test_backends_can_run`` fails then)."""
+    """A backend that can run here; others are skipped with the reason, and ``test_backends_can_run`` fails for them."""
     name: str = request.param
     reason = backends.unavailable_reason(name, "fused_grad_norm", device.type, torch.float16)
     if reason is not None:
@@ -35,7 +35,7 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 
 @pytest.fixture(params=DTYPES)
 def dtype(request: pytest.FixtureRequest, backend: str, device: torch.device) -> torch.dtype:
-    """A dtype that the backend takes here."""
+    """A dtype that the backend supports here."""
     dtype = DTYPES[request.param]
     reason = backends.unavailable_reason(backend, "fused_grad_norm", device.type, dtype)
     if reason is not None:
@@ -45,13 +45,13 @@ def dtype(request: pytest.FixtureRequest, backend: str, device: torch.device) ->
 
 @pytest.fixture
 def repeatable_attention() -> Iterator[None]:
-    """Attention whose backward adds in a fixed order: that of the fused kernels adds by atomics."""
+    """Attention whose backward adds in a fixed order; that of the fused kernels uses atomics."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 @pytest.fixture
 def gpu_only(request: pytest.FixtureRequest) -> None:
-    """For tests of what only a GPU has."""
+    """For tests of features that only a GPU has."""
     if request.config.getoption("--rehearse"):
-        pytest.skip("only a GPU has what this test is about")
+        pytest.skip("only a GPU has what this test needs")

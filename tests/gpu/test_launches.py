@@ -1,4 +1,4 @@
-"""What the GPU backends promise besides right numbers: the same bits, no synchronisation, graphs, streams, size."""
+"""Guarantees of the GPU backends beyond right numbers: the same bits, no synchronisation, graphs, streams, sizes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradnorm_kernels import ops
-from tests import tolerances, traps
+from gradnorm_kernels import ops, tolerances
+from tests import traps
 from tests.traps import ALGORITHMS, ALIGNED, LARGE, ODD, Case, Trap, assert_same_bits
 
 pytestmark = pytest.mark.gpu
 
 
 def call(case: Case, backend: str, algorithm: str = "auto") -> list[Tensor]:
-    """All three ops, with every result and every size given: nothing has to be read from the device."""
+    """All three ops with every result, and with all sizes given, so that nothing has to be read from the device."""
     kwargs: dict[str, Any] = {"algorithm": algorithm, "backend": backend, "num_samples": 8}
     call = (case.x, case.dy, case.cu_seqlens)
     result = ops.fused_grad_norm(
@@ -40,10 +40,10 @@ NAMES = ("sample_sq_norms", "group_sq_norms", "weight_grad", "group_gram", "grad
 
 @pytest.fixture(params=(ODD, ALIGNED, LARGE), ids=("odd", "aligned", "large"))
 def layout(request: pytest.FixtureRequest, device: torch.device) -> Trap:
-    """Which loads run, and whether tokens are split, depends on it."""
+    """The layout decides which loads run and whether tokens are split."""
     trap: Trap = request.param
     if trap is not ODD and device.type == "cpu":
-        pytest.skip("too large for the interpreter, or the same to it as what it runs")
+        pytest.skip("too large for the interpreter, or equivalent there to the odd layout")
     return trap
 
 
@@ -68,7 +68,7 @@ def test_nothing_is_read_back(algorithm: str, layout: Trap, backend: str, device
     try:
         found = call(case, backend, algorithm)
         with pytest.raises(RuntimeError, match="synchroni"):
-            found[0].sum().item()  # the mode does find them
+            found[0].sum().item()  # shows that the mode detects synchronisation
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert_same_bits(expected, found, NAMES)
@@ -101,7 +101,7 @@ def test_in_a_graph(algorithm: str, layout: Trap, backend: str, device: torch.de
 
 
 def test_on_another_stream(layout: Trap, backend: str, device: torch.device, gpu_only: None) -> None:
-    """The launch goes to the current stream: inputs that a slow kernel on it writes are awaited."""
+    """The launch goes to the current stream, so it waits for inputs that a slow kernel on that stream writes."""
     case = layout.build(torch.float16).to(device)
     expected = call(case, backend)
     late_x, late_dy = torch.full_like(case.x, float("nan")), torch.full_like(case.dy, float("nan"))
@@ -128,7 +128,7 @@ def test_under_compile(backend: str, device: torch.device, gpu_only: None) -> No
 
 
 def _norms_in_pieces(x: Tensor, dy: Tensor, lengths: list[int]) -> Tensor:
-    """||G_i||^2 from plain products in float32, a stretch of rows at a time."""
+    """||G_i||^2 from plain products in float32, a block of rows at a time."""
     norms = []
     for xs, dys in zip(x.split(lengths), dy.split(lengths), strict=True):
         total = torch.zeros(dy.shape[1], x.shape[1], device=x.device)
@@ -143,7 +143,7 @@ def _norms_in_pieces(x: Tensor, dy: Tensor, lengths: list[int]) -> Tensor:
 def test_more_than_two_billion_elements(
     algorithm: str, wide: str, backend: str, device: torch.device, gpu_only: None
 ) -> None:
-    """Offsets of 32 bits would wrap: 2^20 tokens of 2304 features."""
+    """2^20 tokens of 2304 features: 32-bit offsets would overflow."""
     lengths = [300_000, 1, 0, 777, 400_000, (1 << 20) - 700_778]
     tokens, widths = sum(lengths), (2304, 48) if wide == "x" else (48, 2304)
     if torch.cuda.mem_get_info()[0] < 24 << 30:
@@ -200,20 +200,20 @@ def _peak(run: Callable[[], object]) -> int:
 
 
 def test_memory_besides_dw(backend: str, device: torch.device, gpu_only: None) -> None:
-    """A layer of a 7B model, 64k tokens, 64 samples: what a call takes besides its results."""
+    """A layer of a 7B model, 64k tokens, 64 samples: the memory of a call besides its results."""
     x, dy = (torch.randn(65536, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
     offsets = torch.arange(0, 65537, 1024, device=device)
 
     def run() -> object:
         return ops.fused_grad_norm(x, dy, offsets, weight_grad=True, algorithm="wgrad", backend=backend)
 
-    run()  # what a library keeps for itself from its first call on is not this call's
+    run()  # what a library allocates once, in its first call, is not counted
     besides = _peak(run) - 4096 * 4096 * 2
     assert besides < 16 << 20, f"{besides / 2**20:.1f} MiB besides dW, 16 allowed"
 
 
 def test_streams_of_calls_do_not_share_memory(backend: str, device: torch.device) -> None:
-    """Results of a call stay as they are while later calls run."""
+    """The results of a call do not change while later calls run."""
     cases = [traps.packed([30 + i, 100, 7], 48, 40, torch.float16).to(device) for i in range(4)]
     first = [ops.fused_grad_norm(c.x, c.dy, c.cu_seqlens, weight_grad=True, backend=backend) for c in cases]
     kept = [[t.clone() for t in result if t is not None] for result in first]

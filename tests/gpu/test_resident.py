@@ -1,4 +1,4 @@
-"""Measuring a micro-batch on a GPU neither waits for the GPU nor gives other bits the second time."""
+"""Measuring a micro-batch on a GPU does not wait for the GPU and gives the same bits every time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_all_layers(name: str, fused: bool, blocks: int, device: torch.device, m
         model.zero_grad()
         with tracker.microbatch(TASKS, SAMPLES, mask):
             loss = brute_force.row_losses(model, ids, mask).mean()
-            # The first time kernels are compiled and loaded, which may wait.
+            # In the first step kernels are compiled and loaded, which may wait.
             if on_gpu and seen:
                 torch.cuda.set_sync_debug_mode("error")
             try:
@@ -46,9 +46,9 @@ def test_all_layers(name: str, fused: bool, blocks: int, device: torch.device, m
                     torch.cuda.set_sync_debug_mode("default")
         seen.append({task: (value.sq_norm, value.mean_sq_norm) for task, value in tracker.step().items()})
         gradients.append([p.grad.clone() for p in model.parameters()])
-    # First what the norms are of: where that is not the same, they cannot be.
+    # First the gradients: if they differ, the norms cannot agree.
     for other in gradients[1:]:
         assert_same_bits(gradients[0], other, names)
-    assert seen[1] == seen[0] and seen[2] == seen[0], f"other norms later: {seen}"
+    assert seen[1] == seen[0] and seen[2] == seen[0], f"later norms differ: {seen}"
     if on_gpu:
         assert ("triton", "embedding_grad_norm") in chosen

@@ -1,4 +1,4 @@
-"""The tracker on a GPU: a bfloat16 model against per-sample gradients by plain autograd, watching and fused."""
+"""The tracker on a GPU: a bfloat16 model against per-sample gradients by plain autograd, observing and fused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_against_brute_force(layers: str, fused: bool, device: torch.device) -> 
     truth = brute_force.sample_gradients(
         brute_force.row_losses(model, ids, mask), SAMPLES, [p for p in measured.values() if p.requires_grad]
     )
-    # In bfloat16 the two backward passes round differently: each gradient is good to about a hundredth.
+    # In bfloat16 the two backward passes round differently: each gradient is accurate to about one percent.
     rel = 3e-2 if dtype == torch.bfloat16 else 1e-4
     for task in "ab":
         gradients = torch.stack([g for sample, g in truth.items() if sample[0] == task])
@@ -60,5 +60,5 @@ def test_training_is_the_same_to_the_last_bit_while_watched(device: torch.device
     try:
         assert_same_bits(gradients[0], gradients[1], names)
     except AssertionError as error:
-        raise AssertionError(f"torch's own backward does not repeat itself, so nothing is shown: {error}") from None
+        raise AssertionError(f"torch's own backward is not deterministic, so this shows nothing: {error}") from None
     assert_same_bits(gradients[0], gradients[2], names)

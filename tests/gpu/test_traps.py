@@ -1,4 +1,4 @@
-"""The very same traps as every other backend, on a GPU: bfloat16, float16 and float32."""
+"""The traps of every backend, on a GPU: bfloat16, float16 and float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_backends_can_run(name: str) -> None:
 def trap(request: pytest.FixtureRequest, device: torch.device) -> Trap:
     found: Trap = request.param
     if found is ALIGNED and device.type == "cpu":
-        pytest.skip("the same to the interpreter as the one that is not aligned")
+        pytest.skip("equivalent in the interpreter to the unaligned layout")
     return found
 
 

@@ -1,4 +1,4 @@
-"""``make gpu-check`` without a GPU: how it runs its steps, that its plan is whole, and its dry run (the short form)."""
+"""``make gpu-check`` without a GPU: how it runs steps, that the plan is complete, and the short dry run."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_one_failing_step_does_not_stop_the_others(tmp_path: Path, capsys: pytes
     assert summary["gpu"] == "none" and summary["passed"] is False and len(summary["steps"]) == 7
     assert "timed out" in capsys.readouterr().out
     time.sleep(max(0.0, 5 - (time.monotonic() - began)))
-    assert not marker.exists(), "what a step started is ended with it"
+    assert not marker.exists(), "what a step started is killed with it"
 
 
-def test_the_time_for_all_is_a_limit_too(tmp_path: Path) -> None:
+def test_the_total_time_is_limited(tmp_path: Path) -> None:
     plan = [Step("long", python("import time; time.sleep(60)"), 50), Step("next", python(""), 50, ("long",))]
     began = time.monotonic()
     results = run_steps(plan, tmp_path, {}, minutes=6 / 60)
@@ -90,7 +90,7 @@ REFUSED = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to acc
         ("print('cannot attach'); raise SystemExit(7)", "(failed): cannot attach"),
     ],
 )
-def test_a_tool_that_is_refused_is_not_run_and_fails_nothing(code: str, said: str, tmp_path: Path) -> None:
+def test_a_refused_tool_counts_as_not_run(code: str, said: str, tmp_path: Path) -> None:
     plan = [
         Step("trial", python(code), 30, program=sys.executable, extra=True, trial=True),
         Step("with it", python("raise SystemExit(1)"), 30, ("trial",), ("trial",), extra=True),
@@ -105,7 +105,7 @@ def test_a_tool_that_is_refused_is_not_run_and_fails_nothing(code: str, said: st
 
 
 @pytest.mark.parametrize(("code", "passed"), [("", True), ("raise SystemExit(1)", False)])
-def test_what_a_tool_finds_counts(code: str, passed: bool, tmp_path: Path) -> None:
+def test_an_error_found_by_a_tool_is_a_failure(code: str, passed: bool, tmp_path: Path) -> None:
     fine = "print('========= COMPUTE-SANITIZER'); print('========= ERROR SUMMARY: 0 errors')"
     plan = [
         Step("trial", python(fine), 30, program=sys.executable, extra=True, trial=True),
@@ -127,12 +127,12 @@ def plan(stages: tuple[str, ...] = tuple(steps.STAGES), **chosen: list[str]) -> 
 
 
 def rounds(chosen: list[Step]) -> list[set[str]]:
-    """What is begun together, when every step takes as long as every other."""
+    """The steps that start together if all steps take equally long."""
     ended: set[str] = set()
     found = []
     while len(ended) < len(chosen):
         found.append({step.name for step in chosen if set(step.after) <= ended} - ended)
-        assert found[-1], "steps wait for each other, or for one that is not there"
+        assert found[-1], "steps wait for each other, or for one that does not exist"
         ended |= found[-1]
     return found
 
@@ -151,7 +151,7 @@ TIMED = {
 
 @pytest.mark.parametrize("stages", [steps.DEFAULT, *((name,) for name in steps.STAGES), tuple(steps.STAGES)])
 def test_every_plan_is_consistent(stages: tuple[str, ...]) -> None:
-    """Steps wait only for steps there are; what is timed runs alone, and after all tests."""
+    """Steps wait only for existing steps; timed steps run alone and after all tests."""
     chosen = plan(stages)
     names = [step.name for step in chosen]
     assert len(set(names)) == len(names) and {"environment", "build"} <= set(names)
@@ -166,7 +166,7 @@ def test_every_plan_is_consistent(stages: tuple[str, ...]) -> None:
     assert {step.stage for step in chosen} >= set(stages)
 
 
-def test_what_takes_any_backend_waits_for_the_build_and_does_not_need_it() -> None:
+def test_tests_of_any_backend_wait_for_the_build_but_do_not_need_it() -> None:
     for step in plan(("check",)):
         if step.name.startswith("tests-"):
             cuda = step.name.startswith("tests-cuda")
@@ -174,7 +174,7 @@ def test_what_takes_any_backend_waits_for_the_build_and_does_not_need_it() -> No
             assert ("build" in step.needs) == cuda
 
 
-def test_time_is_reserved_for_what_comes_later() -> None:
+def test_time_is_reserved_for_later_steps() -> None:
     whole = {step.name: step for step in plan(steps.DEFAULT)}
     assert whole["tests-cuda"].keep == whole["build"].keep >= whole["ops"].reserve + whole["step"].reserve > 250
     assert whole["build"].keep < 60 * check.MINUTES - 200
@@ -182,7 +182,7 @@ def test_time_is_reserved_for_what_comes_later() -> None:
     assert all(step.keep < 60 for step in plan(("check",)))
 
 
-def test_nvidia_s_tools_run_last_and_leave_the_clocks_alone() -> None:
+def test_the_tools_of_nvidia_run_last_and_do_not_lock_the_clocks() -> None:
     chosen = plan()
     order = [step.name for step in chosen]
     tools = [step for step in chosen if step.stage in ("profile", "sanitize")]
@@ -195,7 +195,7 @@ def test_nvidia_s_tools_run_last_and_leave_the_clocks_alone() -> None:
             assert command[command.index("--clock-control") + 1] == "none"
 
 
-def test_parts_are_chosen_by_stage_and_by_name() -> None:
+def test_steps_are_chosen_by_stage_and_by_name() -> None:
     def names(*stages: str, **chosen: list[str]) -> list[str]:
         return [step.name for step in plan(stages, **chosen)]
 
@@ -272,16 +272,16 @@ def test_every_gpu_test_is_in_one_step(tmp_path: Path) -> None:
     assert not [name for name, *picked in zip(names, *chosen, strict=True) if sum(picked) != 1]
 
 
-def test_an_installed_package_called_tests_is_not_in_the_way(tmp_path: Path) -> None:
-    """Some distributions bring one, and a regular package goes before a folder without ``__init__.py``."""
+def test_an_installed_package_named_tests_is_not_imported(tmp_path: Path) -> None:
+    """Some distributions install one, and a regular package takes precedence over a folder without ``__init__.py``."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("raise ImportError('not this one')")
-    command = [sys.executable, "-c", "import tools.gpu_check.steps, tests.tolerances"]
+    command = [sys.executable, "-c", "import tools.gpu_check.steps, tests.traps"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_gpu_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     if torch.cuda.is_available():
         return
     with pytest.raises(SystemExit) as raised:

@@ -1,4 +1,4 @@
-"""Tests that crash, hang or lose the GPU cost themselves and nothing else; and what the report makes of them."""
+"""A test that crashes, hangs or loses the GPU costs only itself; and the report on such tests."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def ends(entries: list[dict]) -> dict[str, dict]:
     return {entry["test"].rpartition("::")[2]: entry for entry in entries if entry["event"] == "ended"}
 
 
-def test_every_mishap_costs_one_test_and_is_named(mishaps: tuple[Path, int, list[dict], str]) -> None:
+def test_every_crash_or_hang_costs_one_test_and_is_named(mishaps: tuple[Path, int, list[dict], str]) -> None:
     _, code, entries, output = mishaps
     assert code == 1, output
     found = ends(entries)
@@ -122,7 +122,7 @@ def test_a_lost_device_ends_the_process_and_three_of_a_kind_are_enough(
     assert all("it ended well, but then the device was lost" in message for message in later)
     assert sum(entry["outcome"] == "not run" for entry in poison.values()) == 5 - journal.ENOUGH
     assert "lost the device (an illegal memory access)" in output and "norms off by 0.97" in output
-    # After the first, tests of other kinds come before the next of this one.
+    # After the first, tests of other kinds come before the next of this kind.
     began = [entry["test"].rpartition("::")[2] for entry in entries if entry["event"] == "began"]
     assert began.index("test_last") < began.index("test_poison[b-cuda-wgrad]")
 
@@ -144,14 +144,14 @@ def test_the_report_groups_failures_by_cause(mishaps: tuple[Path, int, list[dict
     assert summary["counts"]["died"] == 3 and len(summary["failures"]) == len(report.groups())
 
 
-def test_where_nothing_goes_wrong_there_is_one_process(tmp_path: Path) -> None:
+def test_without_failures_there_is_one_process(tmp_path: Path) -> None:
     text = "def test_a():\n    pass\n\ndef test_b():\n    print('x')\n"
     code, entries, output = run(tmp_path, text)
     assert code == 0 and output.splitlines()[-1].startswith("2 passed in ")
     assert [entry["event"] for entry in entries] == ["collected", "began", "ended", "began", "ended", "finished"]
 
 
-def test_nothing_is_shown_where_every_test_was_skipped(tmp_path: Path) -> None:
+def test_a_run_in_which_every_test_was_skipped_fails(tmp_path: Path) -> None:
     code, entries, output = run(tmp_path, "import pytest\n\ndef test_a():\n    pytest.skip('no device')\n")
     assert code == 1 and ends(entries)["test_a"]["outcome"] == "skipped" and "1 skipped in" in output
 
@@ -163,14 +163,14 @@ def test_a_file_that_cannot_be_imported_is_one_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["raise SystemExit(0)\n", "import os; os._exit(9)\n"])
-def test_what_cannot_begin_is_not_begun_again_and_again(text: str, tmp_path: Path) -> None:
+def test_a_command_that_begins_no_test_is_not_repeated(text: str, tmp_path: Path) -> None:
     began = time.monotonic()
     code, entries, output = run(tmp_path, text)
     assert code not in (0, 1) and "began no test" in output and not ends(entries)
     assert time.monotonic() - began < 60
 
 
-def test_a_step_that_is_cut_off_leaves_what_it_had(tmp_path: Path) -> None:
+def test_an_interrupted_step_keeps_its_results(tmp_path: Path) -> None:
     path = tmp_path / "tests-x.jsonl"
     journal.append(path, event="collected", tests=4)
     for name in ("f.py::a", "f.py::b"):
@@ -184,7 +184,7 @@ def test_a_step_that_is_cut_off_leaves_what_it_had(tmp_path: Path) -> None:
     assert "tests-x: 2 tests were not reached" in reporting.text(report)
 
 
-def test_the_device_is_asked_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_synchronised_only_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     assert journal.device_is_lost() is None or torch.cuda.is_available()
@@ -198,7 +198,7 @@ def test_the_device_is_asked_only_where_there_is_one(monkeypatch: pytest.MonkeyP
     assert journal.device_is_lost() == "RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
-def test_a_command_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_command_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         isolated.main([str(tmp_path / "x.jsonl"), "--"])
     assert "there is no command: give it after --" in capsys.readouterr().err

@@ -18,6 +18,7 @@ LIBRARY = "gradnorm_kernels"
 
 #: From the top down. A room may import from itself and from the rooms before it.
 ROOMS = (
+    "tolerances",
     "reference",
     "batch",
     "checks",
@@ -40,8 +41,8 @@ LAZY = {
     "control": {"torchjd"},
     "integrations": {"accelerate", "datasets", "peft", "transformers", "trl"},
 }
-#: Nothing imports these: they are the application, the tests and the benchmarks.
-NEVER = {"benchmarks", "gradnorm_grpo", "tests", "train_grpo"}
+#: The library imports none of these: the application, the tests, the benchmarks and the tools.
+NEVER = {"benchmarks", "gradnorm_grpo", "tests", "tools", "train_grpo"}
 
 
 def room_of(path: str) -> str:
@@ -128,16 +129,39 @@ def test_the_library_keeps_the_order():
     assert not violations(sources), "\n".join(violations(sources))
 
 
-def test_nobody_imports_tests_or_benchmarks():
-    found = []
-    for path in (ROOT / "python").rglob("*.py"):
-        relative = str(path.relative_to(ROOT))
-        found += [
-            f"{relative}:{line} imports {name}"
-            for name, line, _ in imported(relative, path.read_text())
-            if name.split(".")[0] in ("tests", "benchmarks")
-        ]
-    assert not found, "\n".join(found)
+#: Folder -> the packages that nothing in it may import. Only tests/benchmarks and tests/gpu_check, which test them,
+#: import the benchmarks and the tools.
+APART = {
+    "python": {"benchmarks", "tests", "tools"},
+    "benchmarks": {"gradnorm_grpo", "tests", "tools"},
+    "tools": {"benchmarks", "gradnorm_grpo", "tests"},
+    "tests": {"benchmarks", "tools"},
+}
+TESTED_IN = {"benchmarks": "tests/benchmarks/", "tools": "tests/gpu_check/"}
+
+
+def crossings(folder: str, sources: dict[str, str]) -> list[str]:
+    """Every import in ``{path: source}`` that the folder may not have, as 'path:line imports what'."""
+    return [
+        f"{path}:{line} imports {name}"
+        for path, source in sources.items()
+        for name, line, _ in imported(path, source)
+        if name.split(".")[0] in APART[folder] and not path.startswith(TESTED_IN.get(name.split(".")[0], "-"))
+    ]
+
+
+@pytest.mark.parametrize("folder", APART)
+def test_application_benchmarks_tools_and_tests_do_not_import_each_other(folder):
+    sources = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / folder).rglob("*.py")}
+    assert len(sources) > 5
+    assert not crossings(folder, sources)
+
+
+def test_that_test_sees_a_crossing():
+    source = "from benchmarks.batches import truth"
+    assert crossings("tests", {"tests/cpu/a.py": source}) == ["tests/cpu/a.py:1 imports benchmarks.batches.truth"]
+    assert crossings("tests", {"tests/benchmarks/a.py": source}) == []
+    assert crossings("benchmarks", {"benchmarks/a.py": "def f():\n    import tests.traps"})
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gradnorm_kernels import ops, reference
+from gradnorm_kernels.tolerances import NORMS
 from tests.ops.test_embedding import LAYOUTS, embedding, ids_of, inner, linear, truth
-from tests.tolerances import NORMS
 from tests.traps import assert_close, assert_same_bits, poisoned_memory
 
 #: Those of few tokens: the interpreter is slow.

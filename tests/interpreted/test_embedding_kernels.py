@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradnorm_kernels.backends.triton import embedding
 from gradnorm_kernels.segments import Segments
-from tests.tolerances import NORMS
+from gradnorm_kernels.tolerances import NORMS
 from tests.traps import assert_close, poisoned_memory
 
 NAN = float("nan")

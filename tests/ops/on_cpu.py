@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradnorm_kernels import backends
+from gradnorm_kernels.tolerances import NORMS
 from tests import traps
-from tests.tolerances import NORMS
 
 DTYPES = list(NORMS)
 

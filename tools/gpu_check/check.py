@@ -1,13 +1,12 @@
-"""``make gpu-check``: on a machine with a GPU, everything that only a GPU can show, in under nine minutes.
+"""``make gpu-check``: everything that only a GPU can show, in under nine minutes on a machine with a GPU.
 
-Steps run one after the other or side by side, each with a limit of its own; one that fails or runs out of time does
-not stop the others, and a test that ends its process does not stop the tests after it. All output goes into one
-folder: a log a step, JSON where a step makes it, ``failures.md``, and ``summary.json``, written anew after every step,
-so that a run that is cut short leaves what it had. The end of the output repeats what matters.
+Steps run one after another or in parallel, each with its own time limit. A step that fails or times out does not stop
+the others, and a test that ends its process does not stop the tests after it. All output goes into one folder: a log
+per step, JSON from the steps that write it, ``failures.md``, and ``summary.json``, rewritten after every step so that
+an interrupted run keeps its results. The end of the output repeats the failures.
 
-It needs Python with torch, triton and pytest, and for the cuda backend nvcc, cmake, ninja and pybind11; it installs
-nothing and fetches nothing. ``--stages``, ``--only`` and ``--skip`` pick a part; ``--dry-run`` walks every step as far
-as it goes without a GPU.
+It needs Python with torch, triton and pytest, and for the cuda backend nvcc, cmake, ninja and pybind11. It installs and
+downloads nothing. ``--stages``, ``--only`` and ``--skip`` select steps; ``--dry-run`` runs what works without a GPU.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from tools.gpu_check.running import ROOT, Step, counts, line, run_steps, write_j
 from tools.gpu_check.steps import DEFAULT, STAGES, choose, dry_steps, gpu_steps
 
 MINUTES = 8.7
-#: Files larger than this stay out of the archive: what is left must be easy to carry.
+#: Files larger than this are left out of the archive, which must stay easy to copy.
 LARGEST = 4 << 20
 
 
 def machine() -> dict[str, Any]:
-    """What the summary says of where it ran."""
+    """The summary's description of the machine and the versions."""
     import torch
 
     from gradnorm_kernels import __main__ as main
@@ -49,11 +48,11 @@ def machine() -> dict[str, Any]:
 
 
 def archive(folder: Path, path: Path) -> None:
-    """The folder as one compressed file, replaced in one step. What is larger than ``LARGEST`` is left out."""
+    """Write the folder as one compressed file, atomically. Files larger than ``LARGEST`` are left out."""
     fresh = path.with_name(f".{path.name}")
     with tarfile.open(fresh, "w:gz", compresslevel=4) as tar:
         for file in sorted(folder.rglob("*")):
-            # A step that still runs may take its files away, or make them longer, while they are read.
+            # A running step may remove or extend its files while they are read.
             with contextlib.suppress(OSError):
                 inside = file != path and not file.name.startswith(".") and file.is_file()
                 if inside and file.stat().st_size <= LARGEST:
@@ -62,7 +61,7 @@ def archive(folder: Path, path: Path) -> None:
 
 
 class Keeper:
-    """Writes the archive after the steps, but no oftener than its own time allows."""
+    """Writes the archive after each step, unless writing it would take more than a thirtieth of the time."""
 
     def __init__(self, folder: Path, path: Path | None) -> None:
         self._folder, self._path, self._next = folder, path, 0.0
@@ -77,7 +76,7 @@ class Keeper:
 
 
 def conclude(folder: Path, steps: Sequence[Step], results: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
-    """Write what the tests said, and return the end of the output: what failed last of all, so that it is seen."""
+    """Write the test report and return the end of the output, with the failed steps last."""
     found = reporting.collect(folder)
     (folder / "failures.md").write_text(reporting.markdown(found))
     write_json(folder / "summary.json", summary | {"tests": found.summary()})
@@ -93,20 +92,20 @@ def conclude(folder: Path, steps: Sequence[Step], results: Sequence[dict[str, An
 
 
 def main(arguments: list[str]) -> int:
-    """0 if every step passed that had to, 1 if one did not, 2 where there is no GPU and no --dry-run."""
+    """0 if every required step passed, 1 if one did not, 2 without a GPU and without --dry-run."""
     stages = "; ".join(f"{name}: {what}" for name, what in STAGES.items())
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_check.check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="the results folder (default: benchmarks/results/<gpu>-<commit>)")
-    parser.add_argument("--archive", type=Path, metavar="FILE", help="also keep the results folder in this .tar.gz")
-    parser.add_argument("--commit", help="what the results are of, where there is no checkout to ask")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="the time for all steps together")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="also write the results folder into this .tar.gz")
+    parser.add_argument("--commit", help="the commit, if this is no git checkout")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit for all steps together")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(DEFAULT), help=stages)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only steps whose names begin like this")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="no steps whose names begin like this")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only steps whose names start with this")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="no steps whose names start with this")
     parser.add_argument("--profile", action="store_true", help="also the stage profile")
-    parser.add_argument("--list", action="store_true", help="print the steps that would run, and run none")
-    parser.add_argument("--dry-run", action="store_true", help="walk the steps as far as they go without a GPU")
-    parser.add_argument("--short", action="store_true", help="of a dry run, only what takes a minute")
+    parser.add_argument("--list", action="store_true", help="print the steps and run none")
+    parser.add_argument("--dry-run", action="store_true", help="run the steps that work without a GPU")
+    parser.add_argument("--short", action="store_true", help="with --dry-run: only what takes a minute")
     chosen = parser.parse_args(arguments)
     facts = machine()
     if facts["gpu"] == "no-gpu" and not (chosen.dry_run or chosen.list):

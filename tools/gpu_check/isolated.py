@@ -1,12 +1,13 @@
-"""Runs pytest so that a test which crashes, hangs or loses the GPU costs that test and not those after it.
+"""Runs pytest so that a test which crashes, hangs or loses the GPU costs only that test.
 
     python -m tools.gpu_check.isolated FILE.jsonl [--silence SECONDS] -- python -m pytest tests/gpu -k cuda
 
-pytest runs in a process of its own and keeps a journal (:mod:`tools.gpu_check.journal`). When that process ends early,
-or nothing is written for so long, its last test is written down as the one that did it, and a fresh process goes on
-with the others. It needs nothing but pytest, and where nothing goes wrong it costs nothing.
+pytest runs in a child process and keeps a journal (:mod:`tools.gpu_check.journal`). If that process ends early, or
+writes nothing for ``--silence`` seconds, its last test is recorded as the cause, and a new process continues with the
+other tests. This needs only pytest, and costs nothing if nothing goes wrong.
 
-Status 0: every test passed or was skipped, and one passed; 1: not so; anything else is pytest's own, which ran no test.
+Status 0: every test passed or was skipped, and at least one passed; 1: not so; other values: pytest's own status when
+it ran no test.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from typing import Any
 
 from tools.gpu_check import journal
 
-#: Seconds without a line in the journal after which a test counts as hung; and for importing and collecting.
+#: Seconds without a new line in the journal: for a test, and for import and collection.
 SILENCE, START = 90.0, 150.0
-#: How long a process may take to write down where it is, and to go away once it is killed.
+#: Seconds for a process to write its stacks, and to end after it is killed.
 _STACKS, _GONE = 2.0, 20.0
 
 
 def run(command: list[str], path: Path, silence: float = SILENCE, start: float = START) -> int:
-    """Run the command with the journal's plugin until every test has begun once; the exit status."""
+    """Run the command with the journal's plugin until every test has begun once. Returns the exit status."""
     path.unlink(missing_ok=True)
     began = time.monotonic()
     while True:
@@ -55,7 +56,7 @@ def run(command: list[str], path: Path, silence: float = SILENCE, start: float =
 
 
 def _one_life(command: list[str], path: Path, silence: float, start: float) -> int | None:
-    """The exit status of one process; None where it was silent for too long and was ended."""
+    """The exit status of one process; None if it was silent for too long and was killed."""
     path.with_suffix(".stacks").unlink(missing_ok=True)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     size, heard, began = path.stat().st_size if path.exists() else 0, time.monotonic(), False
@@ -68,19 +69,19 @@ def _one_life(command: list[str], path: Path, silence: float, start: float) -> i
         if time.monotonic() - heard > (silence if began else start):
             break
     with contextlib.suppress(ProcessLookupError):
-        # Without the plugin's handler the signal would end it, which is as well.
+        # Without the plugin's handler the signal ends the process, which is fine too.
         process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STACKS)
         process.kill()
-    # A process stuck in the driver may never go: the next one does not wait for it.
+    # A process stuck in the driver may never end: the next one does not wait for it.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_GONE)
     return None
 
 
 def _open(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The test that began and did not end."""
+    """The test that began and did not end, if there is one."""
     ended = {entry["test"] for entry in entries if entry["event"] == "ended"}
     for entry in entries:
         if entry["event"] == "began" and entry["test"] not in ended:
@@ -94,7 +95,7 @@ def _why(code: int | None, path: Path, silence: float) -> str:
         return f"its process ended with {how}"
     file = path.with_suffix(".stacks")
     stacks = file.read_text(errors="replace").strip() if file.exists() else ""
-    # The thread that runs the tests comes last; its innermost frame says where it waits.
+    # The thread that runs the tests comes last; its innermost frame is where it waits.
     main = stacks.split("\n\n")[-1].splitlines()
     frames = [line.strip() for line in main if line.strip().startswith("File ")]
     own = [line for line in frames if "/site-packages/" not in line and "/lib/python" not in line]
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_check.isolated", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("journal", type=Path, help="the file that the tests' beginnings and ends are written to")
+    parser.add_argument("journal", type=Path, help="the file for the beginning and end of each test")
     parser.add_argument("--silence", type=float, default=SILENCE, help="seconds after which a test counts as hung")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- python -m pytest ...")
     chosen = parser.parse_args(arguments)

@@ -1,11 +1,11 @@
-"""A pytest plugin that keeps a journal: a line of JSON when a test begins, when it ends, and when Triton has compiled.
+"""A pytest plugin that keeps a journal: a line of JSON when a test begins or ends and when Triton compiles a kernel.
 
     python -m pytest -p tools.gpu_check.journal --journal FILE tests/gpu
 
 A process that crashes or hangs leaves a test that began and did not end. Started again with the same journal, pytest
-runs what has not begun yet: first of all tests that are unlike those which ended a process. An illegal memory access
-leaves the CUDA context of its process unusable, and every later test would fail of it: so the context is tried after
-each test, and a process that has lost it ends at once, after it has written down whose doing that was.
+runs the tests that have not begun yet; tests of the same kind as one that ended a process come last. An illegal memory
+access leaves the CUDA context of its process unusable, and every later test would fail for that reason. So the context
+is checked after each test, and a process that has lost it records the test and ends at once.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any
 
 import pytest
 
-#: The exit status of a process whose GPU context is lost.
+#: The exit status of a process that lost its GPU context.
 LOST = 70
-#: After so many tests of one kind that ended a process, the others of that kind are not run.
+#: After this many tests of one kind have ended a process, the others of that kind are not run.
 ENOUGH = 3
 _LONGEST = 3000
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The entries of a journal. A last line that was cut off is left out."""
+    """The entries of a journal. An incomplete last line is left out."""
     entries = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -46,7 +46,7 @@ def append(path: Path, **entry: Any) -> None:
 
 
 def device_is_lost() -> str | None:
-    """What the device says when it is waited for, if that is an error; None if all is well or there is no device."""
+    """The error that the device reports on synchronisation; None if there is none, or no device."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
@@ -67,7 +67,7 @@ def kind_of(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 class Journal:
-    """The plugin. ``kill -USR1`` of the process writes where its threads are into ``<journal>.stacks``."""
+    """The plugin. ``kill -USR1`` of the process writes the stacks of its threads into ``<journal>.stacks``."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -96,7 +96,7 @@ class Journal:
         items[:] = chosen
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported is one test that failed; without the plugin's option it would stop all."""
+        """Record a file that cannot be imported as one failed test; by default pytest would stop there."""
         if report.failed:
             named = {"test": report.nodeid or "collection", "parameters": {}}
             append(self._path, event="began", **named)
@@ -117,7 +117,7 @@ class Journal:
         if entry["outcome"] != "failed":
             entry |= {"outcome": "failed", "message": f"it ended well, but then the device was lost: {lost}"}
         append(self._path, event="ended", **entry, lost=lost[:_LONGEST])
-        # Not by print: what a test prints is kept by pytest, which ends here.
+        # Not by print: pytest captures it, and this process ends here.
         terminal = item.config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:
             for report in self._reports:
@@ -134,7 +134,7 @@ class Journal:
         append(self._path, event="finished")
 
     def _listen(self) -> None:
-        """Compiling is a sign of life. Triton is asked only where a test has imported it."""
+        """Record compilations as signs of life, once a test has imported Triton."""
         triton = sys.modules.get("triton")
         if self._listening or triton is None or not hasattr(triton, "knobs"):
             return
@@ -147,7 +147,7 @@ class Journal:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--journal", type=Path, help="the file for a line whenever a test begins or ends")
+    parser.addoption("--journal", type=Path, help="the file for a line per beginning and end of a test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -163,7 +163,7 @@ def _named(item: pytest.Item) -> dict[str, Any]:
 
 
 def _outcome(reports: list[pytest.TestReport]) -> dict[str, Any]:
-    """The worst of setup, call and teardown, with what was said of it."""
+    """The worst outcome of setup, call and teardown, with its message."""
     for report in reports:
         if report.failed:
             return _said(report) | {"phase": report.when}

@@ -1,7 +1,7 @@
-"""What the journals of the tests say, for people: counts by backend, dtype and algorithm, and failures by their cause.
+"""A report from the journals of the tests: counts by backend, dtype and algorithm, and failures grouped by cause.
 
-One cause fails many tests. Failures of one function that say the same but for numbers are one group, with the numbers
-of one of them.
+One cause fails many tests. Failures of one function whose messages differ only in numbers form one group, shown with
+the numbers of one of them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from tools.gpu_check import journal
 
-#: Outcomes that are no success, in the order in which groups are shown.
+#: The bad outcomes, in the order in which groups are shown.
 BAD = ("died", "failed", "unfinished", "not run")
 _COLUMNS = ("passed", *BAD, "skipped")
 
 
 @dataclass
 class Group:
-    """Tests that failed alike. ``first``: one of their entries."""
+    """Tests that failed in the same way. ``first``: one of their entries."""
 
     outcome: str
     function: str
@@ -29,14 +29,14 @@ class Group:
     tests: list[dict[str, Any]] = field(default_factory=list)
 
     def where(self) -> str:
-        """How many of which backend, dtype and algorithm."""
+        """Counts by backend, dtype and algorithm, as text."""
         found = Counter(_kind(test) for test in self.tests)
         return ", ".join(f"{' '.join(filter(None, kind)) or 'any'} {count}" for kind, count in sorted(found.items()))
 
 
 @dataclass
 class Report:
-    """``ends``: an entry for each test that began. ``unreached``: of each step, how many tests it did not come to."""
+    """``ends``: one entry per test that began. ``unreached``: the number of tests per step that did not begin."""
 
     ends: list[dict[str, Any]]
     unreached: dict[str, int]
@@ -60,14 +60,14 @@ class Report:
         }
 
     def by_kind(self) -> dict[tuple[str, str, str], Counter[str]]:
-        """(backend, dtype, algorithm) -> how many tests of each outcome."""
+        """(backend, dtype, algorithm) -> number of tests by outcome."""
         found: dict[tuple[str, str, str], Counter[str]] = {}
         for test in self.ends:
             found.setdefault(_kind(test), Counter())[test["outcome"]] += 1
         return dict(sorted(found.items()))
 
     def groups(self) -> list[Group]:
-        """The failures by their cause, those of most tests first."""
+        """The failures by cause, in the order of ``BAD`` and by number of tests."""
         found: dict[tuple[str, str, str], Group] = {}
         for test in self.ends:
             if test["outcome"] in BAD:
@@ -94,7 +94,7 @@ def collect(folder: Path) -> Report:
 
 
 def text(report: Report, most: int = 4500) -> str:
-    """At most about so many characters: what failed and how, then the counts."""
+    """The failures, cut to about ``most`` characters, then the counts."""
     groups, shown = report.groups(), []
     room = most
     for number, group in enumerate(groups):
@@ -110,7 +110,7 @@ def text(report: Report, most: int = 4500) -> str:
 
 
 def markdown(report: Report) -> str:
-    """All of it, with every test's name."""
+    """The full report, with the name of every failed test."""
     parts = ["# What the tests on the GPU said", "", "```", _table(report), "```", ""]
     for group in report.groups():
         parts += [f"## {len(group.tests)} {group.outcome}: {group.function}", "", group.where(), ""]
@@ -147,7 +147,7 @@ def _kind(test: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _cause(message: str) -> str:
-    """The first line without its numbers: one cause gives every case numbers of its own."""
+    """The first line without its numbers, which differ between tests that fail for one cause."""
     return re.sub(r"[-+]?\b(\d[\d.,]*(e[-+]?\d+)?|nan|inf)\b", "#", _first_line(message))[:160]
 
 

@@ -1,4 +1,4 @@
-"""Commands with time limits, one after the other or side by side: what ``check.py`` runs its steps with."""
+"""Runs commands with time limits, one after another or in parallel: the steps of ``check.py``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 class Step:
     """A command with a time limit in seconds.
 
-    ``stage``: what it belongs to, for those who want a part of all. ``after``: the steps that must have ended before.
-    ``needs``: those of them that must also have passed. ``program``: what must be on PATH; without it the step is not
-    run. ``files``: more arguments, those that are there; if none is, the step is not run. ``code``: the exit status
-    that means success. ``reserve``: seconds of the time for all that earlier steps leave to it. ``keep``: seconds that
-    must be left when it ends. ``extra``: only a failure counts, not that it was not run or not finished. ``trial``: a
-    first try of a tool that a machine may refuse, which then was not run. ``show``: how many of its first lines the
-    report at the end repeats.
+    ``stage``: the part of the check that it belongs to. ``after``: the steps that must have ended before. ``needs``:
+    those of them that must also have passed. ``program``: must be on PATH, or the step is not run. ``files``: further
+    arguments, of which the existing ones are passed; if none exists, the step is not run. ``code``: the exit status
+    that means success. ``reserve``: seconds that earlier steps leave for it. ``keep``: seconds that must be left when
+    it ends. ``extra``: a failure counts, but not a timeout or that it was not run. ``trial``: a first try of a tool
+    that a machine may refuse; a refusal counts as not run. ``show``: how many of its first lines the final report
+    repeats.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Step:
 
 
 def run_step(step: Step, folder: Path, limit: float) -> dict[str, Any]:
-    """Run a step in a process group of its own, which is ended as a whole when its time is over."""
+    """Run a step in its own process group, which is killed as a whole when the time is over."""
     files = [str(path) for path in step.files if path.exists()]
     command = [*step.command, *files]
     found: dict[str, Any] = {"name": step.name, "command": command, "limit": round(limit, 1), "extra": step.extra}
@@ -77,8 +77,8 @@ def run_step(step: Step, folder: Path, limit: float) -> dict[str, Any]:
             code = None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what the step started and left behind goes as well
-            # A process stuck in the driver may take long to go, or never do: the other steps do not wait for it.
+                os.killpg(process.pid, signal.SIGKILL)  # also what the step started and left behind
+            # A process stuck in the driver may never end: the other steps do not wait for it.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
     status = "timed out" if code is None else "passed" if code == step.code else "failed"
@@ -103,9 +103,9 @@ def run_steps(
     minutes: float,
     written: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Run all steps, each as soon as those before it have ended; the results in the order in which they ended.
+    """Run all steps, each as soon as those before it have ended. Returns the results in the order of ending.
 
-    ``written`` is called whenever ``summary.json`` was written anew.
+    ``written`` is called after every rewrite of ``summary.json``.
     """
     deadline = time.monotonic() + 60 * minutes
     waiting, ended = list(steps), {}
@@ -145,14 +145,14 @@ def run_steps(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """In one step: who reads meanwhile sees the old file or the new one."""
+    """Write atomically, so that a reader sees either the old file or the new one."""
     fresh = path.with_name(f".{path.name}")
     fresh.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(fresh, path)
 
 
 def counts(result: dict[str, Any]) -> bool:
-    """Whether a result makes the whole a failure."""
+    """Whether a result makes the check fail."""
     return result["status"] != "passed" and not (result["extra"] and result["status"] != "failed")
 
 
@@ -161,12 +161,12 @@ def _lacks(result: dict[str, Any]) -> str:
 
 
 _PRINTING = threading.Lock()
-# How compute-sanitizer and ncu begin a line about what they cannot do.
+# How compute-sanitizer and ncu begin an error line.
 _COMPLAINT = re.compile(r"==ERROR==|=+ (Internal Sanitizer )?Error\b")
 
 
 def line(result: dict[str, Any]) -> str:
-    """One line for people."""
+    """A result as one line of text."""
     why = result.get("reason") or result.get("last_line", "")
     return f"{result['status']:>9} {result['seconds']:6.1f} s  {result['name']}: {why[:110]}"
 

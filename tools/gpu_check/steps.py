@@ -1,4 +1,4 @@
-"""The steps of ``make gpu-check``: what runs on a GPU, in which order, and which of it was asked for."""
+"""The steps of ``make gpu-check``: what runs on a GPU, in which order, and which steps were requested."""
 
 from __future__ import annotations
 
@@ -6,51 +6,53 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.providers import TILES
+from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES
 from tools.gpu_check.isolated import SILENCE
 from tools.gpu_check.running import Step
 
-#: The stages and what they are; the first four are run where nothing else is asked for.
+#: The stages; the first four are the default.
 STAGES = {
     "check": "the build and all tests in tests/gpu",
     "speed": "every provider at the shapes of the performance targets, in up to four minutes",
     "step": "a whole training step at the sizes of a 3B model",
     "sanitize": "compute-sanitizer on both backends: memcheck, racecheck, synccheck",
     "tune": "the tiles of the Triton and CUDA kernels at four shapes",
-    "costs": "what the cost model's constants are made from, with the tuned tiles",
-    "full": "every layer and length, as far as the time goes, with the tuned tiles",
+    "costs": "the rows that the cost model is fitted to, with the tuned tiles",
+    "full": "every layer and length, as far as the time allows, with the tuned tiles",
     "profile": "ncu on the weight-gradient kernels at 4096 x 4096",
 }
 DEFAULT = tuple(STAGES)[:4]
-#: One kernel, on whatever GPU there is.
+#: One kernel, on any GPU.
 ONE_KERNEL = "import torch; assert torch.ones(1000, device='cuda').sum().item() == 1000"
-#: What is tuned: widths in and out. Square 4096, a wide layer, and small ones on either side of a full GPU.
+#: The (d_in, d_out) that are tuned: square 4096, a wide layer, one with too few tiles to fill a GPU and one that just
+#: fills it.
 TUNED = ((4096, 4096), (2048, 11008), (576, 576), (1536, 1536))
-# The CUDA kernel's tiles are few: all are timed at each shape, and the choice is written into the code by hand.
-_CUDA_TILES = ("--providers", "weight_grad", *TILES, "--lengths", "2048", "256", "--ragged", "--gram", "--shapes")
+# The CUDA kernel has few tiles: all are timed at each shape, and the choice is then made by hand.
+_CUDA_TILES = ("--providers", "weight_grad", *(f"cuda_{name}" for name in CUDA_CANDIDATES))
+_CUDA_TILES += ("--lengths", "2048", "256", "--ragged", "--gram", "--shapes")
 _CUDA_TILES += ("llama-3.1-8b.q", "qwen2.5-3b.gate_up", "qwen2.5-1.5b.q", "smollm2-135m.gate_up")
-# NVIDIA's tools lock the clocks unless they are told not to.
+# NVIDIA's profiler locks the clocks by default.
 _NCU = ("ncu", "--clock-control", "none")
-# Errors of API calls are left out: CUDA's own libraries probe for what there is.
+# Errors of API calls are not reported: CUDA's own libraries probe for features.
 _SANITIZER = ("--report-api-errors", "no", "--error-exitcode", "9")
 
 
 def pytest_command(python: str, *arguments: str) -> list[str]:
-    """pytest where plugins may be missing: under pyproject.toml's own rules, its settings for them would be errors."""
+    """pytest on a machine where plugins may be missing: pyproject.toml's settings for them would be errors."""
     settings = ["-o", "addopts=-ra --strict-markers --import-mode=importlib", "-p", "no:cacheprovider"]
     return [python, "-m", "pytest", *settings, "-q", "--tb=short", *arguments]
 
 
 def isolated(python: str, folder: Path, name: str, *arguments: str, silence: float = SILENCE) -> list[str]:
-    """The same, so that a test which ends its process costs one test; its journal is <name>.jsonl."""
+    """The same in isolation: a test that ends its process costs only itself. The journal is <name>.jsonl."""
     own = ["--silence", str(silence), str(folder / f"{name}.jsonl")]
     return [python, "-m", "tools.gpu_check.isolated", *own, "--", *pytest_command(python, *arguments)]
 
 
 def parts_of_the_tests() -> dict[str, str]:
-    """The tests' steps and what pytest's ``-k`` picks for each: every test is in one of them.
+    """The steps of the tests with their ``-k`` expressions: every test is in exactly one.
 
-    They run side by side: a process spends its time on compiling, on the references and on waiting for the GPU.
+    They run in parallel: a process spends its time on compilation, on the references and on waiting for the GPU.
     """
     found = {"tests-others": "not cuda and not bf16 and not fp16 and not fp32"}
     kinds = {f"triton-{dtype}": f"triton and {dtype}" for dtype in ("bf16", "fp16", "fp32")} | {"cuda": "cuda"}
@@ -62,7 +64,7 @@ def parts_of_the_tests() -> dict[str, str]:
 
 
 def gpu_steps(python: str, folder: Path, commit: str) -> list[Step]:
-    """All steps: the build and tests side by side, then what is timed, each alone, then what runs slowly."""
+    """All steps: the build and the tests in parallel, then the timed steps, each alone, then the slow tools."""
     checks = _checks(python, folder)
     timed = _timed(python, folder, commit, tuple(step.name for step in checks))
     return [*checks, *timed, *_tools(python, folder, commit, timed[-1].name)]
@@ -81,18 +83,18 @@ def _checks(python: str, folder: Path) -> list[Step]:
             environment={"GRADNORM_BUILD_CUDA": "1"},
         ),
     ]
-    # Many processes, whose references on the CPU would else take a thread a core each; and torch.compile would start
-    # a pool of as many for one small kernel.
+    # There are many processes. Each would use one thread per core for its references, and torch.compile would start
+    # a pool of as many workers for one small kernel.
     few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     for name, chosen in parts_of_the_tests().items():
-        # torch.compile and references of large layers, which take longest without a word, are in the others.
+        # torch.compile and the references of large layers, which are silent longest, are in the other steps.
         silence = 45.0 if name.endswith(("wgrad", "gram")) else SILENCE
         command = isolated(python, folder, name, "tests/gpu", "-k", chosen, silence=silence)
-        # The tracker takes whichever backend there is, which must not depend on how far the build has come.
+        # The tracker takes any available backend, which must not depend on the progress of the build.
         after = ("build",) if name == "tests-others" or name.startswith("tests-cuda") else ()
         needs = after if name.startswith("tests-cuda") else ()
         steps.append(Step(name, command, 240, after, needs, stage="check", environment=few))
-    # That the command works; beside the tests its times mean nothing, and are kept apart.
+    # Shows that the command works. Its times are meaningless while tests run, so they are kept separate.
     shape = ["--d_in", "1024", "--d_out", "1024", "--tokens", "4096", "--limit", "2"]
     command = [python, "-m", "gradnorm_kernels", "tune", *shape]
     apart = {"XDG_CACHE_HOME": str(folder / "tuned-once")}
@@ -100,7 +102,7 @@ def _checks(python: str, folder: Path) -> list[Step]:
 
 
 def _timed(python: str, folder: Path, commit: str, checked: tuple[str, ...]) -> list[Step]:
-    """What is timed, one after the other."""
+    """The timed steps, one after another."""
     bench = [python, "-m", "benchmarks"]
     tuned = {"XDG_CACHE_HOME": str(folder / "tuned")}
 
@@ -124,7 +126,7 @@ def _timed(python: str, folder: Path, commit: str, checked: tuple[str, ...]) -> 
                     *(python, "-m", "gradnorm_kernels", "tune", "--d_in", str(d_in), "--d_out", str(d_out)),
                     *("--tokens", "16384", "--kernels", "wgrad", "gram_norms"),
                 ],
-                # The first compiles what the others find in Triton's cache.
+                # The first compiles the kernels that the others find in Triton's cache.
                 60 if number else 150,
                 stage="tune",
                 environment=tuned,
@@ -169,7 +171,7 @@ def _timed(python: str, folder: Path, commit: str, checked: tuple[str, ...]) -> 
 
 
 def _tools(python: str, folder: Path, commit: str, alone: str) -> list[Step]:
-    """NVIDIA's tools may be missing, or be refused the GPU's counters or debugger: each is tried first."""
+    """NVIDIA's tools, each with a trial: they may be missing, or lack permission for counters or the debugger."""
     profiler = Step("profiler", [*_NCU, python, "-c", ONE_KERNEL], 60, (alone,), stage="profile", program="ncu")
     one = ["compute-sanitizer", "--tool", "memcheck", *_SANITIZER, python, "-c", ONE_KERNEL]
     sanitizer = Step("sanitizer", one, 90, (alone,), stage="sanitize", program=one[0])
@@ -181,15 +183,15 @@ def _tools(python: str, folder: Path, commit: str, alone: str) -> list[Step]:
         case += ["--providers", f"{backend}_wgrad", "--patience", "300", "--commit", commit]
         ncu = [*_NCU, "--set", "full", "--kernel-name", "regex:(wgrad|norms)", "--launch-count", "8"]
         ncu += ["--export", str(folder / name), "--force-overwrite"]
-        # What it times under the profiler is no result: a folder of its own.
+        # Times under the profiler are no results, so they go into a separate folder.
         command = [*ncu, python, "-m", "benchmarks", "ops", *case, "--out", str(folder / "under-ncu" / f"{name}.json")]
         step = Step(name, command, 150, (before, "profiler"), ("profiler",), stage="profile", program="ncu", extra=True)
         pages = ["ncu", "--import", str(folder / f"{name}.ncu-rep"), "--page", "details"]
         before = f"{name}-text"
         text = Step(before, pages, 40, (name,), stage="profile", program="ncu", extra=True, reserve=5)
         steps += [step, text]
-    few = "(primes or turns)"  # samples and groups that end within a tile, and between tokens of others
-    # Not initcheck: the tests fill all new memory with NaN, so that it is never uninitialised.
+    few = "(primes or turns)"  # samples that end within a tile, and samples and groups that alternate
+    # No initcheck: the tests fill all new memory with NaN, so no memory is uninitialised.
     for tools in (("memcheck", "synccheck"), ("racecheck",)):
         for backend in ("triton", "cuda"):
             after = before
@@ -217,13 +219,13 @@ def _tools(python: str, folder: Path, commit: str, alone: str) -> list[Step]:
 def choose(
     steps: list[Step], stages: Iterable[str] = DEFAULT, only: Iterable[str] = (), skip: Iterable[str] = ()
 ) -> list[Step]:
-    """The steps of these stages; ``only`` and ``skip`` take beginnings of names.
+    """The steps of these stages; ``only`` and ``skip`` take prefixes of names.
 
-    What a chosen step needs is chosen too, and the build wherever something that comes after it is. Whatever follows a
-    step that was left out follows what that one followed. Each leaves the time that later ones reserve.
+    A chosen step brings the steps that it needs, the environment record and the build. A step that followed one that is
+    left out follows that one's predecessors instead. Each step keeps the time that later ones reserve.
 
     Raises:
-        ValueError: no step has such a name.
+        ValueError: no step's name starts with one of ``only`` or ``skip``.
     """
     stages, only, skip = set(stages), tuple(only), tuple(skip)
     for text in (*only, *skip):
@@ -247,14 +249,14 @@ def choose(
 
 
 def dry_steps(python: str, folder: Path, commit: str, short: bool) -> list[Step]:
-    """The same walk without a GPU: what can be built, compiled, collected, interpreted and started."""
+    """The steps of a dry run: what can be built, compiled, collected, interpreted and started without a GPU."""
     interpreted = {"TRITON_INTERPRET": "1"}
     bench = [python, "-m", "benchmarks"]
     shape = ["--d_in", "64", "--d_out", "64", "--tokens", "999", "--limit", "1"]
     steps = [
         Step("environment", [python, "-m", "gradnorm_kernels"], 60),
         Step("collect", pytest_command(python, "tests/gpu", "--collect-only"), 120),
-        # Its arguments are right, and it says why it cannot go on.
+        # It accepts its arguments and reports why it cannot run.
         Step("tune", [python, "-m", "gradnorm_kernels", "tune", *shape], 60, code=2),
     ]
     few = ["tests/gpu", "--rehearse", "-k", "(primes or tracker or share) and not wgrad"]

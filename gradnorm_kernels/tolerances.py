@@ -1,0 +1,34 @@
+"""How far a result may be from the float64 reference, by dtype of the inputs: one table for tests and benchmarks."""
+
+from __future__ import annotations
+
+import torch
+
+#: Squared norms and inner products, relative to the largest squared norm among those compared. Products accumulate in
+#: float32 whatever the inputs are, so half-precision inputs are held to the tolerance of float32 inputs.
+NORMS = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5, torch.float64: 1e-12}
+
+#: What tensor cores may add to that, per product in a chain that goes through one float32 accumulator. They add 16
+#: products per step and are reported to truncate the sum where a processor rounds it to nearest (Fasi et al. 2021,
+#: PeerJ Computer Science 7:e330), so the errors do not cancel. A model of such sums of random products, not a
+#: measurement, puts the relative error of a squared norm at -3e-9 per product; this is twice that.
+TRUNCATED = 6e-9
+
+#: ``weight_grad``, relative to its largest element: one rounding to the inputs' dtype.
+WEIGHT_GRAD = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-12}
+
+
+def norms(dtype: torch.dtype, device: torch.device, chain: int) -> float:
+    """``max(NORMS[dtype], TRUNCATED * chain)`` for half precision on a GPU, where tensor cores add; else ``NORMS``.
+
+    Args:
+        dtype: of the inputs.
+        device: where the result was computed.
+        chain: products that go through one accumulator: the tokens of a sample; the features of a token where norms
+            come from inner products; the tokens of all samples for a sum over samples.
+
+    Returns:
+        The tolerance, relative to the largest squared norm.
+    """
+    truncated = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return max(NORMS[dtype], TRUNCATED * chain if truncated else 0.0)
