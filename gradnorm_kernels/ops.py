@@ -131,8 +131,8 @@ def fused_grad_norm(
     Returns:
         ``sample_sq_norms`` [N] float64; ``group_sq_norms`` [K] float64; ``weight_grad`` [d_out, d_in] in x's dtype,
         accumulated in float32 (float64 for float64), or None; ``group_gram`` [K, K] float64 or None; ``sketches``
-        [N, r_out, r_in] float32 (float64 for float64) or None. A sample or group without tokens has norm 0. A NaN or Inf stays within its own sample and group (and ``weight_grad``). No result
-        carries an autograd graph.
+        [N, r_out, r_in] float32 (float64 for float64) or None. A sample or group without tokens has norm 0. A NaN or
+        Inf stays within its own sample and group (and ``weight_grad``). No result carries an autograd graph.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is not as above.

@@ -1,4 +1,4 @@
-"""Random projections of per-sample gradients: ``S_i = C_out^T G_i C_in = sum over t in i of (C_out^T dy_t)(C_in^T x_t)^T``.
+"""Projections of per-sample gradients: ``C_out^T G_i C_in = sum over t in i of (C_out^T dy_t)(C_in^T x_t)^T``.
 
 Two GEMMs project the tokens, and one segmented product adds up each sample's outer products of the projections.
 """

@@ -1,9 +1,9 @@
-"""``S_i = C_out^T G_i C_in = sum over t in i of (C_out^T dy_t)(C_in^T x_t)^T``: two GEMMs and one segmented product.
+"""``C_out^T G_i C_in = sum over t in i of (C_out^T dy_t)(C_in^T x_t)^T``: two GEMMs and one segmented product.
 
 torch's BLAS projects the tokens. A program then holds one tile of one split of one segment, and adds up the outer
-products of its rows in float32. The parts of a sample are added in a fixed order (:func:`.reduce.row_sums`). Rows of other
-segments are masked, so that their NaN does not get in. Nothing is read back to the host, and the grid comes from sizes
-alone.
+products of its rows in float32. The parts of a sample are added in a fixed order (:func:`.reduce.row_sums`). Rows of
+other segments are masked, so that their NaN does not get in. Nothing is read back to the host, and the grid comes from
+sizes alone.
 """
 
 from __future__ import annotations
