@@ -1,21 +1,21 @@
 """``accumulate="exact"``: the tasks' gradient sums themselves, kept over micro-batches and added over ranks.
 
-Memory is one float32 copy of the measured parameters for every task. The samples' own squares still come from the
+Memory is one float32 copy of the measured parameters per task. The samples' own squares still come from the
 operator, micro-batch by micro-batch; only ``||sum over all samples||^2`` needs the sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends.torch.numerics import exact_matmuls
 from ..segments import to_device
 from . import distributed
-from .uses import Use
+from .parameter_gram import Tokens
 
 
 class TaskSums:
@@ -25,29 +25,31 @@ class TaskSums:
         self._sums: dict[str, dict[Hashable, Tensor]] = {}
         self._groups: dict[str, tuple[Any, ...]] = {}
 
-    def add_weight(self, name: str, use: Use, row_task: Sequence[Hashable], groups: tuple[Any, ...]) -> None:
-        """Add one use of a weight: ``sum over the task's rows of scale dy^T x``. ``row_task``: the task of each row."""
+    def add_weight(
+        self, name: str, tokens: Tokens, row_task: Sequence[Hashable], groups: tuple[Any, ...], vocabulary: int
+    ) -> None:
+        """Add one use of a weight: ``sum over the task's tokens of scale dy^T x``.
+
+        ``row_task``: [R] the task of each row. ``vocabulary``: rows of the matrix, where the tokens are an embedding's.
+        """
         self._groups[name] = groups
+        wide = torch.promote_types(tokens.dy.dtype, torch.float32)
+        row_of = torch.arange(len(row_task), device="cpu").repeat_interleave(tokens.lengths.cpu())
         for task in dict.fromkeys(row_task):
-            rows = torch.tensor([i for i, other in enumerate(row_task) if other == task], device="cpu")
-            at = to_device(rows, use.dy.device)
-            wide = torch.promote_types(use.dy.dtype, torch.float32)
-            factor = to_device(use.scale[rows].to(wide), use.dy.device)
-            dy = use.dy[at].reshape(len(rows), -1, use.dy.shape[-1]).to(wide) * factor[:, None, None]
-            dy = dy.flatten(0, 1)
-            if use.layer.kind == "embedding":
-                module = use.layer.module
-                assert isinstance(module, nn.Embedding)
-                ids = use.x[at].reshape(-1)
-                if module.padding_idx is not None:
-                    dy = torch.where((ids != module.padding_idx)[:, None], dy, 0.0)
-                shape = (module.num_embeddings, dy.shape[1])
+            rows = torch.tensor([other == task for other in row_task], device="cpu")
+            mine = rows[row_of].nonzero()[:, 0]  # on the host, where a shape may depend on it
+            at = to_device(mine, tokens.dy.device)
+            factor = to_device(tokens.scale[row_of[mine]].to(wide), tokens.dy.device)
+            dy = tokens.dy[at].to(wide) * factor[:, None]
+            x = tokens.x[at]
+            if tokens.embedding:
+                dy = torch.where((x >= 0)[:, None], dy, 0.0)
+                slot = self._slot(name, task, dy, (vocabulary, dy.shape[1]))
                 # Unlike index_add_, this sorts the ids on a GPU: the same bits every run.
-                self._slot(name, task, dy, shape).index_put_((ids,), dy, accumulate=True)
+                slot.index_put_((x.clamp_min(0),), dy, accumulate=True)
                 continue
-            x = use.x[at].reshape(-1, use.x.shape[-1]).to(wide)
             with exact_matmuls(dy.device):
-                self._slot(name, task, dy, (dy.shape[1], x.shape[1])).addmm_(dy.T, x)
+                self._slot(name, task, dy, (dy.shape[1], x.shape[1])).addmm_(dy.T, x.to(wide))
 
     def add_vectors(self, name: str, grads: Tensor, sample_task: Sequence[Hashable], groups: tuple[Any, ...]) -> None:
         """Add a small parameter's gradients of N samples, [N, d]. ``sample_task``: the task of each sample."""
@@ -56,6 +58,11 @@ class TaskSums:
             rows = torch.tensor([i for i, other in enumerate(sample_task) if other == task], device="cpu")
             total = grads[to_device(rows, grads.device)].sum(0)
             self._slot(name, task, total, tuple(total.shape)).add_(total)
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Forget parameters that turned out not to be measurable."""
+        for name in names:
+            self._sums.pop(name, None)
 
     def _slot(self, name: str, task: Hashable, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         slots = self._sums.setdefault(name, {})

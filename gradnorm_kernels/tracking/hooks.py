@@ -1,8 +1,9 @@
 """Seeing x and dy of the chosen layers: hooks that only watch, or a backward of our own for linears.
 
-Watching leaves autograd alone: a forward hook keeps the layer's input and a hook on its *output tensor* sees dy, which
-holds under both kinds of gradient checkpointing (the recomputed output's hook fires, or the original one does). The
-fused backward takes dW and the norms from one operator call instead.
+Watching leaves autograd and the layer's output alone: a forward hook keeps the layer's input and a hook on its *output
+tensor* sees dy. That holds under both kinds of gradient checkpointing (the hook of the recomputed output fires, or that
+of the original). The fused backward takes dW and the norms from one operator call instead. Its forward is the module's
+own: only the node of its output in the graph is another one.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .calls import Call, Placements, Unreadable, token_shape, whose_rows
 from .distributed import is_dtensor
-from .layers import Layer
+from .formula import Formula, Mismatch, first_tensor, graph_ids, signature, verify, verify_rows
+from .layers import Layer, Parameters
+from .probe import Probe
+from .quiet import is_quiet
 from .recorder import Recorder
-
-CurrentRecorder = Callable[[], Recorder | None]
+from .replay import Impossible, tensors_in
+from .shared import SharedOutput, watch_rows
+from .skipped import Skipped
 
 
 def _in_backward() -> bool:
     """True while autograd runs backward on this thread: a forward seen then is a recomputation by checkpointing."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _count_call(recorder: Recorder, layer: Layer) -> None:
-    if not _in_backward():
-        recorder.called(layer)
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,59 +44,321 @@ def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return disabled
 
 
-def observe(layer: Layer, current: CurrentRecorder) -> Callable[[], None]:
-    """Watch one layer's calls; returns what removes the hook again.
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """What a hook is in a copy of the model: nothing."""
 
-    The kept input must not change before backward: it is the tensor itself, not a copy. A write to it is refused by
-    name.
-    """
 
-    def forward_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        recorder = current()
-        if recorder is None or recorder.replaying:
+def _ignoring() -> Callable[..., None]:
+    return _ignore
+
+
+class _Hook:
+    """A hook of one module. In copies of the module, pickled ones too, it does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        # Not traced by torch.compile: the hook keeps tensors of this call. A compiled model has a graph break there.
+        self._function = _untraced(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _ignore
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _ignoring, ()
+
+
+class Watcher:
+    """The hooks of one tracker and what they know: which formula a layer follows, and where its rows lie."""
+
+    def __init__(
+        self, layers: list[Layer], parameters: Parameters, skipped: Skipped, placements: Placements, *, lenient: bool
+    ) -> None:
+        """``lenient``: leave out what cannot be verified instead of refusing it."""
+        self.recorder: Recorder | None = None
+        self.layers, self.placements = layers, placements
+        self._parameters, self._skipped, self._lenient = parameters, skipped, lenient
+        self._formulas: dict[str, Formula] = {}
+        self._signatures: dict[str, tuple[Any, ...]] = {}
+        self._probe: Probe | None = None
+        self._probed: set[Any] = set()
+        self._depth = 0
+        self._entering = False  # calls of containers are watched
+        self._probing = False
+        self._shared: list[SharedOutput] = []
+        self.shares_outputs = False  # some embedding's rows are read where its output is spread over them
+        self.unprobed: str | None = None  # why no probe could run
+
+    # Installing and removing
+
+    def install(self, layer: Layer, fused: bool) -> Callable[[], None]:
+        """Watch one layer's calls; returns what removes the hook.
+
+        Raises:
+            ValueError: ``fused``, and the module computes something of its own.
+        """
+        if fused:
+            _refuse_own_forward(layer)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return self._called(layer, fused, args, kwargs, output) if module is layer.module else None
+
+        return layer.module.register_forward_hook(_Hook(hook), with_kwargs=True).remove
+
+    def watch_entries(self, model: nn.Module) -> Callable[[], None]:
+        """Look at the arguments of the outermost calls, until the returned function is called."""
+        measured = {id(layer.module) for layer in self.layers}
+        names = [layer.name for layer in self.layers]
+        removers: list[Callable[[], None]] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.recorder is None or is_quiet() or _in_backward():
+                return
+            self._depth += 1
+            if self._depth == 1 and self._probing:
+                self._enter(module, args, kwargs)
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self.recorder is None or is_quiet() or _in_backward():
+                return
+            self._depth -= 1
+            if self._depth == 0 and self._shared:
+                self._read_shared(output)
+
+        for name, module in model.named_modules():
+            wrapper = type(module).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule")
+            inside = any(not name or other.startswith(f"{name}.") for other in names)
+            if inside and not wrapper and id(module) not in measured:
+                removers.append(module.register_forward_pre_hook(_Hook(before), with_kwargs=True).remove)
+                removers.append(module.register_forward_hook(_Hook(after), always_call=True).remove)
+        self._entering = True
+
+        def remove() -> None:
+            self._entering = False
+            for undo in removers:
+                undo()
+
+        return remove
+
+    def begin(self, recorder: Recorder, *, probing: bool) -> None:
+        """A micro-batch is open. ``probing``: look for the rows of the layers when a container is called."""
+        self.recorder, self._probing = recorder, probing
+        self._depth, self._probed, self._shared = 0, set(), []
+
+    def changed(self) -> list[Layer]:
+        """Layers whose class, forward, hooks or parametrizations are others than when their formula was verified."""
+        found = [
+            layer
+            for layer in self.layers
+            if layer.name in self._formulas and self._signatures[layer.name] != signature(layer.module)
+        ]
+        for layer in found:
+            del self._formulas[layer.name]
+        return found
+
+    # The probe
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the caller's forward: find out where the layers' rows lie."""
+        recorder = self.recorder
+        assert recorder is not None
+        kinds = tuple((name, tuple(v.shape)) for name, v in kwargs.items() if isinstance(v, Tensor))
+        key = (id(module), tuple(tuple(v.shape) for v in args if isinstance(v, Tensor)), kinds)
+        if recorder.rows.batch == 1 or key in self._probed:
+            return
+        self._probed.add(key)
+        try:
+            Probe(module, args, kwargs, recorder.rows).run(self.placements, self._set_probe)
+        except Impossible as reason:
+            self.unprobed = str(reason)
+
+    def _set_probe(self, probe: Probe | None) -> None:
+        self._probe = probe
+
+    # A layer's call
+
+    def _called(self, layer: Layer, fused: bool, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if is_quiet():
+            return self._probe.saw(layer, args, kwargs, output) if self._probe is not None else None
+        recorder = self.recorder
+        if recorder is None:
             return None
-        _count_call(recorder, layer)
-        if not (torch.is_grad_enabled() and isinstance(output, Tensor)):
+        if not _in_backward():
+            recorder.called(layer)
+        if not torch.is_grad_enabled() or self.left_out(layer):
             return None
-        if layer.frozen and not output.requires_grad:
+        if layer.frozen and isinstance(output, Tensor) and not output.requires_grad:
             output.requires_grad_()  # below the first adapter nothing else asks for this gradient
-        if not output.requires_grad:
-            return None
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        x = first_tensor(args, kwargs)
         if x is None:
-            raise RuntimeError(
-                f"layer {layer.name!r} was called without a tensor, so its input is not known; leave it out of layers="
-            )
-        replaced = None
-        if layer.kind == "embedding" and x.shape[0] == 1 and (rows := recorder.leading or recorder.rows.batch) > 1:
-            # Positions come as one row for all: spread the output, so that dy keeps the rows apart. Autograd sums the
-            # rows of an expanded tensor exactly as it sums those of a broadcast one.
-            x = x.expand(rows, *x.shape[1:])
-            output = replaced = output.expand(rows, *output.shape[1:])
-        recorder.leading = x.shape[0]
-        version = x._version
+            self._refuse(layer, "it was called without a tensor, so its input is not known")
+            return None
+        try:
+            call, y = self._call(recorder, layer, x, args, kwargs, output)
+        except Mismatch as reason:
+            self._refuse(layer, str(reason), reason)
+            return None
+        except Unreadable as reason:
+            self._refuse_unread(layer, x, output, reason)
+            return None
+        if call is None:
+            return None
+        if fused:
+            return self._fuse(recorder, call, y)
+        self._watch(recorder, call, y)
+        return None
+
+    def _call(
+        self,
+        recorder: Recorder,
+        layer: Layer,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> tuple[Call | None, Tensor]:
+        """The call as it is measured, and the tensor whose gradient is its dy; None where no gradient is wanted."""
+        formula = self._formulas.get(layer.name)
+        if formula is None and layer.kind != "vector":
+            formula = self._learn(layer, verify(layer, x, output))
+        y = output if formula is None else formula.pick(output)
+        if not isinstance(y, Tensor):
+            raise Mismatch(f"its output is a {type(y).__name__}, not a tensor")
+        if not y.requires_grad:
+            return None, y
+        if formula is not None and formula.ids_from_graph:
+            ids = graph_ids(y)
+            if ids is None:
+                raise Mismatch("the ids that it looks up are not to be found in autograd's graph")
+            x = ids
+        outermost = self._entering and self._depth == 0
+        placement = self.placements.of(layer, x, recorder.rows, outermost)
+        if outermost and placement.dim is not None:
+            self.placements.seen.setdefault((layer.name, len(token_shape(layer, x))), set()).add(placement)
+        row_sample, scale = whose_rows(layer, placement, recorder.rows)
+        whole = layer.kind == "vector"
+        call = Call(layer, x, args if whole else (), kwargs if whole else {}, placement, row_sample, scale)
+        if formula is None:
+            formula = self._learn(layer, verify_rows(call, output))
+        call.factor = formula.factor
+        call.padding_idx = getattr(layer.module, "padding_idx", None) if layer.kind == "embedding" else None
+        return call, y
+
+    def _learn(self, layer: Layer, formula: Formula) -> Formula:
+        self._formulas[layer.name], self._signatures[layer.name] = formula, signature(layer.module)
+        return formula
+
+    def _watch(self, recorder: Recorder, call: Call, y: Tensor) -> None:
+        """The kept input must not change before backward: it is the tensor itself, not a copy."""
+        kept = [call.x, *(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor))]
+        versions = [tensor._version for tensor in kept]
 
         def output_hook(dy: Tensor) -> None:
-            if x._version != version:
+            if [tensor._version for tensor in kept] != versions:
                 raise RuntimeError(
-                    f"the input of layer {layer.name!r} was modified in place after the call, so its gradient can no "
-                    f"longer be measured: "
-                    "make that operation out of place, or leave the layer out of layers="
+                    f"the input of layer {call.layer.name!r} was modified in place after the call, so its gradient "
+                    "can no longer be measured: make that operation out of place, or leave the layer out of layers="
                 )
-            if current() is recorder:
+            if self.recorder is recorder:
                 with torch.no_grad():
-                    recorder.take(layer, x, dy)
+                    recorder.take(call, dy)
 
-        output.register_hook(output_hook)
-        return replaced
+        y.register_hook(output_hook)
 
-    # Not traced by torch.compile: the hook keeps tensors of this very call. A compiled model has a graph break there.
-    hook = _untraced(forward_hook)
-    return layer.module.register_forward_hook(hook, with_kwargs=True).remove
+    def _fuse(self, recorder: Recorder, call: Call, y: Tensor) -> Tensor | None:
+        """The same output under a node whose backward takes dW from the recorder."""
+        layer = call.layer
+        weight = layer.module.get_parameter("weight")
+        if is_dtensor(weight):
+            raise ValueError(
+                f"fused=True cannot take over layer {layer.name!r}: its weight is sharded over ranks while it "
+                "computes (tensor parallel); use fused=False"
+            )
+        bias = layer.module._parameters.get("bias")
+        if call.factor != 1.0:
+            raise ValueError(
+                f"fused=True cannot take over layer {layer.name!r}: its output is {call.factor:.6g} times x W^T; use "
+                "fused=False"
+            )
+        out: Tensor = _FusedLinear.apply(call.x, weight, bias, y.detach(), call, recorder, self)
+        return out
+
+    # What is refused or left out
+
+    def names_of(self, layer: Layer) -> list[str]:
+        """The measured parameters of a layer."""
+        own = layer.module._parameters
+        leaves = ("weight", "bias") if layer.kind != "vector" else tuple(own)
+        return [
+            self._parameters.name(layer, leaf)
+            for leaf in leaves
+            if own.get(leaf) is not None and (own[leaf].requires_grad or (layer.frozen and leaf == "weight"))  # type: ignore[union-attr]
+        ]
+
+    def left_out(self, layer: Layer) -> bool:
+        """Whether all parameters of a layer are skipped."""
+        if not self._skipped.reasons:
+            return False
+        names = self.names_of(layer)
+        return all(name in self._skipped for name in names)
+
+    def _refuse(self, layer: Layer, reason: str, cause: Exception | None = None) -> None:
+        """Leave a layer out, or raise where the caller named it."""
+        if self._lenient:
+            self._skipped.add(self.names_of(layer), f"{type(layer.module).__name__}: {reason}")
+            return
+        raise RuntimeError(
+            f"layer {layer.name!r} ({type(layer.module).__name__}) cannot be measured: {reason}; leave it out of "
+            'layers=, or pass unverified="skip" to leave it out wherever it occurs'
+        ) from cause
+
+    def _read_shared(self, output: Any) -> None:
+        """The outermost call is over: read the rows of outputs that all rows share, where they are spread."""
+        recorder, found = self.recorder, self._shared
+        self._shared = []
+        assert recorder is not None
+
+        def take(call: Call, dy: Tensor) -> None:
+            if self.recorder is recorder:
+                recorder.take(call, dy)
+
+        results = list(tensors_in(output))
+        for shared in found:
+            if watch_rows(shared, results, recorder.rows, take):
+                self.shares_outputs = True
+            elif output is not None:  # else the call ended with an exception
+                self._refuse_dy(shared.layer, shared.output, shared.reason)
+
+    def _refuse_unread(self, layer: Layer, x: Tensor, output: Any, reason: Unreadable) -> None:
+        """A call whose rows are unknown. It matters only if a gradient comes through it, which other calls of the same
+        layer may not need: what a layer computes from a table, detached, is none of the micro-batch's rows.
+        """
+        formula = self._formulas.get(layer.name)
+        if layer.kind == "embedding" and self._depth > 0 and isinstance(output, Tensor) and formula is not None:
+            ids = graph_ids(output) if formula.ids_from_graph else x
+            if ids is not None and not _in_backward():
+                self._shared.append(SharedOutput(layer, ids, output, formula.factor, reason))
+                return
+        self._refuse_dy(layer, output, reason)
+
+    def _refuse_dy(self, layer: Layer, output: Any, reason: Unreadable) -> None:
+        placed = any(name == layer.name for name, _ in self.placements.seen)
+        if not self._lenient and not placed:
+            raise reason
+
+        def output_hook(dy: Tensor) -> None:
+            if not self._lenient:
+                raise reason
+            self._skipped.add(self.names_of(layer), str(reason))
+
+        for value in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(output_hook)
 
 
 class _FusedLinear(torch.autograd.Function):
-    """y = x W^T (+ b) whose backward takes dW from the recorder, together with the norms."""
+    """The output y = x W^T (+ b) that the module computed, with a backward that takes dW from the recorder."""
 
     @staticmethod
     def forward(
@@ -103,73 +366,48 @@ class _FusedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        layer: Layer,
+        y: Tensor,
+        call: Call,
         recorder: Recorder,
-        current: CurrentRecorder,
+        watcher: Watcher,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.layer, ctx.recorder, ctx.current = layer, recorder, current
-        return torch.nn.functional.linear(x, weight.T if layer.kind == "conv1d" else weight, bias)
+        ctx.call, ctx.recorder, ctx.watcher = call, recorder, watcher
+        call.x = x.new_empty(0)  # the saved one counts: it may be kept elsewhere until backward
+        # y's memory in a tensor of its own: a view could not be modified in place by what follows the layer.
+        return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        conv = ctx.layer.kind == "conv1d"
+        conv = ctx.call.layer.kind == "conv1d"
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ (weight.T if conv else weight)
+            dx = dy @ (weight.T if conv else weight).to(dy.dtype)
         if ctx.needs_input_grad[2]:
             db = dy.reshape(-1, dy.shape[-1]).sum(0)
         wants = ctx.needs_input_grad[1]
-        if ctx.current() is ctx.recorder:
-            dw = ctx.recorder.take(ctx.layer, x, dy, weight_grad=wants)
+        if ctx.watcher.recorder is ctx.recorder:
+            ctx.call.x = x
+            dw = ctx.recorder.take(ctx.call, dy, weight_grad=wants)
         elif wants:
-            dw = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            dw = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
         if dw is not None and conv:
             dw = dw.T
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None, None, None
 
 
-def fuse(layer: Layer, current: CurrentRecorder) -> Callable[[], None]:
-    """Swap one linear's forward for :class:`_FusedLinear` inside a micro-batch; returns what puts it back.
-
-    Raises:
-        ValueError: the module computes something of its own, which a swapped backward would get wrong.
-    """
+def _refuse_own_forward(layer: Layer) -> None:
+    """Raises ValueError where a linear computes something that a swapped backward would get wrong."""
     module = layer.module
-    own = type(module).forward
-    if layer.kind == "linear" and own is not nn.Linear.forward:
+    if layer.kind == "linear" and type(module).forward is not nn.Linear.forward:
         raise ValueError(
             f"fused=True cannot take over layer {layer.name!r}: {type(module).__name__} has a forward of its own; use "
-            f"fused=False"
+            "fused=False"
         )
     if "forward" in module.__dict__:
         raise ValueError(
             f"fused=True cannot take over layer {layer.name!r}: its forward is already replaced by something else; "
-            f"use fused=False"
+            "use fused=False"
         )
-
-    def forward(x: Tensor) -> Tensor:
-        recorder = current()
-        if recorder is None:
-            return own(module, x)
-        _count_call(recorder, layer)
-        recorder.leading = x.shape[0]
-        weight: Tensor = module.get_parameter("weight")
-        if is_dtensor(weight):
-            raise ValueError(
-                f"fused=True cannot take over layer {layer.name!r}: its weight is sharded over ranks while it "
-                "computes (tensor parallel); use fused=False"
-            )
-        bias: Tensor | None = module._parameters.get("bias")
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        return _FusedLinear.apply(x, weight, bias, layer, recorder, current)
-
-    def restore() -> None:
-        del module.forward
-
-    module.forward = _untraced(forward)  # type: ignore[method-assign]
-    return restore

@@ -1,4 +1,4 @@
-"""Who owns which row: tasks, samples, weights and scales of one micro-batch, checked before anything runs."""
+"""The rows of one micro-batch: their tasks, samples, weights and scales, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..segments import to_device
 
 Ids = Sequence[Hashable] | Tensor
 
@@ -41,24 +43,26 @@ class Rows:
         return len(self.block_keys)
 
     @property
-    def uniform_scale(self) -> float | None:
-        """The factor that all rows share, if they do: then a Gram can be scaled after the fact."""
-        first = float(self.scale[0])
-        return first if bool((self.scale == first).all()) else None
+    def length(self) -> int | None:
+        """L, the tokens of a row, where the mask says so."""
+        return None if self.mask is None else self.mask.shape[1]
 
 
 def _as_list(ids: Ids, name: str) -> list[Hashable]:
     if isinstance(ids, str) or not isinstance(ids, (Sequence, Tensor)):
         raise TypeError(
-            f"{name} must be a list or a 1-D tensor with one id (int or string) a row, got {type(ids).__name__}"
+            f"{name} must be a list or a 1-D tensor with one id (int or string) per row, got {type(ids).__name__}"
         )
     if isinstance(ids, Tensor):
-        if ids.dim() != 1 or ids.is_floating_point():
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"{name} must be a 1-D integer tensor, got shape {tuple(ids.shape)} and dtype {ids.dtype}")
         return list(ids.tolist())
-    wrong = next((value for value in ids if not isinstance(value, (int, str))), None)
-    if wrong is not None:
-        raise TypeError(f"{name} must hold ints or strings, got {wrong!r} ({type(wrong).__name__})")
+    for row, value in enumerate(ids):
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise TypeError(
+                f"{name} must hold ints or strings, got {value!r} ({type(value).__name__}) for row {row}: "
+                "give every row an id"
+            )
     return list(ids)
 
 
@@ -67,12 +71,12 @@ def _per_row(value: float | Sequence[float] | Tensor, batch: int, name: str) -> 
     try:
         out = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a number or one number a row, got {value!r}") from None
+        raise TypeError(f"{name} must be a number or one number per row, got {value!r}") from None
     if out.dim() == 0:
         out = out.expand(batch)
     if out.shape != (batch,):
         raise ValueError(
-            f"{name} must be a number or have one entry a row: got shape {tuple(out.shape)} for {batch} rows"
+            f"{name} must be a number or have one entry per row: got shape {tuple(out.shape)} for {batch} rows"
         )
     if not bool(torch.isfinite(out).all()):
         raise ValueError(f"{name} must be finite, got {value!r}")
@@ -116,7 +120,7 @@ def make_rows(
         [("row", serial, r) for r in range(batch)] if sample_ids is None else _as_list(sample_ids, "sample_ids")
     )
     if len(rows) != batch:
-        raise ValueError(f"sample_ids must have one entry a row like task_ids: got {len(rows)} for {batch} rows")
+        raise ValueError(f"sample_ids must have one entry per row like task_ids: got {len(rows)} for {batch} rows")
     mask = None
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
@@ -168,3 +172,23 @@ def make_rows(
         rows_present=present.tolist(),
         mask=mask,
     )
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the tensor is on a GPU, where a shape that depends on data would stall the host."""
+    return tensor.is_cuda
+
+
+def sum_by(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """``out[k] = sum over i with index[i] == k of values[i]``, in a fixed order: [count, ...] in values' dtype.
+
+    values [n, ...] on any device, index [n] int64 on the CPU. On a GPU by sorted segments: adding by index there uses
+    atomics, in an order that varies.
+    """
+    if not on_gpu(values):
+        return values.new_zeros(count, *values.shape[1:]).index_add_(0, index, values)
+    if count == len(index) and torch.equal(index, torch.arange(count, device="cpu")):
+        return values
+    order = to_device(torch.argsort(index, stable=True), values.device)
+    lengths = to_device(torch.bincount(index, minlength=count), values.device)
+    return torch.segment_reduce(values[order], "sum", lengths=lengths, unsafe=True, initial=0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,20 +14,33 @@ from torch import Tensor, nn
 from ..estimation.estimator import RunningEstimate, TaskGradient
 from ..estimation.moments import PairSums, StepSums, add_up, merge, moments
 from . import distributed
+from .calls import BatchDim, Placements
 from .exact import TaskSums
-from .hooks import fuse, observe
-from .layers import LayerChoice, Parameters, select_layers
+from .hooks import Watcher
+from .layers import Layer, LayerChoice, Parameters, select_layers
+from .reconcile import Reconciliation
 from .recorder import Recorder
 from .rows import Ids, Rows, make_rows
+from .skipped import Skipped, some
 
-MAX_BLOCKS = 512  # above as many samples in one micro-batch the jackknife leaves out folds instead of samples
+MAX_BLOCKS = 512  # with more samples in one micro-batch the jackknife leaves out folds instead of samples
 ACCUMULATE = ("pairs", "exact")
+VERIFY = ("once", "always")
+UNVERIFIED = (None, "raise", "skip")
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
-    """A list of names as a message shows it."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+#: Why a parameter of the choice has no formula.
+KINDS = "linears, embeddings, and norms and other leaf modules with parameters of one dimension are"
+
+
+def _check_batch_dim(batch_dim: BatchDim) -> None:
+    values = list(batch_dim.values()) if isinstance(batch_dim, Mapping) else [batch_dim]
+    for value in values:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(
+                f"batch_dim must be None, a dimension (0, 1, ...) or {{layer name or pattern: dimension}}, got "
+                f"{batch_dim!r}"
+            )
 
 
 class StepStats(dict[Hashable, TaskGradient]):
@@ -62,26 +75,33 @@ class GradNormTracker:
             trains, norms and embeddings too), a regular expression searched in module names, or a list of module names
             (a name stands for everything inside it).
         fused: False only watches (training stays the same to the last bit). True swaps the chosen linears' backward
-            for one
-            that takes dW and the norms from one pass (the same up to rounding); all other parameters are watched.
+            for one that takes dW and the norms from one pass (the same up to rounding). All other parameters are
+            watched.
         accumulate: "pairs" (inside micro-batches), or "exact": the tasks' gradient sums are kept over the step's
             micro-batches and added over ranks, so that every pair of samples counts,
-            ``U_k = (||S_k||^2 - sum_p ||G_p||^2) / (n (n - 1))``. Costs a float32 copy of the measured parameters for
-            every task, and samples must be whole in their micro-batch.
+            ``U_k = (||S_k||^2 - sum_p ||G_p||^2) / (n (n - 1))``. Costs a float32 copy of the measured parameters per
+            task, and samples must be whole in their micro-batch.
         process_group: the data-parallel ranks, whose samples make up a step: "auto" (all ranks of an initialised
             torch.distributed), None (this process alone) or a ProcessGroup. With several ranks :meth:`step` is a
-            collective call: each rank makes it once a step and gets the same estimates.
+            collective call: each rank makes it once per step and gets the same estimates.
         frozen: also measure chosen linears whose weight does not train: the gradient that it would get, as of the
             matrix under a LoRA adapter.
+        unverified: what happens to a parameter whose measurement does not pass its verification (docs/verification.md):
+            "raise" an error that names it, or "skip" it: leave it out, with one warning. Default: "skip" for
+            ``layers="all"`` while something is left to measure, else "raise".
+        batch_dim: which dimension of a layer's input holds the rows of the batch: None (found by a probe in the first
+            micro-batch), 0, 1, or ``{layer name or shell pattern: dimension}`` for some layers.
+        verify: "once" compares the tracker's total gradient of a parameter with autograd's until it was seen to agree;
+            "always" in every micro-batch.
 
     Attributes:
         layers: names of the measured modules.
-        skipped: names of trainable parameters of the choice that cannot be measured, with their share of all trainable
-            parameters.
+        skipped: {parameter name: share of all trainable parameters} of what the choice holds and is not measured.
+        skipped_reasons: {parameter name: why}.
         running: {task: RunningEstimate} pooled over all steps so far.
 
     Raises:
-        ValueError: nothing to measure, (fused) a linear with a forward of its own, or an unknown ``accumulate``.
+        ValueError: nothing to measure, (fused) a linear with a forward of its own, or an unknown option.
         TypeError: ``model`` is not a module, ``layers`` or ``process_group`` is of the wrong type.
     """
 
@@ -94,27 +114,46 @@ class GradNormTracker:
         accumulate: str = "pairs",
         process_group: Any = "auto",
         frozen: bool = False,
+        unverified: str | None = None,
+        batch_dim: BatchDim = None,
+        verify: str = "once",
     ) -> None:
-        if accumulate not in ACCUMULATE:
-            raise ValueError(f"accumulate must be one of {', '.join(map(repr, ACCUMULATE))}, got {accumulate!r}")
+        for name, value, allowed in (
+            ("accumulate", accumulate, ACCUMULATE),
+            ("unverified", unverified, UNVERIFIED),
+            ("verify", verify, VERIFY),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        _check_batch_dim(batch_dim)
         distributed.resolve(process_group)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._model = model
         self._process_group = process_group
-        self._selection = select_layers(model, layers, frozen)
-        self._parameters = Parameters(model, self._selection)
+        self._lenient = (layers == "all") if unverified is None else unverified == "skip"
+        self._skip_everything = unverified == "skip"
+        self._verify_always = verify == "always"
+        selection = select_layers(model, layers, frozen)
+        self._parameters = Parameters(model, selection)
+        self._skipped = Skipped(model)
+        self._skipped.add(selection.skipped, KINDS)
+        self._skip_own_parameters(selection.layers)
         self._exact = TaskSums() if accumulate == "exact" else None
         self._spoiled = False  # a micro-batch failed after adding to the exact sums
-        self.layers = [layer.name for layer in self._selection.layers]
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.skipped = {name: size / trainable for name, size in self._selection.skipped.items()}
-        if self.skipped:
-            warnings.warn(
-                f"not measured, {sum(self.skipped.values()):.2%} of the trainable parameters: {_some(self.skipped)} "
-                "(linears, embeddings, and norms and other leaf modules with parameters of one dimension are)",
-                stacklevel=2,
-            )
+        self._placements = Placements(batch_dim)
+        self._watcher = Watcher(
+            selection.layers, self._parameters, self._skipped, self._placements, lenient=self._lenient
+        )
+        self._layers = [layer for layer in selection.layers if self._watcher.names_of(layer)]
+        if not self._layers:
+            raise ValueError(f"layers={layers!r} picks nothing that can be measured: {self._skipped.news()}")
+        self._watcher.layers = self._layers
+        self.layers = [layer.name for layer in self._layers]
+        self._warn_skipped(3)
         self.running: dict[Hashable, RunningEstimate] = {}
+        self._unplaced = batch_dim is None or isinstance(batch_dim, Mapping)  # no micro-batch was probed yet
+        self._unreconciled = {name for layer in self._layers for name in self._watcher.names_of(layer)}
         self._recorder: Recorder | None = None
         self._parts: list[PairSums] = []
         self._task_index: dict[Hashable, int] = {}
@@ -123,14 +162,41 @@ class GradNormTracker:
         self._spread: set[Hashable] = set()  # samples whose rows may lie in other micro-batches, and on other ranks
         self._serial = 0
         self._warned: set[str] = set()
-        self._undo = []
+        self._undo: list[Callable[[], None]] = []
+        self._stop_watching: Callable[[], None] | None = None  # takes the hooks of containers out
         try:
-            for layer in self._selection.layers:
-                install = fuse if fused and layer.kind in ("linear", "conv1d") else observe
-                self._undo.append(install(layer, lambda: self._recorder))
+            for layer in self._layers:
+                self._undo.append(self._watcher.install(layer, fused and layer.kind in ("linear", "conv1d")))
         except ValueError:
             self.close()
             raise
+
+    @property
+    def skipped(self) -> dict[str, float]:
+        """{parameter name: share of all trainable parameters} of what the choice holds and is not measured."""
+        return dict(self._skipped.shares)
+
+    @property
+    def skipped_reasons(self) -> dict[str, str]:
+        """{parameter name: why it is not measured}."""
+        return dict(self._skipped.reasons)
+
+    def _skip_own_parameters(self, layers: Sequence[Layer]) -> None:
+        """Parameters of a linear or embedding for which the formula of its kind has no place."""
+        for layer in layers:
+            if layer.kind == "vector":
+                continue
+            own = layer.module._parameters
+            extra = [leaf for leaf, p in own.items() if p is not None and leaf not in ("weight", "bias")]
+            self._skipped.add(
+                (self._parameters.name(layer, leaf) for leaf in extra if own[leaf].requires_grad),  # type: ignore[union-attr]
+                f"{type(layer.module).__name__} has parameters of its own beside weight and bias",
+            )
+
+    def _warn_skipped(self, stacklevel: int) -> None:
+        text = self._skipped.news()
+        if text is not None:
+            warnings.warn(text, stacklevel=stacklevel + 1)
 
     @contextmanager
     def microbatch(
@@ -145,14 +211,12 @@ class GradNormTracker:
 
         Args:
             task_ids: [B] ints or strings, the task of each row (sequence) of the batch.
-            sample_ids: [B] ints or strings, the independent unit each row belongs to (in GRPO the prompt); default:
-                every row
-                is a sample of its own.
+            sample_ids: [B] ints or strings, the independent unit each row belongs to (in GRPO the prompt). Default:
+                every row is a sample of its own.
             attention_mask: [B, L], 0 where a token is padding and has no gradient; lets a GPU skip it.
             row_scale: number or [B], the factor that turns a row's share of the differentiated loss into the row's own
-                loss.
-                Default B, which fits ``loss = row_losses.mean()``; times the accumulation steps if the loss is divided
-                by them; divided by the loss scale under a GradScaler.
+                loss. Default B, which fits ``loss = row_losses.mean()``; times the accumulation steps if the loss is
+                divided by them; divided by the loss scale under a GradScaler.
             rows_per_sample: number or [B], how many rows the whole sample has when its rows are spread over
                 micro-batches or ranks; then one id means one sample on all ranks.
                 Default: the rows seen here are all. Without it a sample may not come back within a step, and ids tell
@@ -160,7 +224,8 @@ class GradNormTracker:
 
         Raises:
             ValueError, TypeError: ids that do not fit, before anything runs.
-            RuntimeError: no gradient reached a measured layer inside the block, or the block is nested.
+            RuntimeError: no gradient reached a measured layer inside the block, or the block is nested; a layer's
+                output is not what its formula gives, or its total gradient is not autograd's.
         """
         if self._recorder is not None:
             raise RuntimeError(
@@ -178,22 +243,53 @@ class GradNormTracker:
                 f"{rows.samples[int((rows.weight != 1).nonzero()[0])]!r} are elsewhere: keep a sample's rows together, "
                 'or use accumulate="pairs"'
             )
-        recorder = self._recorder = Recorder(rows, self._parameters, self._exact)
+        for layer in self._watcher.changed():
+            self._unreconciled.update(self._watcher.names_of(layer))
+        known = set(self._skipped.reasons)
+        probing = self._unplaced and rows.batch > 1
+        if (probing or self._watcher.shares_outputs) and self._stop_watching is None:
+            self._stop_watching = self._watcher.watch_entries(self._model)
+        reconciliation = self._reconciliation()
+        recorder = self._recorder = Recorder(rows, self._parameters, self._skipped, self._exact, reconciliation)
+        self._watcher.begin(recorder, probing=probing)
         try:
             yield
-            if not recorder.reached:
+            if reconciliation is not None:
+                self._reconcile(reconciliation)
+            nothing = self._nothing_left()
+            if not recorder.reached and not nothing:
                 raise RuntimeError(
-                    f"no gradient reached a measured layer ({_some(self.layers)}) inside "
-                    "tracker.microbatch(...): call loss.backward() inside the block, on a loss that depends on them"
+                    f"no gradient reached a measured layer ({some(self.layers)}) inside tracker.microbatch(...): call "
+                    "loss.backward() inside the block, on a loss that depends on them"
                 )
             with torch.no_grad():
-                part = recorder.finish(lambda task: self._task_index.setdefault(task, len(self._task_index)))
+                for task in rows.block_tasks:
+                    self._task_index.setdefault(task, len(self._task_index))
+                part = recorder.finish(self._task_index)
         except BaseException:
             self._spoiled = self._spoiled or (self._exact is not None and bool(recorder.reached))
             raise
         finally:
-            self._recorder = None
+            self._recorder = self._watcher.recorder = None
+            if reconciliation is not None:
+                reconciliation.close()
+            if not self._watcher.shares_outputs:
+                self._stop_entries()
+        self._unplaced = self._unplaced and not probing
         self._warn_never_called(recorder)
+        self._warn_skipped(4)
+        if nothing:
+            self._reset()
+            return
+        if self._parts and known != set(self._skipped.reasons):
+            # Earlier micro-batches of this step counted what this one leaves out: their sums do not belong together.
+            warnings.warn(
+                f"the {len(self._parts) + 1} micro-batches of this step so far are dropped: they were measured with "
+                "parameters that are now left out, as were earlier steps",
+                stacklevel=3,
+            )
+            self._reset()
+            return
         self._parts.append(part)
         self._serial += 1
         if rows_per_sample is not None:
@@ -201,6 +297,66 @@ class GradNormTracker:
         for sample, task, present in zip(rows.samples, rows.tasks, rows.rows_present, strict=True):
             self._sample_task[sample] = task
             self._sample_rows[sample] = self._sample_rows.get(sample, 0) + present
+
+    # Verification of the total gradients
+
+    def _reconciliation(self) -> Reconciliation | None:
+        """Both sides of the comparison for the parameters that need it; None where there are none.
+
+        Off for parameters without a gradient of autograd's (``frozen=True``) and for sharded ones: what a rank's hook
+        sees there is not the gradient of the rank's own rows.
+        """
+        wanted: dict[str, Tensor] = {}
+        for layer in self._layers:
+            for leaf, parameter in layer.module._parameters.items():
+                if parameter is None or not parameter.requires_grad or distributed.is_dtensor(parameter):
+                    continue
+                name = self._parameters.name(layer, leaf)
+                if name not in self._skipped and (self._verify_always or name in self._unreconciled):
+                    wanted[name] = parameter
+        return Reconciliation(wanted) if wanted else None
+
+    def _reconcile(self, reconciliation: Reconciliation) -> None:
+        wrong: dict[str, str] = {}
+        for name, fault in reconciliation.verdicts().items():
+            if name in self._skipped:
+                continue
+            if fault is None:
+                self._unreconciled.discard(name)
+            else:
+                wrong[name] = fault
+        if not wrong:
+            return
+        if self._lenient:
+            for name, fault in wrong.items():
+                self._skipped.add([name], fault)
+            return
+        name, fault = next(iter(wrong.items()))
+        owners = [layer for layer in self._layers if name in self._watcher.names_of(layer)]
+        kinds = ", ".join(f"layer {layer.name!r} ({type(layer.module).__name__})" for layer in owners)
+        raise RuntimeError(
+            f"{name!r} of {kinds} cannot be measured: {fault}. The parameter is used outside a call of its layer "
+            "(F.linear on its weight, a tied head, a term of the loss), or rows were lost on the way. Leave it out of "
+            f'layers=, or pass unverified="skip" ({len(wrong)} such parameters: {some(wrong)})'
+        )
+
+    def _nothing_left(self) -> bool:
+        """Whether every chosen parameter turned out not to be measurable.
+
+        Raises:
+            RuntimeError: they did, and nobody asked for training to go on without estimates (``unverified="skip"``).
+        """
+        names = {name for layer in self._layers for name in self._watcher.names_of(layer)}
+        nothing = all(name in self._skipped for name in names)
+        if nothing and not self._skip_everything:
+            raise RuntimeError(
+                f"nothing that layers= picks can be measured: {self._skipped.news()}; choose other layers, or pass "
+                'unverified="skip" to train on without estimates'
+            )
+        if nothing and "nothing" not in self._warned:
+            self._warned.add("nothing")
+            warnings.warn("nothing that layers= picks can be measured: there will be no estimates", stacklevel=4)
+        return nothing
 
     def _check_samples(self, rows: Rows, spread: bool) -> None:
         """A sample that comes back within a step must say how many rows it has, and must keep its task."""
@@ -226,12 +382,16 @@ class GradNormTracker:
                 )
 
     def _warn_never_called(self, recorder: Recorder) -> None:
-        missing = [name for name in recorder.never_called(self._selection.layers) if name not in self._warned]
+        missing = [
+            layer.name
+            for layer in recorder.never_called(self._layers)
+            if layer.name not in self._warned and not self._watcher.left_out(layer)
+        ]
         if missing:
             self._warned.update(missing)
             warnings.warn(
                 "these measured layers were never called in this micro-batch, so they count as zero: "
-                f"{_some(missing)}; a weight that is used without calling its layer cannot be seen",
+                f"{some(missing)}; a weight that is used without calling its layer cannot be seen",
                 stacklevel=4,
             )
 
@@ -252,14 +412,29 @@ class GradNormTracker:
                 raise RuntimeError(
                     'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
                 )
-            gathered = distributed.gather(
-                self._step_sums(distributed.rank(group) if group is not None else None), group
-            )
-            sums = merge([part for part, _ in gathered]) if group is not None else gathered[0][0]
+            mine = self._step_sums(distributed.rank(group) if group is not None else None)
+            gathered = distributed.gather((*mine, set(self._skipped.reasons)), group)
+            if self._ranks_differ([skipped for _, _, skipped in gathered]):
+                gathered = [(add_up([], []), False, set())]
+                self._exact = TaskSums() if self._exact is not None else None
+            sums = merge([part for part, _, _ in gathered]) if group is not None else gathered[0][0]
             exact = self._exact.gram(sums.tasks, group) if self._exact is not None else None
         finally:
             self._reset()
-        return self._publish(sums, exact, any(folded for _, folded in gathered))
+        return self._publish(sums, exact, any(folded for _, folded, _ in gathered))
+
+    def _ranks_differ(self, skipped: Sequence[set[str]]) -> bool:
+        """Whether ranks left out different parameters in this step; from the next one on all leave out the same."""
+        every = set().union(*skipped)
+        if all(names == every for names in skipped):
+            return False
+        self._skipped.add(sorted(every), "another rank could not measure it")
+        warnings.warn(
+            "ranks left out different parameters, so this step has no estimate; from the next one on all leave out "
+            f"{some(sorted(every))}",
+            stacklevel=3,
+        )
+        return True
 
     def _step_sums(self, rank: int | None) -> tuple[StepSums, bool]:
         """This rank's share of the step, and whether its blocks are folds. Ids that only this rank knows get its
@@ -329,8 +504,14 @@ class GradNormTracker:
             running[task].load_state_dict(entry)
         self.running = running
 
+    def _stop_entries(self) -> None:
+        if self._stop_watching is not None:
+            self._stop_watching()
+        self._stop_watching = None
+
     def close(self) -> None:
         """Remove every hook and swapped forward: the model is as it was before. May be called twice."""
+        self._stop_entries()
         for undo in self._undo:
             undo()
         self._undo = []

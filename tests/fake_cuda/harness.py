@@ -13,7 +13,7 @@ import gradnorm_kernels as gk
 from gradnorm_kernels import segments
 from gradnorm_kernels.backends import triton
 from gradnorm_kernels.backends.triton import wgrad_schedule
-from gradnorm_kernels.tracking import owners
+from gradnorm_kernels.tracking import rows as tracking_rows
 from tests import traps
 from tests.fake_cuda.device import FakeCuda, Unordered, Waited
 
@@ -145,7 +145,7 @@ def test_a_slip_in_a_hook_is_found(fake: FakeCuda, monkeypatch: pytest.MonkeyPat
         setattr(layer, name, torch.nn.Parameter(fake.put(parameter)))
     tracker = gk.GradNormTracker(torch.nn.Sequential(layer), "all")
     x = fake.put(torch.rand(4, 5, 3))
-    monkeypatch.setattr(owners, "resident", lambda tensor: False)
+    monkeypatch.setattr(tracking_rows, "on_gpu", lambda tensor: False)
     fake.silent = True
     refused = pytest.raises(RuntimeError, match="expected all tensors on one device")
     with fake.forbidding(waits=True, any_order=True), refused, tracker.microbatch(list("aabb")):

@@ -79,14 +79,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
     """The threads and devices of hooks, and the backends that took an embedding's tokens."""
     seen: dict[str, set[Any]] = {"threads": set(), "devices": set(), "embedding": set()}
-    make, operator = recorder.make_use, backends.operator
+    make, operator = recorder.tokens_of, backends.operator
 
     def made(*args: Any) -> Any:
         seen["threads"].add(threading.get_ident())
         seen["devices"].add(torch.cuda.current_device())
         return make(*args)
 
-    monkeypatch.setattr(recorder, "make_use", made)
+    monkeypatch.setattr(recorder, "tokens_of", made)
 
     def chosen(name: str, op: str) -> Callable[..., Any]:
         if op == "embedding_grad_norm":

@@ -9,7 +9,7 @@ import torch
 
 import gradnorm_kernels as gk
 from gradnorm_kernels import ops
-from gradnorm_kernels.tracking import owners, uses, vocabulary
+from gradnorm_kernels.tracking import parameter_gram, rows
 from tests.tracking.brute_force import batch, row_losses, sample_gradients, small_model, u_statistic
 
 TASKS = ["a", "b", "a", "a", "b", "a", "a"]
@@ -20,8 +20,8 @@ FACTORS = [1.0, 2.0, 0.5, 1.5, 1.0, 0.25, 0.75]
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the GPU's paths on the CPU."""
-    for module in (owners, uses):
-        monkeypatch.setattr(module, "resident", lambda tensor: True)
+    for module in (rows, parameter_gram):
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_all_parameters(
     for name in ("embedding_grad_norm", "tied_grad_gram"):
         run = functools.partial(getattr(ops, name), backend="triton")
         call = lambda *args, run=run, **options: interpreted.append(1) or run(*args, **options)  # noqa: E731
-        monkeypatch.setattr(vocabulary, name, call)
+        monkeypatch.setattr(parameter_gram, name, call)
     monkeypatch.setattr("gradnorm_kernels.tracking.tracker.MAX_BLOCKS", blocks)
     model = small_model(name, torch.float32)
     ids, mask = batch(len(TASKS), 7, "left")
@@ -67,8 +67,8 @@ def test_a_factor_for_each_row_does_not_cost_bfloat16_its_digits(resident: None)
     dy = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     rows = torch.tensor([0, 0])
     scale = torch.tensor([0.3, 7.1], dtype=torch.float64)
-    tokens = vocabulary.Tokens(dy, dy, torch.tensor([20, 20]), rows, scale, embedding=False)
-    split = uses._prescale(tokens)
+    tokens = parameter_gram.Tokens(dy, dy, torch.tensor([20, 20]), rows, scale, embedding=False)
+    split = parameter_gram._prescale(tokens)
     assert split.dy.dtype == torch.bfloat16 and split.lengths.tolist() == [20] * 4 and len(split.row_sample) == 4
     wanted = dy.double() * scale.repeat_interleave(20)[:, None]
     high, low = split.dy.double().chunk(2)
@@ -82,8 +82,8 @@ def test_sums_by_owner(resident: None, monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(9, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values[2, 1, 1] = float("nan")
     owner = torch.tensor([4, 0, 2, 0, 4, 4, 1, 0, 1])
-    by_segments = owners.by_owner(values, owner, 6)
-    monkeypatch.setattr(owners, "resident", lambda tensor: False)
-    by_index = owners.by_owner(values, owner, 6)
+    by_segments = rows.sum_by(values, owner, 6)
+    monkeypatch.setattr(rows, "on_gpu", lambda tensor: False)
+    by_index = rows.sum_by(values, owner, 6)
     torch.testing.assert_close(by_segments, by_index, rtol=1e-14, atol=1e-14, equal_nan=True)
     assert by_segments.isnan().nonzero().tolist() == [[2, 1, 1]] and not by_segments[3].any()

@@ -121,7 +121,7 @@ def test_folds_stand_in_for_samples_when_there_are_many(
 
 
 def test_a_shared_prefix_runs_once_a_sample() -> None:
-    """A part that runs once a prompt has a row a sample; its output is spread over the sample's rows."""
+    """A part that runs once per prompt has one row per sample; its output is expanded to the sample's rows."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"prefix": nn.Linear(5, 5), "rest": nn.Linear(5, 3)}).double()
     prompts, tails = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(6, 2, 5, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_a_shared_prefix_runs_once_a_sample() -> None:
     truth = sample_gradients(losses(shared=False), [0, 0, 1, 1, 2, 2], list(model.parameters()))
     assert tracker.step()["t"].sq_norm == pytest.approx(u_statistic(torch.stack(list(truth.values()))), rel=1e-6)
     with (
-        pytest.raises(ValueError, match="a shared prefix needs one factor a sample"),
+        pytest.raises(ValueError, match="a shared prefix needs one factor per sample"),
         tracker.microbatch(TASKS, [0, 0, 1, 1, 2, 2], row_scale=[1.0, 2, 3, 4, 5, 6]),
     ):
         losses(shared=True).mean().backward()
@@ -173,15 +173,24 @@ def test_refusals_name_what_to_do(model: nn.Module, data: tuple[Tensor, Tensor])
         ({"task_ids": []}, ValueError, "task_ids is empty"),
         ({"task_ids": "abc"}, TypeError, "task_ids must be a list"),
         ({"task_ids": [1.5, 2.5]}, TypeError, "task_ids must hold ints or strings, got 1.5"),
+        ({"task_ids": ["a", None]}, TypeError, r"task_ids must hold ints or strings, got None \(NoneType\) for row 1"),
+        ({"task_ids": ["a", True]}, TypeError, "task_ids must hold ints or strings, got True"),
+        ({"task_ids": torch.tensor([True, False])}, ValueError, "task_ids must be a 1-D integer tensor"),
+        ({"task_ids": TASKS, "sample_ids": [None] * ROWS}, TypeError, "sample_ids must hold ints or strings, got None"),
+        (
+            {"task_ids": TASKS, "sample_ids": [math.nan] * ROWS},
+            TypeError,
+            "sample_ids must hold ints or strings, got nan",
+        ),
         ({"task_ids": torch.zeros(2)}, ValueError, "task_ids must be a 1-D integer tensor"),
-        ({"task_ids": TASKS, "sample_ids": [1]}, ValueError, "sample_ids must have one entry a row"),
+        ({"task_ids": TASKS, "sample_ids": [1]}, ValueError, "sample_ids must have one entry per row"),
         ({"task_ids": ["a", "b"], "sample_ids": [1, 1]}, ValueError, "sample 1 has rows of two tasks"),
         (
             {"task_ids": TASKS, "sample_ids": [1] * ROWS, "rows_per_sample": [6, 6, 6, 7, 7, 7]},
             ValueError,
             "the same for all rows of a sample",
         ),
-        ({"task_ids": TASKS, "row_scale": [1.0]}, ValueError, "row_scale must be a number or have one entry a row"),
+        ({"task_ids": TASKS, "row_scale": [1.0]}, ValueError, "row_scale must be a number or have one entry per row"),
         ({"task_ids": TASKS, "row_scale": math.inf}, ValueError, "row_scale must be finite"),
         ({"task_ids": TASKS, "row_scale": "B"}, TypeError, "row_scale must be a number"),
         (
@@ -266,12 +275,27 @@ def test_a_norm_that_does_not_run_row_by_row_is_refused_by_name() -> None:
             self.weight = nn.Parameter(torch.ones(3))
 
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return x * self.weight + y
+            return x * self.weight + y.mean(0)
 
     model = nn.ModuleDict({"odd": Odd()})
-    tracker = gk.GradNormTracker(model, "all")
+    x, y = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3) ** 2
+    tracker = gk.GradNormTracker(model, "all", unverified="raise")
     with pytest.raises(RuntimeError, match=r"layer 'odd' \(Odd\) cannot be measured"), tracker.microbatch([0, 0]):
-        model["odd"](torch.ones(2, 3), torch.ones(2, 3)).sum().backward()
+        model["odd"](x, y).sum().backward()
+    tracker.close()
+    tracker = gk.GradNormTracker(model, "all")
+    nothing = pytest.raises(RuntimeError, match=r"nothing that layers= picks can be measured.*row by row")
+    with nothing, tracker.microbatch([0, 0]):
+        model["odd"](x, y).sum().backward()
+    tracker.close()
+    tracker = gk.GradNormTracker(model, "all", unverified="skip")
+    with (
+        pytest.warns(UserWarning, match=r"not measured, 100\.00% of the trainable parameters: odd\.weight"),
+        tracker.microbatch([0, 0]),
+    ):
+        model["odd"](x, y).sum().backward()
+    assert tracker.skipped == {"odd.weight": 1.0} and "row by row" in tracker.skipped_reasons["odd.weight"]
+    assert tracker.step() == {}
 
 
 def test_a_layer_that_is_never_called_is_warned_about_once() -> None:

@@ -131,6 +131,8 @@ def attach(
             )
         hooks = SftHooks(trainer, task_column, rows, row_scale=row_scale)
     chosen = layers_beside_the_head(trainer.model, layers, bool(tracker_options.get("frozen")))
+    # A list of names stands for "all" here: what it picked up without being asked for is still left out, not refused.
+    tracker_options.setdefault("unverified", "skip" if layers == "all" else "raise")
     tracker = GradNormTracker(trainer.model, chosen, fused=fused, **tracker_options)
     for remark in hooks.remarks:
         warnings.warn(remark, stacklevel=2)

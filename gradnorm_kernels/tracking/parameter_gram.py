@@ -1,0 +1,287 @@
+"""One parameter's gradient per sample, as the Gram matrix of its blocks: from the tokens of its uses in one backward.
+
+A *use* is one call of a layer: its input and the gradient of its output. Several uses of one parameter (a tied or
+reused weight) are more tokens of the same samples. They are concatenated, so that the cross terms are right.
+
+On a GPU nothing here waits for the device: which sample a row belongs to is known on the host, shapes do not depend on
+data (tokens without a gradient stay and add zeros), and copies to the device do not block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import embedding_grad_norm, fused_grad_norm, tied_grad_gram
+from ..segments import to_device
+from . import distributed
+from .calls import Call
+from .rows import Rows, on_gpu, sum_by
+
+
+class BlockSums(NamedTuple):
+    """Over blocks, float64: gram [b, b] and the samples' own squares summed [b]; dW [d_out, d_in] if asked for."""
+
+    gram: Tensor
+    self_sq: Tensor
+    weight_grad: Tensor | None
+
+
+class Tokens(NamedTuple):
+    """T tokens of one use of a weight, row after row: x [T, d_in] (ids [T] for an embedding), dy [T, d_out].
+
+    ``lengths`` [R] int64: tokens of each row, ``row_sample`` [R] int64 and ``scale`` [R] float64, all on the CPU. Ids
+    below 0 add nothing.
+    """
+
+    x: Tensor
+    dy: Tensor
+    lengths: Tensor
+    row_sample: Tensor
+    scale: Tensor
+    embedding: bool
+
+
+def tokens_of(call: Call, dy: Tensor) -> Tokens:
+    """The tokens of one use, row after row. ``dy``: the gradient of the call's output, in the output's shape.
+
+    On a CPU tokens with a zero dy are left out. The id of an embedding's padding becomes -1, which adds nothing.
+    """
+    embedding = call.layer.kind == "embedding"
+    dy, x = call.split(dy), call.split(call.x)
+    rows, scale = dy.shape[0], call.scale * call.factor
+    dy = dy.reshape(rows, -1, dy.shape[-1])
+    x = x.reshape(rows, -1) if embedding else x.reshape(rows, -1, x.shape[-1])
+    if embedding and call.padding_idx is not None:
+        x = torch.where(x == call.padding_idx, -1, x)
+    if on_gpu(dy):
+        lengths = torch.full((rows,), dy.shape[1], device="cpu")
+        return Tokens(x.flatten(0, 1), dy.flatten(0, 1), lengths, call.row_sample, scale, embedding)
+    keep = (dy != 0).any(-1)
+    if embedding:
+        keep &= x >= 0
+    return Tokens(x[keep], dy[keep], keep.sum(1), call.row_sample, scale, embedding)
+
+
+def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = False) -> BlockSums:
+    """Gram over blocks of ``G_p = sum_uses sum_tokens scale dy x^T`` for one weight matrix.
+
+    With ``weight_grad`` (one linear use only) also dW of the plain, unscaled gradient, which backward needs.
+    """
+    factors = _block_factors(parts, rows)
+    scaled = parts if factors is not None else [_prescale(part) for part in parts]
+
+    if any(part.embedding for part in parts):
+        sums = _embedding_sums(scaled, rows)
+    else:
+        sums = _linear_sums(scaled, rows, weight_grad and factors is not None)
+    if factors is not None:
+        factor = to_device(factors, sums.gram.device)
+        return BlockSums(sums.gram * factor[:, None] * factor, sums.self_sq * factor**2, sums.weight_grad)
+    plain = parts[0]
+    return sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype) if weight_grad else None)
+
+
+def _block_factors(parts: Sequence[Tokens], rows: Rows) -> Tensor | None:
+    """[blocks] float64: the factor shared by all rows of a block, so that the block's sums can be scaled afterwards.
+
+    None where rows of one block differ.
+    """
+    scale = torch.cat([part.scale for part in parts])
+    block = rows.sample_block[torch.cat([part.row_sample for part in parts])]
+    factors = torch.zeros(rows.num_blocks, dtype=torch.float64, device="cpu")
+    factors[block] = scale
+    return factors if bool((factors[block] == scale).all()) else None
+
+
+def _prescale(tokens: Tokens) -> Tokens:
+    """Scale dy row by row without rounding it to its dtype again, which would lose digits of the estimate."""
+    dy, rows = tokens.dy, len(tokens.lengths)
+    factor = to_device(tokens.scale, dy.device).to(torch.promote_types(dy.dtype, torch.float32))
+    if not on_gpu(dy):
+        return tokens._replace(dy=dy.to(factor.dtype) * factor.repeat_interleave(tokens.lengths)[:, None])
+    wide = (dy.unflatten(0, (rows, -1)).to(factor.dtype) * factor[:, None, None]).flatten(0, 1)
+    if tokens.embedding or dy.dtype != torch.bfloat16:
+        return tokens._replace(dy=wide)
+    return split(tokens._replace(dy=wide))
+
+
+def split(tokens: Tokens) -> Tokens:
+    """Tokens of float32 dy as twice as many of bfloat16: the leading part and the remainder, 16 bits of dy together.
+
+    Tensor cores multiply those ten times faster than float32.
+    """
+    high = tokens.dy.bfloat16()
+    low = (tokens.dy - high).bfloat16()
+    x, rows = tokens.x.bfloat16(), tokens.row_sample
+    return tokens._replace(
+        x=torch.cat([x, x]),
+        dy=torch.cat([high, low]),
+        lengths=torch.cat([tokens.lengths, tokens.lengths]),
+        row_sample=torch.cat([rows, rows]),
+        scale=torch.cat([tokens.scale, tokens.scale]),
+    )
+
+
+def _linear_sums(parts: Sequence[Tokens], rows: Rows, weight_grad: bool) -> BlockSums:
+    """The sums of a linear's tokens, unscaled, from the operator."""
+    lengths = torch.cat([part.lengths for part in parts])
+    x, dy = (
+        torch.cat(tensors) if len(parts) > 1 else tensors[0]
+        for tensors in zip(*[(part.x, part.dy) for part in parts], strict=True)
+    )
+    r = fused_grad_norm(
+        x.to(dy.dtype),
+        dy,
+        torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        sample_ids=torch.cat([part.row_sample for part in parts]),
+        group_ids=rows.sample_block,
+        num_groups=rows.num_blocks,
+        group_gram=True,
+        weight_grad=weight_grad,
+    )
+    assert r.group_gram is not None
+    return BlockSums(r.group_gram, sum_by(r.sample_sq_norms, rows.sample_block, rows.num_blocks), r.weight_grad)
+
+
+def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
+    """The sums of uses of one matrix of which some are embeddings: ``one_hot(id) dy^T``, and ``dy x^T`` of a tied head.
+
+    The operators for embeddings give the first and the inner products of the two.
+    """
+    embeddings, heads = ([part for part in parts if part.embedding == kind] for kind in (True, False))
+    ids, e, e_cu_seqlens, e_sample_ids = _packed(embeddings)
+    own = embedding_grad_norm(
+        ids,
+        e,
+        e_cu_seqlens,
+        sample_ids=e_sample_ids,
+        group_ids=rows.sample_block,
+        num_groups=rows.num_blocks,
+        group_gram=True,
+    )
+    assert own.group_gram is not None
+    gram, sample_sq = own.group_gram, own.sample_sq_norms
+    if not heads:
+        return BlockSums(gram, sum_by(sample_sq, rows.sample_block, rows.num_blocks), None)
+    x, dy, cu_seqlens, sample_ids = _packed(heads)
+    dtype = torch.promote_types(x.dtype, e.dtype)
+    cross = tied_grad_gram(
+        x.to(dtype),
+        dy,
+        ids,
+        e.to(dtype),
+        cu_seqlens,
+        e_cu_seqlens,
+        sample_ids=sample_ids,
+        e_sample_ids=e_sample_ids,
+        group_ids=rows.sample_block,
+        num_groups=rows.num_blocks,
+    )
+    gram = gram + cross.group_gram + cross.group_gram.T
+    self_sq = sum_by(sample_sq + 2 * cross.sample_dots, rows.sample_block, rows.num_blocks)
+    head = _linear_sums(heads, rows, False)
+    return BlockSums(head.gram + gram, head.self_sq + self_sq, None)
+
+
+def _packed(parts: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x or ids, dy, cu_seqlens, sample_ids) of the parts one after the other, each row a segment."""
+    x, dy = (torch.cat(tensors) for tensors in zip(*[(part.x, part.dy) for part in parts], strict=True))
+    offsets = torch.nn.functional.pad(torch.cat([part.lengths for part in parts]).cumsum(0), (1, 0))
+    return x, dy, offsets, torch.cat([part.row_sample for part in parts])
+
+
+def plain_weight_grad(call: Call, dy: Tensor) -> Tensor:
+    """dW [d_out, d_in] of one linear use, as autograd has it, for a weight whose norms wait for its other uses."""
+    x = call.x.reshape(-1, call.x.shape[-1]).to(dy.dtype)
+    return dy.reshape(-1, dy.shape[-1]).T @ x
+
+
+def bias_rows(call: Call, dy: Tensor) -> Tensor:
+    """[R, d_out] float64: the gradient of a bias through each row, ``sum_t dy_t``, unscaled."""
+    dy = call.split(dy)
+    dy = dy.reshape(dy.shape[0], -1, dy.shape[-1])
+    return dy.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).to(torch.float64)
+
+
+class RowReplay:
+    """A norm-like module's own forward, run row by row with all arguments that a call had: what is differentiated."""
+
+    def __init__(self, call: Call, wide: torch.dtype) -> None:
+        """``wide``: the floating-point dtype to compute in."""
+        self._call, self._wide = call, wide
+        self._module = call.layer.module
+        self.parameters = {name: p.detach().to(wide) for name, p in self._module.named_parameters()}
+        leaves: list[Tensor] = []
+        self._args, self._kwargs = self._take((call.args, call.kwargs), leaves)
+        self.rows = tuple(leaves)  # each [R, ...]
+
+    def _take(self, value: Any, leaves: list[Tensor]) -> Any:
+        """The arguments, with ``_Row(i)`` in the place of the i-th tensor that has the rows."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._take(item, leaves) for item in value)
+        if isinstance(value, dict):
+            return {key: self._take(item, leaves) for key, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        value = distributed.local(value.detach())
+        value = value.to(self._wide) if value.is_floating_point() else value
+        dim, x = self._call.placement.dim, self._call.x
+        if value.shape == x.shape or (dim is not None and value.shape[: dim + 1] == x.shape[: dim + 1]):
+            leaves.append(self._call.split(value))
+            return _Row(len(leaves) - 1)
+        return value
+
+    def run(self, parameters: dict[str, Tensor], row: tuple[Tensor, ...]) -> Tensor:
+        """The module's output for one row."""
+
+        def put(value: Any) -> Any:
+            if isinstance(value, _Row):
+                return row[value.index]
+            if isinstance(value, (tuple, list)):
+                return type(value)(put(item) for item in value)
+            return {key: put(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+        out: Tensor = torch.func.functional_call(self._module, parameters, put(self._args), put(self._kwargs))
+        return out
+
+    def outputs(self) -> Tensor:
+        """[R, ...]: the outputs of all rows."""
+        with torch.no_grad(), torch.autocast(self._call.x.device.type, enabled=False):
+            return torch.func.vmap(lambda *row: self.run(self.parameters, row))(*self.rows)
+
+
+@dataclass(frozen=True)
+class _Row:
+    index: int
+
+
+def vector_rows(call: Call, dy: Tensor) -> dict[str, Tensor]:
+    """The gradients of a norm-like module's own parameters through each row: name -> [R, *shape] float64, unscaled.
+
+    One vectorised vector-Jacobian product of the module's own forward, so every norm is right whatever its formula.
+
+    Raises:
+        RuntimeError: the forward does not run row by row.
+    """
+    module = call.layer.module
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    try:
+        replay = RowReplay(call, wide)
+        trained = {name: replay.parameters[name] for name, p in module.named_parameters() if p.requires_grad}
+
+        def one_row(dy: Tensor, *row: Tensor) -> dict[str, Tensor]:
+            return torch.func.vjp(lambda own: replay.run({**replay.parameters, **own}, row), trained)[1](dy)[0]
+
+        with torch.enable_grad(), torch.autocast(dy.device.type, enabled=False):
+            grads = torch.func.vmap(one_row)(call.split(dy.to(wide)), *replay.rows)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"layer {call.layer.name!r} ({type(module).__name__}) cannot be measured: its forward does not run row by "
+            f"row ({error}); leave it out of layers="
+        ) from error
+    return {name: grad.to(torch.float64) for name, grad in grads.items()}

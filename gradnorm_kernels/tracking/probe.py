@@ -1,0 +1,408 @@
+"""Whose row is it: two or more forwards that differ in a known subset of the batch show where a layer sees its rows.
+
+Some rows of the model's arguments are perturbed. A dimension of a layer's input in which exactly these rows change
+holds the rows of the batch. A layer whose input does not change (positions that the model makes up itself) is perturbed
+at its own output instead, and the rows of the model's output are looked at.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Placement, Placements, token_shape
+from .formula import first_tensor
+from .layers import Layer
+from .replay import Impossible, copied, refuse_sharded, tensors_in, without_a_trace
+from .rows import Rows
+
+ATTEMPTS = 3  # perturbations that are tried where a forward raises
+INJECTIONS = 8  # forwards at most for layers whose input does not change
+SHARED = (
+    "its input does not depend on the rows of the batch (all of them share it), so that no gradient per row can be seen"
+)
+MIXED = "its input changes in other rows too when some rows of the batch change"
+VARYING = "how often it is called, or with how many tokens, depends on the data"
+
+_Key = tuple[str, int]  # a layer's name and the index of its call
+
+
+class _Subset:
+    """R rows of which some are perturbed: ``rows`` [R] bool."""
+
+    def __init__(self, rows: Tensor, per_sample: bool, dim: int = 0) -> None:
+        self.rows, self.per_sample, self.dim = rows, per_sample, dim
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass
+class _Seen:
+    """What one forward showed: each call's token fingerprints, and the model's output."""
+
+    inputs: dict[_Key, Tensor] = field(default_factory=dict)
+    layers: dict[_Key, Layer] = field(default_factory=dict)
+    outputs: dict[_Key, tuple[int, ...]] = field(default_factory=dict)
+    result: list[Tensor] = field(default_factory=list)
+    injected: bool = False
+
+
+class Probe:
+    """The probe of one call of the model (or of a part of it that the caller called itself)."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> None:
+        self._module, self._args, self._kwargs, self._rows = module, args, kwargs, rows
+        self._seen = _Seen()
+        self._calls: dict[str, int] = {}
+        self._inject: tuple[_Key, int, Tensor] | None = None
+        self._leaves: dict[str, Tensor] = {}
+        self._random = random.Random(0)
+        self._possible: dict[_Key, set[Placement]] = {}  # what no perturbation has ruled out
+        self._exact: dict[_Key, set[Placement]] = {}  # what a perturbation has shown: exactly its rows changed
+        self._why: dict[_Key, str] = {}
+
+    def run(self, placements: Placements, set_running: Callable[[Probe | None], None]) -> None:
+        """Find the placements of every measured call inside.
+
+        Raises:
+            Impossible: the forward cannot be run again; nothing was found.
+        """
+        refuse_sharded(self._module)
+        copied((self._args, self._kwargs), self._remember)
+        set_running(self)
+        try:
+            with without_a_trace(self._module):
+                self._search()
+        finally:
+            set_running(None)
+        for key, layer in self._base.layers.items():
+            place = (layer.name, len(self._base.inputs[key].shape))
+            found = self._found(key)
+            if len(found) == 1:
+                placements.seen.setdefault(place, set()).update(found)
+            elif len(found) > 1:
+                placements.unclear[place] = "several of its dimensions could hold the rows of the batch"
+            else:
+                placements.unclear[place] = self._why.get(key, MIXED if key in self._possible else SHARED)
+
+    def _remember(self, path: str, tensor: Tensor) -> Tensor:
+        self._leaves[path] = tensor.detach()
+        return tensor
+
+    # What the layers' hooks report
+
+    def saw(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A layer's call in a forward of the probe; returns its output, perturbed where that is asked for."""
+        x = first_tensor(args, kwargs)
+        index = self._calls.get(layer.name, 0)
+        self._calls[layer.name] = index + 1
+        key = (layer.name, index)
+        if x is None:
+            return None
+        self._seen.layers[key] = layer
+        self._seen.inputs[key] = _fingerprint(layer, x)
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self._seen.outputs[key] = tuple(output.shape)
+            if self._inject is not None and self._inject[0] == key:
+                return self._injected(output)
+        return None
+
+    def _injected(self, output: Tensor) -> Tensor:
+        assert self._inject is not None
+        _, dim, rows = self._inject
+        self._seen.injected = True
+        shape = [1] * output.dim()
+        shape[dim] = -1
+        at = rows.to(output.device).view(shape)
+        noise = torch.randn(output.shape, device=output.device, dtype=torch.float32).to(output.dtype)
+        return torch.where(at, output + noise * output.abs().mean().clamp_min(0.1), output)
+
+    # Forwards
+
+    def _forward(self, changed: dict[str, Tensor] | None = None) -> _Seen:
+        """One forward; ``changed``: {path: tensor} in the place of arguments."""
+        changed = changed or {}
+        self._seen, self._calls = _Seen(), {}
+        # The same random numbers in every forward; the caller's state is put back at the end.
+        torch.manual_seed(0)
+        random.seed(0)
+        args, kwargs = copied(
+            (self._args, self._kwargs), lambda path, tensor: changed.get(path, tensor).detach().clone()
+        )
+        try:
+            result = self._module(*args, **kwargs)
+        except Exception as error:
+            raise Impossible(f"its forward raised {type(error).__name__}: {error}") from error
+        self._seen.result = [t for t in tensors_in(result) if t.is_floating_point() and t.dim() > 0]
+        return self._seen
+
+    def _perturbed(self, subset: _Subset, level: str) -> tuple[_Seen, Tensor] | None:
+        """(what a perturbed forward showed, the rows that changed); None where nothing could be perturbed."""
+        for _ in range(ATTEMPTS):
+            changed, rows = self._perturb(subset, level)
+            if not changed or not bool(rows.any()) or bool(rows.all()):
+                return None
+            try:
+                return self._forward(changed), rows
+            except Impossible:
+                continue
+        return None
+
+    # The search
+
+    def _search(self) -> None:
+        self._base = self._forward()
+        if not self._base.inputs:
+            return
+        rows, tried = self._rows, False
+        counts = [(rows.batch, False)] + ([(rows.num_samples, True)] if 1 < rows.num_samples != rows.batch else [])
+        for count, per_sample in counts:
+            subset = self._subset(count, per_sample)
+            if subset is None:
+                continue
+            tried = True
+            other = _Subset(~subset.rows, per_sample, subset.dim)
+            for level in ("swap", "replace", "mask", "blocks"):
+                if not self._open():
+                    break
+                for half in (subset, other):
+                    self._compare(half, level)
+            if not per_sample:
+                self._check_square(subset)
+        if not tried:
+            raise Impossible("none of its arguments has the rows of the micro-batch")
+        self._inject_outputs()
+
+    def _found(self, key: _Key) -> set[Placement]:
+        return self._possible.get(key, set()) & self._exact.get(key, set())
+
+    def _open(self) -> list[_Key]:
+        """Calls of which no perturbation has shown enough yet."""
+        return [key for key in self._base.inputs if not self._found(key) and key not in self._why]
+
+    def _subset(self, count: int, per_sample: bool) -> _Subset | None:
+        """A random half of the rows, with the first and without the last, and the dimension that has them."""
+        dims = [next((d for d in (0, 1) if t.dim() > d and t.shape[d] == count), None) for t in self._leaves.values()]
+        known = [dim for dim in dims if dim is not None]
+        if not known:
+            return None
+        rows = torch.tensor([self._random.random() < 0.5 for _ in range(count)], device="cpu")
+        rows[0], rows[-1] = True, False
+        return _Subset(rows, per_sample, 0 if 0 in known else 1)
+
+    def _compare(self, subset: _Subset, level: str) -> None:
+        """Perturb, and narrow down the placements of every call that changed."""
+        done = self._perturbed(subset, level)
+        if done is None:
+            return
+        seen, rows = done
+        for key, before in self._base.inputs.items():
+            if key in self._why or (subset.per_sample and self._found(key)):
+                continue
+            after = seen.inputs.get(key)
+            if after is None or after.shape != before.shape:
+                self._why[key] = VARYING
+                continue
+            shown = _candidates(before, after, rows, subset.per_sample)
+            if shown is None:
+                continue
+            exact, possible = shown
+            self._exact.setdefault(key, set()).update(exact)
+            self._possible[key] = self._possible[key] & possible if key in self._possible else possible
+            if not self._possible[key]:
+                self._why[key] = MIXED
+
+    def _check_square(self, subset: _Subset) -> None:
+        """Where an argument has B rows of B tokens: refuse if its second dimension could be the rows as well."""
+        count = len(subset)
+        tokens = [t.shape[:-1] if t.is_floating_point() else t.shape for t in self._leaves.values()]
+        if not any(len(shape) > 1 and shape[0] == shape[1] == count for shape in tokens):
+            return
+        done = self._perturbed(_Subset(subset.rows, False, 1), "swap")
+        if done is None:
+            return
+        seen, rows = done
+        for before, after in zip(self._base.result, seen.result, strict=False):
+            if before.shape != after.shape:
+                return
+            moved = _changed(before, after).cpu()
+            if bool(moved.any()) and moved.dim() > 1 and moved.shape[0] == count:
+                parts = moved.any(-1) if moved.dim() > 2 else moved
+                along = [parts.movedim(dim, 0).reshape(size, -1).any(1) for dim, size in enumerate(parts.shape)]
+                if not any(len(part) == count and torch.equal(part, rows) for part in along):
+                    return
+        changed = 0
+        for key, inputs in self._base.inputs.items():
+            later = seen.inputs.get(key)
+            if later is None or later.shape != inputs.shape:
+                return
+            shown = _candidates(inputs, later, rows, False)
+            if shown is not None:
+                changed += 1
+                if not shown[0]:
+                    return  # tokens of a row are mixed, so the second dimension does not hold rows
+        if changed:
+            for key in self._base.inputs:
+                self._exact[key] = set()
+                self._why[key] = "the model's arguments have as many tokens as rows, and either could be the rows"
+
+    def _inject_outputs(self) -> None:
+        """Perturb the outputs of calls whose inputs never changed, and look at the rows of the model's output."""
+        count, budget = self._rows.batch, INJECTIONS
+        results = [t for t in self._base.result if t.shape[0] == count]
+        for key in self._open():
+            shape = self._base.outputs.get(key)
+            if shape is None or not results:
+                continue
+            rows = torch.tensor([self._random.random() < 0.5 for _ in range(count)], device="cpu")
+            rows[0], rows[-1] = True, False
+            for dim in [d for d, size in enumerate(shape[:-1]) if size == count]:
+                if budget == 0:
+                    return
+                budget -= 1
+                self._inject = (key, dim, rows)
+                try:
+                    seen = self._forward()
+                except Impossible:
+                    continue
+                finally:
+                    self._inject = None
+                after = [t for t in seen.result if t.shape[0] == count]
+                if seen.injected and len(after) == len(results):
+                    moved = torch.zeros(count, dtype=torch.bool, device="cpu")
+                    for a, b in zip(results, after, strict=True):
+                        if a.shape == b.shape:
+                            moved |= _changed(a, b).reshape(count, -1).any(1).cpu()
+                    if torch.equal(moved, rows):
+                        self._possible.setdefault(key, set()).add(Placement(dim))
+                        self._exact.setdefault(key, set()).add(Placement(dim))
+
+    # Perturbations
+
+    def _perturb(self, subset: _Subset, level: str) -> tuple[dict[str, Tensor], Tensor]:
+        """({path: perturbed argument}, [R] the rows in which an argument changed)."""
+        changed: dict[str, Tensor] = {}
+        moved = torch.zeros(len(subset), dtype=torch.bool, device="cpu")
+        for path, tensor in self._leaves.items():
+            size = tensor.shape[subset.dim] if tensor.dim() > subset.dim else 0
+            if level == "blocks":
+                if not tensor.is_floating_point() or size <= len(subset) or size % len(subset):
+                    continue
+                rows_first = tensor.unflatten(0, (len(subset), -1)) if subset.dim == 0 else None
+            else:
+                rows_first = tensor.movedim(subset.dim, 0) if size == len(subset) else None
+            if rows_first is None:
+                continue
+            new = self._perturb_leaf(path, rows_first, subset.rows, level)
+            if new is None:
+                continue
+            moved |= _changed(rows_first, new).reshape(len(subset), -1).any(1).cpu()
+            changed[path] = new.flatten(0, 1) if level == "blocks" else new.movedim(0, subset.dim)
+        return changed, moved
+
+    def _perturb_leaf(self, path: str, tensor: Tensor, rows: Tensor, level: str) -> Tensor | None:
+        """``tensor`` [R, ...] changed in ``rows``; None where this level does not change it."""
+        if tensor.is_floating_point():
+            if level not in ("swap", "blocks") or "mask" in path:
+                return None
+            noise = torch.randn(tensor.shape, device=tensor.device, dtype=torch.float32).to(tensor.dtype)
+            size = torch.where(torch.isfinite(tensor), tensor, 0.0).abs().mean().clamp_min(1e-3)
+            here = rows.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
+            return torch.where(here, tensor + noise * size, tensor)
+        masks = tensor.dtype == torch.bool or ("mask" in path and tensor.dim() == 2)
+        if masks != (level == "mask") or level == "blocks":
+            return None
+        new, chosen = tensor.cpu().clone(), rows.nonzero()[:, 0].tolist()
+        if tensor.dim() == 1:
+            values = [new[row].item() for row in chosen]
+            for row, value in zip(chosen, values[1:] + values[:1], strict=True):
+                new[row] = value
+            return new.to(tensor.device)
+        if tensor.dim() != 2:
+            return None
+        valid = self._valid(tensor)
+        everything = new[valid].unique().tolist()
+        for row in chosen:
+            at = valid[row].nonzero()[:, 0].tolist()
+            if level == "mask":
+                attended = new[row].nonzero()[:, 0].tolist()
+                if len(attended) > 1:
+                    new[row, attended[0]] = 0
+            elif level == "replace":
+                if at and len(everything) > 1:
+                    position = self._random.choice(at[: max(1, len(at) // 2)])
+                    others = [value for value in everything if value != new[row, position].item()]
+                    new[row, position] = self._random.choice(others)
+            else:
+                pairs = [(p, q) for p, q in pairwise(at) if q == p + 1 and new[row, p] != new[row, q]]
+                if pairs:
+                    p, q = self._random.choice(pairs)
+                    new[row, p], new[row, q] = new[row, q].clone(), new[row, p].clone()
+        return new.to(tensor.device)
+
+    def _valid(self, tensor: Tensor) -> Tensor:
+        """[R, L] bool on the CPU: the tokens that the mask (the micro-batch's, or an argument's) does not leave out."""
+        masks = [leaf for path, leaf in self._leaves.items() if "mask" in path and leaf.shape == tensor.shape]
+        if self._rows.mask is not None and self._rows.mask.shape == tensor.shape:
+            masks.append(self._rows.mask)
+        valid = torch.ones(tensor.shape, dtype=torch.bool, device="cpu")
+        for mask in masks:
+            valid &= (mask != 0).cpu()
+        return valid
+
+
+def _fingerprint(layer: Layer, x: Tensor) -> Tensor:
+    """One number per token: the ids, or a fixed random projection of the features."""
+    x = x.detach()
+    if layer.kind == "embedding" and not x.is_floating_point():
+        return x.clone()
+    shape = token_shape(layer, x)
+    wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+    generator = torch.Generator(device="cpu").manual_seed(x.shape[-1])
+    weights = torch.randn(x.shape[-1], generator=generator, dtype=torch.float32, device="cpu")
+    return (x.reshape(-1, x.shape[-1]).to(wide) @ weights.to(x.device, wide)).reshape(shape)
+
+
+def _changed(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors differ: in any bit on a CPU; by more than its kernels may vary on a GPU."""
+    if not a.is_floating_point():
+        return a != b
+    different = (a != b) & ~(a.isnan() & b.isnan())
+    if not a.is_cuda:
+        return different
+    distance = torch.where(different, (a.double() - b.double()).abs(), 0.0)
+    return distance > 1e-3 * distance.nan_to_num(0.0, 0.0, 0.0).max()
+
+
+def _candidates(
+    before: Tensor, after: Tensor, rows: Tensor, per_sample: bool
+) -> tuple[set[Placement], set[Placement]] | None:
+    """Placements under which two inputs differ (in exactly these rows, in no other rows); None: they do not differ."""
+    changed = _changed(before, after).cpu()
+    if not bool(changed.any()):
+        return None
+    exact: set[Placement] = set()
+    possible: set[Placement] = set()
+    count = len(rows)
+    for dim, size in enumerate(changed.shape):
+        along = changed.movedim(dim, 0).reshape(size, -1).any(1)
+        readings = {}
+        if size == count:
+            readings[Placement(dim, per_sample=per_sample)] = along
+        elif size > count and size % count == 0:
+            flat = Placement(dim, whole=False, per_sample=per_sample)
+            readings[flat] = along.view(count, -1).any(1)
+            readings[replace(flat, interleaved=True)] = along.view(-1, count).any(0)
+        for placement, moved in readings.items():
+            if torch.equal(moved, rows):
+                exact.add(placement)
+            if not bool((moved & ~rows).any()):
+                possible.add(placement)
+    return exact, possible

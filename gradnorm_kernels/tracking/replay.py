@@ -1,0 +1,139 @@
+"""Running a model's forward a second time without a trace: arguments copied, random and module state put back."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .quiet import quiet
+
+#: Wrappers whose parameters are elsewhere while the model does not compute.
+_SHARDING = ("FullyShardedDataParallel", "DeepSpeedEngine")
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, slice, range, type, nn.Module)
+
+
+class Impossible(Exception):
+    """The forward cannot be run a second time; the text says why."""
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises Impossible where a forward is a collective call."""
+    for module in model.modules():
+        if type(module).__name__ in _SHARDING:
+            raise Impossible(f"its parameters are sharded by {type(module).__name__}")
+    for parameter in model.parameters():
+        if distributed.is_dtensor(parameter) or hasattr(parameter, "ds_id"):
+            raise Impossible("its parameters are sharded over ranks")
+
+
+def copied(value: Any, leaf: Callable[[str, Tensor], Tensor], path: str = "") -> Any:
+    """A structure of arguments with ``leaf(path, tensor)`` in the place of its tensors.
+
+    Objects other than containers (a cache of keys and values) are copied with their tensors, which are no leaves.
+
+    Raises:
+        Impossible: an object that cannot be copied.
+    """
+    if isinstance(value, Tensor):
+        return leaf(path, value)
+    if isinstance(value, _PLAIN) or callable(value):
+        return value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(copied(item, leaf, f"{path}.{i}") for i, item in enumerate(value)))
+    if isinstance(value, (tuple, list)):
+        return type(value)(copied(item, leaf, f"{path}.{i}") for i, item in enumerate(value))
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, copied(item, leaf, f"{path}.{key}")) for key, item in value.items())
+    memo: dict[int, Any] = {}
+    for tensor in tensors_in(value):
+        memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:  # whatever another library's object raises
+        raise Impossible(f"an argument of type {type(value).__name__} cannot be copied ({error})") from error
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor reachable from an object through containers and attributes."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, _PLAIN):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in list(value.values()):
+            yield from tensors_in(item, seen)
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        for item in value:
+            yield from tensors_in(item, seen)
+    elif not callable(value):
+        for item in list(getattr(value, "__dict__", {}).values()):
+            yield from tensors_in(item, seen)
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state)
+
+
+@contextmanager
+def _module_state(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; training flags, buffers and plain attributes are as they were afterwards.
+
+    Flags are set directly: some modules override ``train()`` and do more than that there.
+    """
+    modules = list(model.modules())
+    attributes = [dict(module.__dict__) for module in modules]
+    buffers = [{name: (b, b.clone()) for name, b in module._buffers.items() if b is not None} for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, before, held in zip(modules, attributes, buffers, strict=True):
+            now = module.__dict__
+            for name in [name for name in now if name not in before]:
+                del now[name]
+            for name, value in before.items():
+                if now.get(name) is not value:
+                    now[name] = value
+            for name in [name for name in module._buffers if name not in held and module._buffers[name] is not None]:
+                module._buffers.pop(name)
+            for name, (buffer, value) in held.items():
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value) and not (buffer != buffer).any():
+                    buffer.copy_(value)
+
+
+@contextmanager
+def without_a_trace(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards of the model leave neither gradients nor state behind, and no tracker takes them for real."""
+    cached = torch.is_autocast_cache_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(_random_state())
+        stack.enter_context(_module_state(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(quiet())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # A weight cast without a gradient must not stay in autocast's cache for the real forward.
+        stack.callback(torch.set_autocast_cache_enabled, cached)
+        torch.set_autocast_cache_enabled(False)
+        yield
