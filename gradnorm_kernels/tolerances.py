@@ -1,4 +1,4 @@
-"""How far a result may be from the float64 reference, by dtype of the inputs: one table for tests and benchmarks."""
+"""How far two computations of a number may differ by rounding, by dtype: one table for checks, tests, benchmarks."""
 
 from __future__ import annotations
 
@@ -32,3 +32,22 @@ def norms(dtype: torch.dtype, device: torch.device, chain: int) -> float:
     """
     truncated = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return max(NORMS[dtype], TRUNCATED * chain if truncated else 0.0)
+
+
+#: ||a - b|| / ||b|| of two computations of one tensor in a model's own dtypes, whose operands are of this dtype.
+RELATIVE = {
+    torch.float64: 1e-6,  # many modules compute in float32 whatever their dtype is
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}
+
+
+def relative(*dtypes: torch.dtype) -> float:
+    """The tolerance of the coarsest of several dtypes."""
+    return max(RELATIVE.get(dtype, RELATIVE[torch.bfloat16]) for dtype in dtypes)
+
+
+def rounding(*dtypes: torch.dtype) -> float:
+    """The unit roundoff of the coarsest of several floating-point dtypes."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tolerances import relative
 from . import distributed
 from .calls import Call
 from .layers import Layer
 from .parameter_gram import RowReplay
 from .quiet import quiet
-from .tolerances import relative
 
 
 class Mismatch(ValueError):
@@ -126,6 +126,13 @@ def _compare(found: Tensor, wanted: Tensor) -> tuple[float, float]:
     return c, float((a - c * b).norm()) / size
 
 
+def _are_ids(layer: Layer, x: Tensor) -> bool:
+    """Whether x can be looked up in an embedding; a GPU would not survive the attempt with other values."""
+    if x.dtype not in (torch.int64, torch.int32) or not x.numel():
+        return False
+    return 0 <= int(x.min()) and int(x.max()) < layer.module.get_parameter("weight").shape[0]
+
+
 def _matching(layer: Layer, x: Tensor, output: Any) -> Formula | None:
     """The formula of x that the output, or an element of it, agrees with."""
     wanted = _evaluate(layer, x)
@@ -148,7 +155,7 @@ def verify(layer: Layer, x: Tensor, output: Any) -> Formula:
         return Formula()  # sharded: not compared
     try:
         with _recomputing():
-            found = None if layer.kind == "embedding" and x.is_floating_point() else _matching(layer, x, output)
+            found = _matching(layer, x, output) if layer.kind != "embedding" or _are_ids(layer, x) else None
             ids = graph_ids(output) if found is None and layer.kind == "embedding" else None
             if ids is not None and (looked_up := _matching(layer, ids, output)) is not None:
                 found = Formula(looked_up.factor, looked_up.output, ids_from_graph=True)

@@ -9,6 +9,7 @@ own: only the node of its output in the graph is another one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -325,7 +326,8 @@ class Watcher:
 
         results = list(tensors_in(output))
         for shared in found:
-            if watch_rows(shared, results, recorder.rows, take):
+            refuse = partial(self._refuse_gradient, shared.layer, shared.reason)
+            if watch_rows(shared, results, recorder.rows, take, refuse):
                 self.shares_outputs = True
             elif output is not None:  # else the call ended with an exception
                 self._refuse_dy(shared.layer, shared.output, shared.reason)
@@ -342,15 +344,18 @@ class Watcher:
                 return
         self._refuse_dy(layer, output, reason)
 
+    def _refuse_gradient(self, layer: Layer, reason: Unreadable) -> None:
+        if not self._lenient:
+            raise reason
+        self._skipped.add(self.names_of(layer), str(reason))
+
     def _refuse_dy(self, layer: Layer, output: Any, reason: Unreadable) -> None:
         placed = any(name == layer.name for name, _ in self.placements.seen)
         if not self._lenient and not placed:
             raise reason
 
         def output_hook(dy: Tensor) -> None:
-            if not self._lenient:
-                raise reason
-            self._skipped.add(self.names_of(layer), str(reason))
+            self._refuse_gradient(layer, reason)
 
         for value in output if isinstance(output, (tuple, list)) else [output]:
             if isinstance(value, Tensor) and value.requires_grad:

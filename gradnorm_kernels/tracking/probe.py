@@ -361,7 +361,7 @@ class Probe:
 def _fingerprint(layer: Layer, x: Tensor) -> Tensor:
     """One number per token: the ids, or a fixed random projection of the features."""
     x = x.detach()
-    if layer.kind == "embedding" and not x.is_floating_point():
+    if layer.kind == "embedding":
         return x.clone()
     shape = token_shape(layer, x)
     wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32

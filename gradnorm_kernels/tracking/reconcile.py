@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..segments import to_device
+from ..tolerances import relative, rounding
 from .parameter_gram import Tokens
-from .tolerances import relative, rounding
 
 PROJECTIONS = 4
 _CHUNK = 8192  # rows of a gradient converted to a wider dtype at once
@@ -123,9 +123,10 @@ class Reconciliation:
         _, v = self._pair(name, self._totals[name].parameter, total)
         wide = torch.promote_types(dy.dtype, torch.float32)
         sizes = dy.reshape(-1, dy.shape[-1]).to(wide).norm(dim=-1).double()
-        # Autograd adds up in a wide dtype what it may have rounded to dy's.
-        noise = 16 * rounding(wide) * sizes.sum() + 4 * rounding(dy.dtype) * sizes.norm()
+        # Autograd adds up in float32 or wider what it may have rounded to dy's dtype.
+        noise = 16 * rounding(torch.float32) * sizes.sum() + 4 * rounding(dy.dtype) * sizes.norm()
         self._add_mine(name, (v * total.reshape(1, -1)).sum(1), noise, dy.dtype)
+        self._totals[name].dtypes.add(torch.float32)  # norms compute in it whatever their dtype is
 
     def verdicts(self) -> dict[str, str | None]:
         """{parameter: None where both sides agree, else what is wrong}. Not in it: no gradient, or not a finite one."""

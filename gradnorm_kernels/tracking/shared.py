@@ -48,11 +48,15 @@ def _nodes(results: Iterable[Tensor]) -> Iterator[Any]:
 
 
 def watch_rows(
-    shared: SharedOutput, results: Iterable[Tensor], rows: Rows, take: Callable[[Call, Tensor], None]
+    shared: SharedOutput,
+    results: Iterable[Tensor],
+    rows: Rows,
+    take: Callable[[Call, Tensor], None],
+    refuse: Callable[[], None],
 ) -> bool:
     """Let ``take(call, dy)`` see the gradients of all rows; False where some use of the output cannot be read.
 
-    ``results``: tensors that the output led to.
+    ``results``: tensors that the output led to. ``refuse()`` is called in backward where a gradient has no rows.
     """
     nodes = list(_nodes(results))
     uses = list(_uses(shared.output.grad_fn, tuple(shared.output.shape), nodes))
@@ -60,7 +64,7 @@ def watch_rows(
         return False
     for node, index, shape in uses:
         second = node.name().startswith("AddBackward") and index == 1
-        node.register_prehook(_hook(shared, shape, rows, float(node._saved_alpha) if second else 1.0, take))
+        node.register_prehook(_hook(shared, shape, rows, float(node._saved_alpha) if second else 1.0, take, refuse))
     return True
 
 
@@ -78,7 +82,12 @@ def _uses(target: Any, shape: tuple[int, ...], nodes: list[Any]) -> Iterator[tup
 
 
 def _hook(
-    shared: SharedOutput, shape: tuple[int, ...], rows: Rows, alpha: float, take: Callable[[Call, Tensor], None]
+    shared: SharedOutput,
+    shape: tuple[int, ...],
+    rows: Rows,
+    alpha: float,
+    take: Callable[[Call, Tensor], None],
+    refuse: Callable[[], None],
 ) -> Callable[[tuple[Tensor | None, ...]], None]:
     def hook(grads: tuple[Tensor | None, ...]) -> None:
         dy = grads[0]
@@ -86,7 +95,8 @@ def _hook(
             return
         dim = _row_dim(shape, tuple(dy.shape), rows.batch)
         if dim is None:
-            raise shared.reason
+            refuse()
+            return
         layer = shared.layer
         ids = shared.ids.reshape(1, -1).expand(rows.batch, -1)
         call = Call(layer, ids, (), {}, Placement(0), rows.row_sample, rows.scale, shared.factor * alpha)

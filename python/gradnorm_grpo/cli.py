@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -78,7 +77,7 @@ def _run(arguments: list[str], console: Console) -> int:
         return estimators(arguments, console)
     from .parse import parse_settings
 
-    settings, name = parse_settings(arguments, _saved_settings(arguments))
+    settings, name = parse_settings(arguments)
     if command == "probe":
         from .probe import probe
 
@@ -119,36 +118,6 @@ def _report(arguments: list[str], console: Console) -> int:
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} has no run.json or study.json: give the folder of a run or of a study")
     return _finish(folder, console)
-
-
-def _saved_settings(arguments: list[str]) -> dict[str, Any] | None:
-    """With `--resume PATH` and neither --preset nor --config: the settings the run was started with."""
-    options = dict(_option_values(arguments))
-    wanted = options.get("--resume", options.get("--resume_from_checkpoint", ""))
-    if {"--preset", "--config"} & options.keys():
-        return None
-    place = options.get("--output_dir", "") if wanted == "auto" else wanted
-    if not place:
-        raise UserError("--preset NAME, --config FILE or --resume RUN_DIR is needed; see --help")
-    from .runlog import RUN_FILE, read_info
-    from .settings import Settings
-
-    path = Path(place)
-    if not path.is_dir():
-        raise UserError(f"there is nothing to resume from: {path} does not exist")
-    config: dict[str, Any] = read_info(path if (path / RUN_FILE).is_file() else path.parent)["config"]
-    known = {spec.name for spec in dataclasses.fields(Settings)}
-    return {key: value for key, value in config.items() if key in known and key != "resume_from_checkpoint"}
-
-
-def _option_values(arguments: list[str]) -> list[tuple[str, str]]:
-    pairs = []
-    for i, item in enumerate(arguments):
-        name, equals, value = item.partition("=")
-        if name.startswith("--"):
-            following = arguments[i + 1] if i + 1 < len(arguments) else ""
-            pairs.append((name, value if equals else following))
-    return pairs
 
 
 def _print_help() -> None:

@@ -284,16 +284,21 @@ class Grpo:
 
     def _take_optimizer_settings(self) -> None:
         """The optimizer's settings of this run in place of the loaded ones: the same bits where nothing changed."""
-        settings, scheduler = self.settings, self.scheduler
-        for group in self.optimizer.param_groups:
+        settings, scheduler, groups = self.settings, self.scheduler, self.optimizer.param_groups
+        for group in groups:
             group["betas"], group["eps"] = (settings.adam_beta1, settings.adam_beta2), settings.adam_epsilon
             group["weight_decay"] = settings.weight_decay
         if isinstance(scheduler, LambdaLR):
             scheduler.base_lrs = [settings.learning_rate for _ in scheduler.base_lrs]
-            for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
                 group["initial_lr"] = settings.learning_rate
                 group["lr"] = settings.learning_rate * factor(scheduler.last_epoch)
-            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+            scheduler._last_lr = [group["lr"] for group in groups]
+        elif any(group.get("initial_lr", settings.learning_rate) != settings.learning_rate for group in groups):
+            raise UserError(
+                f"learning_rate cannot change in a resumed run with lr_scheduler_type={settings.lr_scheduler_type!r}, "
+                "which is no factor of the step: resume without the change, or start a new run"
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""

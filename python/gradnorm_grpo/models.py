@@ -50,6 +50,8 @@ def load_model(settings: Settings, folder: Path | None = None) -> tuple[Any, Any
         model = tiny_model(tokenizer, settings.tiny_hidden_size, settings.tiny_layers, settings.seed)
     else:
         model, tokenizer = _from_pretrained(name, getattr(torch, settings.dtype))
+    if tokenizer.eos_token_id is None and (ends := end_tokens(model, tokenizer)):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of model {name!r} has no end-of-sequence token: completions could not end")
     if tokenizer.pad_token_id is None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from .errors import UserError, one_of
+from .runlog import RUN_FILE, read_info
 from .settings import Settings
 from .study.spec import StudySpec, read_spec, take_options
 
@@ -47,18 +48,17 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def parse_settings(arguments: list[str], saved: dict[str, Any] | None = None) -> tuple[Settings, str]:
-    """Settings and the run's name: the defaults, then the YAML file (or ``saved``, a resumed run's), then the options.
+def parse_settings(arguments: list[str]) -> tuple[Settings, str]:
+    """Settings and the run's name: the defaults, then the YAML file (or a resumed run's settings), then the options.
 
     ``--preset NAME`` is ``--config`` of the file of that name among the presets. Its block `study:` is left to
     :func:`parse_study`.
     """
-    arguments, config = _take_config(list(arguments))
-    values: dict[str, Any] = dict(saved or {})
-    if config is not None:
-        values = read_yaml(config)
+    rest, config = _take_config(list(arguments))
+    given = _options(rest)
+    values = read_yaml(config) if config else _saved(given)
     values.pop("study", None)
-    return _settings(values, arguments, config), config.stem if config else "run"
+    return _settings(values, given, config), config.stem if config else "run"
 
 
 def parse_study(arguments: list[str]) -> tuple[Settings, StudySpec, str]:
@@ -66,36 +66,54 @@ def parse_study(arguments: list[str]) -> tuple[Settings, StudySpec, str]:
 
     `study: settings:` overrides the preset's own settings, and the options override both.
     """
-    given, rest = take_options(arguments)
-    rest, config = _take_config(rest)
-    if config is None:
-        raise UserError("a study needs --preset NAME or --config FILE; see --help")
-    values = read_yaml(config)
-    spec = read_spec(values.pop("study", {}), given)
-    return _settings({**values, **spec.settings}, rest, config), spec, config.stem
+    chosen, rest = take_options(arguments)
+    return _study("a study", rest, chosen)
 
 
 def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], str]:
     """The settings whose rollouts are stored, the block `study: estimators:`, and the name."""
-    rest, config = _take_config(list(arguments))
+    settings, spec, name = _study("estimators", list(arguments), {})
+    return settings, spec.estimators, name
+
+
+def _study(command: str, arguments: list[str], chosen: dict[str, Any]) -> tuple[Settings, StudySpec, str]:
+    rest, config = _take_config(arguments)
     if config is None:
-        raise UserError("estimators needs --preset NAME or --config FILE; see --help")
+        raise UserError(f"{command} needs --preset NAME or --config FILE; see --help")
     values = read_yaml(config)
-    spec = read_spec(values.pop("study", {}), {})
-    return _settings({**values, **spec.settings}, rest, config), spec.estimators, config.stem
+    spec = read_spec(values.pop("study", {}), chosen)
+    return _settings({**values, **spec.settings}, _options(rest), config), spec, config.stem
 
 
-def _settings(values: dict[str, Any], arguments: list[str], config: Path | None) -> Settings:
+def _options(arguments: list[str]) -> dict[str, Any]:
+    """The settings that are given as options."""
+    given, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        option = next((text for text in unknown if text.startswith("--")), unknown[0])
+        raise one_of("an option", option.split("=")[0], [f"--{spec.name}" for spec in dataclasses.fields(Settings)])
+    return vars(given)
+
+
+def _saved(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run was started with, where --resume names it and neither --preset nor --config is given."""
+    wanted = given.get("resume_from_checkpoint", "")
+    place = Path(given.get("output_dir", "") if wanted == "auto" else wanted)
+    if place == Path():
+        raise UserError("--preset NAME, --config FILE or --resume RUN_DIR is needed; see --help")
+    if not place.is_dir():
+        raise UserError(f"there is nothing to resume from: {place} does not exist")
+    config = read_info(place if (place / RUN_FILE).is_file() else place.parent)["config"]
+    known = {spec.name for spec in dataclasses.fields(Settings)} - {"resume_from_checkpoint"}
+    return {key: value for key, value in config.items() if key in known}
+
+
+def _settings(values: dict[str, Any], given: dict[str, Any], config: Path | None) -> Settings:
     known = {spec.name for spec in dataclasses.fields(Settings)}
     for key in values:
         if key not in known:
             raise one_of(f"a key of {config}", key, known)
-    given, unknown = _parser().parse_known_args(arguments)
-    if unknown:
-        option = next((text for text in unknown if text.startswith("--")), unknown[0])
-        raise one_of("an option", option.split("=")[0], [f"--{name}" for name in known])
     tasks = values.pop("tasks", [])
-    settings = Settings(**{**values, **vars(given)})
+    settings = Settings(**{**values, **given})
     return dataclasses.replace(settings, tasks=_select(tasks, settings.only_tasks))
 
 

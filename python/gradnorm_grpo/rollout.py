@@ -22,7 +22,7 @@ from .runlog import Line, eval_metrics
 from .settings import Settings
 from .tasks import Example, Task
 
-GENERATED_CHECKED = 256  # questions of a generator whose prompts are measured before the first step
+GENERATED_CHECKED = 128  # questions of a generator whose prompts are measured before the first step
 
 
 class Prompter:
@@ -86,13 +86,16 @@ class Prompter:
             def fits(example: Example, name: str = task.name) -> bool:
                 return self._fault(self._tokens(name, example)) is None
 
-            questions = task.questions or task.preview(GENERATED_CHECKED)
-            examples = [Example(question, "") for question in dict.fromkeys(questions)]
-            faults = [found for example in examples if (found := self._fault(self._tokens(task.name, example)))]
-            total = f"{len(faults)} of {len(examples)} questions" + ("" if task.questions else " looked at")
+            questions = list(dict.fromkeys(task.questions or task.preview(GENERATED_CHECKED)))
+            faults: list[str] = []
+            for first in range(0, len(questions), 1000):
+                texts = [self.text(task.name, Example(question, "")) for question in questions[first : first + 1000]]
+                batch = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+                faults += [fault for ids in batch if (fault := self._fault(ids))]
+            total = f"{len(faults)} of {len(questions)} questions" + ("" if task.questions else " looked at")
             if faults and self.settings.overlong == "error":
                 raise UserError(f"task {task.name!r}: {total} do not fit, the first {faults[0]}")
-            if len(examples) - len(faults) < 2:
+            if len(questions) - len(faults) < 2:
                 raise UserError(f"task {task.name!r}: {total} do not fit, too many: the first {faults[0]}")
             if faults:
                 limit = f"max_prompt_length={self.settings.max_prompt_length}"

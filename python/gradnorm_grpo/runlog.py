@@ -124,6 +124,16 @@ def write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_log(path: Path, keep_bytes: int) -> None:
+    """Raise UserError where a log is shorter than it was when a checkpoint was written."""
+    size = path.stat().st_size if path.exists() else 0
+    if size < keep_bytes:
+        raise UserError(
+            f"{path} has {size} bytes but the checkpoint was written after {keep_bytes}: it was cut or replaced; start "
+            "a new run, or put the file back"
+        )
+
+
 class RunLog:
     """Appends lines to metrics.jsonl; ``lines`` holds all of them, including those before a resume."""
 
@@ -137,12 +147,8 @@ class RunLog:
         self.lines: list[Line] = read_log(self.path)[0]
 
     def _cut(self, keep_bytes: int) -> None:
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if len(content) < keep_bytes:
-            raise UserError(
-                f"{self.path} has {len(content)} bytes but the checkpoint was written after {keep_bytes}: it was cut "
-                "or replaced; start a new run, or put the file back"
-            )
+        check_log(self.path, keep_bytes)
+        content = self.path.read_bytes()
         if len(content) > keep_bytes:
             with self.path.with_name("metrics.superseded.jsonl").open("ab") as kept:
                 kept.write(content[keep_bytes:])
@@ -189,14 +195,15 @@ def report_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any
 
     PartialState()  # accelerate's trackers log through its own logger, which needs this state
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    trackers = []
-    for name in wanted:
+    for name in wanted:  # all names before the first tracker starts and writes
         if name not in LOGGER_TYPE_TO_CLASS:
             raise one_of("report_to", name, [*LOGGER_TYPE_TO_CLASS, "none"])
         if name not in available:
             raise UserError(
                 f"report_to asks for {name!r}, which is not installed: run `pip install {name}` or leave it out"
             )
+    trackers = []
+    for name in wanted:
         kind = LOGGER_TYPE_TO_CLASS[name]
         place = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
         try:

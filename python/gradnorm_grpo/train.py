@@ -27,10 +27,12 @@ from .models import load_model
 from .progress import Display
 from .rollout import Prompter, evaluate
 from .runlog import (
+    LOG_FILE,
     RUN_FILE,
     SUMMARY_FILE,
     Line,
     RunLog,
+    check_log,
     read_info,
     report_trackers,
     task_column,
@@ -121,10 +123,6 @@ def check_resume(before: dict[str, Any], settings: Settings) -> list[str]:
             f"a resumed run cannot change {'; '.join(f'{change} ({policy})' for change, policy in refused)}: resume "
             "without the change, or start a new run"
         )
-    # Only the schedules that are a factor of the step can be computed again for other settings.
-    schedule = settings.lr_scheduler_type
-    if schedule in ("reduce_lr_on_plateau", "greedy") and any(text.startswith("learning_rate ") for text in used):
-        raise UserError(f"learning_rate cannot change in a resumed run with lr_scheduler_type={schedule!r}")
     found = [f"settings changed since: {'; '.join(used)}"] if used else []
     return [*found, *([f"without effect on a resumed run: {'; '.join(unused)}"] if unused else [])]
 
@@ -174,6 +172,7 @@ class Training:
             except (ValueError, KeyError) as error:
                 raise UserError(f"{checkpoint} does not fit the settings: {error}") from error
             self.started -= self.state["seconds"]
+            check_log(checkpoint.parent / LOG_FILE, self.state["metrics_bytes"])
         self.folder = checkpoint.parent if checkpoint else new_folder(settings, name)
         console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
         console.print(f"device: {device_name(self.model.device)}", highlight=False, soft_wrap=True)

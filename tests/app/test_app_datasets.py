@@ -371,9 +371,15 @@ def test_every_yaml_example_of_the_guide_builds() -> None:
         "jsonl",
         "datasets",
         "synthetic",
+        "verifiers",
     }
     for spec in specs:
-        if "path" in spec or spec.get("source") != "datasets":
+        if spec.get("source") == "verifiers":  # a taskset that nobody has installed
+            with pytest.raises(
+                UserError, match=r"needs the package verifiers|'my_taskset' of task 'sums' could not be"
+            ):
+                build_tasks([spec], 0, 2)
+        elif "path" in spec or spec.get("source") != "datasets":
             task = build_tasks([spec], 0, 2)[0]
             assert task.score(task.next_example().answer or "x", task.held_out[0]) in (0.0, 1.0)
         else:  # loading is out of reach here: all that comes before it is checked

@@ -145,6 +145,8 @@ def test_a_slip_in_a_hook_is_found(fake: FakeCuda, monkeypatch: pytest.MonkeyPat
         setattr(layer, name, torch.nn.Parameter(fake.put(parameter)))
     tracker = gk.GradNormTracker(torch.nn.Sequential(layer), "all")
     x = fake.put(torch.rand(4, 5, 3))
+    with tracker.microbatch(list("aabb")):
+        layer(x).sum().backward()  # verified: this reads values
     monkeypatch.setattr(tracking_rows, "on_gpu", lambda tensor: False)
     fake.silent = True
     refused = pytest.raises(RuntimeError, match="expected all tensors on one device")

@@ -38,10 +38,10 @@ def test_all_parameters(
 ) -> None:
     """Embeddings, tied and not, biases and norms, by samples and by folds."""
     interpreted = []
-    for name in ("embedding_grad_norm", "tied_grad_gram"):
-        run = functools.partial(getattr(ops, name), backend="triton")
+    for operator in ("embedding_grad_norm", "tied_grad_gram"):
+        run = functools.partial(getattr(ops, operator), backend="triton")
         call = lambda *args, run=run, **options: interpreted.append(1) or run(*args, **options)  # noqa: E731
-        monkeypatch.setattr(parameter_gram, name, call)
+        monkeypatch.setattr(parameter_gram, operator, call)
     monkeypatch.setattr("gradnorm_kernels.tracking.tracker.MAX_BLOCKS", blocks)
     model = small_model(name, torch.float32)
     ids, mask = batch(len(TASKS), 7, "left")

@@ -33,6 +33,21 @@ class Shifted(nn.Embedding):
         return super().forward(positions + 2)
 
 
+class FromFeatures(nn.Embedding):
+    """BART's decoder hands its positions a tensor of which only the shape counts."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        positions = torch.arange(hidden.shape[1])[None].expand(len(hidden), -1)
+        return super().forward(positions)
+
+
+class Far(nn.Embedding):
+    """What it is called with is no id of its own table."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward((ids - 1000) % WORDS)
+
+
 class Text(nn.Module):
     """Embedding, mixing over tokens, a head; ``kind`` of the embedding varies."""
 
@@ -44,7 +59,9 @@ class Text(nn.Module):
             self.head.weight = self.special.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden = torch.tanh(self.inner(self.token(ids) + self.special(ids)).cumsum(1))
+        words = self.token(ids)
+        given = {FromFeatures: words[:, :, 0], Far: ids + 1000}.get(type(self.special), ids)
+        hidden = torch.tanh(self.inner(words + self.special(given)).cumsum(1))
         return self.head(hidden)
 
 
@@ -61,7 +78,7 @@ class Features(nn.Module):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["alone", "tied"])
-@pytest.mark.parametrize("kind", [Scaled, Shifted])
+@pytest.mark.parametrize("kind", [Scaled, Shifted, FromFeatures, Far])
 def test_an_embedding_with_a_forward_of_its_own_is_measured(kind: type[nn.Embedding], tied: bool) -> None:
     torch.manual_seed(0)
     model = Text(kind, tied).double()

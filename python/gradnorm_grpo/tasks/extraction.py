@@ -1,8 +1,8 @@
 r"""The final answer of a completion, and the number in it.
 
-The final answer is, in this order: the last ``<answer>...</answer>``; the last ``\boxed{...}``; what follows the last
-``####``; else the whole text. Reasoning up to ``</think>`` is left out. A box or an answer tag that never closes (a
-truncated completion) holds no answer.
+The final answer is, in this order: the last ``<answer>...</answer>``; the last ``\boxed{...}``; the last line that
+starts with ``####``, if it ends the text or is a bare number; else the whole text. Reasoning up to ``</think>`` is left
+out. A box or an answer tag that never closes (a truncated completion) holds no answer.
 """
 
 from __future__ import annotations
@@ -43,14 +43,21 @@ def tagged(text: str) -> str | None:
     return "" if "<think>" in text else None
 
 
+_HASHED = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\n#][^\n]*)")
+_BARE = re.compile(r"[-+\u2212$€£(\s]*[0-9][0-9.,/\s]*%?\)?")
+
+
 def marked(text: str) -> str | None:
     """The final answer that a tag, a box or ``####`` marks; None where the text marks none."""
     inner = tagged(text)
     text = text if inner is None else inner
     if "\\boxed" in text or "\\fbox" in text:
         return boxed(text)
-    _, hashes, rest = text.rpartition("####")
-    return rest.strip().split("\n")[0].strip() if hashes else inner
+    hashed = _HASHED.findall(text)
+    # A heading of Markdown looks the same: it is an answer at the end of the text, or where it is nothing but a number.
+    if hashed and (text.rstrip().endswith(hashed[-1].rstrip()) or _BARE.fullmatch(hashed[-1].strip())):
+        return hashed[-1].strip()
+    return inner
 
 
 def final_answer(text: str) -> str:

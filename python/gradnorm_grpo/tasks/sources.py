@@ -1,4 +1,4 @@
-"""The sources of questions: reasoning-gym, JSON lines, the `datasets` library, and small synthetic ones.
+"""The sources of questions: reasoning-gym, JSON lines, the `datasets` library, synthetic ones, and `verifiers`.
 
 A source is an entry of SOURCES: the keys of a task that it reads, and a function that opens a Stream.
 """
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, one_of
+from .environments import read_environment
 from .formats import FORMATS, Format, Parts, fill
 from .rows import BadRow, Row, json_lines, own_text, read_csv, read_json, read_text
-from .spec import Example, TaskSpec
+from .spec import Example, Question, TaskSpec
 from .synthetic import GENERATORS
 from .verifiers import VERIFIERS, Verifier, exact, reasoning_gym_verifier
 
@@ -33,10 +34,7 @@ class Stream:
     verifier: Verifier
     held_out: int
     questions: Sequence[str] | None = None  # all of them, where they are rows; None where they are generated
-
-
-# A prompt, its answer (or a function that finds it when it is first wanted), and what the verifier may look at.
-Question = tuple[str, str | Callable[[], str], dict[str, Any]]
+    solved: bool = True  # whether reference answers are known
 
 
 class HeldOutRows:
@@ -69,7 +67,7 @@ class HeldOutRows:
         return order
 
 
-def _rows_stream(spec: TaskSpec, questions: list[Question], verifier: str, seed: int, eval_prompts: int) -> Stream:
+def _rows_stream(spec: TaskSpec, questions: list[Question], verifier: Verifier, seed: int, eval_prompts: int) -> Stream:
     """A stream over a list of questions, some of them held out."""
     rewrite = spec.rewriter()
     prompts = [rewrite(prompt) for prompt, _, _ in questions]
@@ -80,7 +78,7 @@ def _rows_stream(spec: TaskSpec, questions: list[Question], verifier: str, seed:
         _, answer, data = questions[row]
         return Example(prompts[row], rewrite(answer if isinstance(answer, str) else answer()), data)
 
-    return Stream(make, VERIFIERS[verifier], len(rows.held_out), prompts)
+    return Stream(make, verifier, len(rows.held_out), prompts, any(answer for _, answer, _ in questions))
 
 
 # reasoning_gym
@@ -149,7 +147,7 @@ def open_jsonl(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
         )
     if not spec.path:
         raise UserError(f"task {spec.name!r} needs a path: the file of JSON lines to read")
-    return _rows_stream(spec, _read_jsonl(Path(spec.path), spec.name), spec.verifier, seed, eval_prompts)
+    return _rows_stream(spec, _read_jsonl(Path(spec.path), spec.name), VERIFIERS[spec.verifier], seed, eval_prompts)
 
 
 def _read_jsonl(path: Path, task: str) -> list[Question]:
@@ -213,7 +211,7 @@ def open_datasets(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
             f"{name} holds {len(questions)} questions for task {spec.name!r}{kept}: at least 2 are needed, one to hold "
             f"out{left_out}"
         )
-    return _rows_stream(spec, questions, spec.verifier or form.verifier, seed, eval_prompts)
+    return _rows_stream(spec, questions, VERIFIERS[spec.verifier or form.verifier], seed, eval_prompts)
 
 
 def _format(spec: TaskSpec) -> Format:
@@ -239,9 +237,13 @@ def _format(spec: TaskSpec) -> Format:
         raise UserError(
             f"levels of task {spec.name!r} must be a list of whole numbers, such as [1, 2], got {spec.levels}"
         )
+    _check_max_rows(spec)
+    return form
+
+
+def _check_max_rows(spec: TaskSpec) -> None:
     if type(spec.max_rows) is not int or spec.max_rows < 0:
         raise UserError(f"max_rows of task {spec.name!r} must be a whole number, 0 for all rows, got {spec.max_rows!r}")
-    return form
 
 
 def _by_columns(spec: TaskSpec) -> Format:
@@ -442,6 +444,24 @@ def open_synthetic(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
     return Stream(make, VERIFIERS[spec.verifier] if spec.verifier else exact, eval_prompts)
 
 
+# verifiers
+
+
+def open_verifiers(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
+    """Single-turn tasks of an installed taskset, scored by its own rewards unless a verifier is named."""
+    _check_max_rows(spec)
+    columns = spec.columns
+    if not isinstance(columns, Mapping) or set(columns) - {"answer"}:
+        raise UserError(f"columns of task {spec.name!r} may name the field of the answer alone, got {columns!r}")
+    if spec.verifier and not columns:
+        raise UserError(
+            f"task {spec.name!r} names a verifier and needs the field of the reference answer, columns: {{answer: ...}}"
+        )
+    questions, rewards = read_environment(spec)
+    verifier = VERIFIERS[spec.verifier] if spec.verifier else rewards
+    return _rows_stream(spec, questions, verifier, seed, eval_prompts)
+
+
 @dataclass(frozen=True)
 class Source:
     """``keys``: what it reads of a task beside the keys of every task; ``open(spec, seed, eval_prompts)``."""
@@ -456,4 +476,5 @@ SOURCES = {
     "jsonl": Source(("path",), open_jsonl),
     "datasets": Source((*_DATASETS_KEYS, "skip_bad_rows"), open_datasets),
     "synthetic": Source(("dataset", "config"), open_synthetic),
+    "verifiers": Source(("dataset", "config", "columns", "max_rows"), open_verifiers),
 }

@@ -1,23 +1,23 @@
 """What an entry of `tasks:` may say, and what it is refused for.
 
-A task in YAML, of one of four sources; docs/tasks.md has an example of each::
+A task in YAML, of one of five sources; docs/tasks.md has an example of each::
 
     - name: number_sorting            # its name in tables and metrics
-      source: reasoning_gym           # reasoning_gym (default), jsonl, datasets or synthetic
+      source: reasoning_gym           # reasoning_gym (default), jsonl, datasets, synthetic or verifiers
       verifier: exact                 # exact, numeric, financial, math_verify, expression, json_value; default: the
-                                      # data set's own score or the format's
+                                      # data set's own score, the format's, or the taskset's rewards
       rewrite: [["(?s)\\nPlease.*", ""]]   # regular expressions replaced in question and reference answer, in order
-      dataset: number_sorting         # reasoning_gym, synthetic: default the name; datasets: a name on the Hub
-      config: {max_numbers: 3}        # reasoning_gym, synthetic: settings of the data set
+      dataset: number_sorting         # default: the task's name; datasets: a name on the Hub
+      config: {max_numbers: 3}        # reasoning_gym, synthetic, verifiers: settings of the data set
       template: "{question}"          # reasoning_gym, datasets: the prompt, from names in braces: the question and the
                                       # fields of its metadata, the texts of the format, or columns
       path: sums.jsonl                # jsonl: lines of {"prompt": ..., "answer": ...}; datasets: a local copy
       subset: algebra                 # datasets: the configuration on the Hub
       split: train                    # datasets: default train
       format: math                    # datasets: math, deepscaler, finqa, countdown or r1_code ...
-      columns: {prompt: q, answer: a} # datasets: ... or the columns by name
+      columns: {prompt: q, answer: a} # datasets: ... or the columns by name; verifiers: the field of the answer
       levels: [1, 2]                  # datasets, format math: keep these levels
-      max_rows: 1000                  # datasets: the first rows that fit; default 0, all
+      max_rows: 1000                  # datasets, verifiers: the first rows that fit; default 0, all
       skip_bad_rows: true             # datasets: leave out rows that do not fit; by default the first one is an error
 """
 
@@ -38,6 +38,10 @@ class Example:
     question: str
     answer: str
     data: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+# A prompt, its answer (or a function that finds it when it is first wanted), and what the verifier may look at.
+Question = tuple[str, str | Callable[[], str], dict[str, Any]]
 
 
 @dataclass

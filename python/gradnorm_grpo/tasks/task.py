@@ -30,6 +30,11 @@ class Task:
         self._fits: Callable[[Example], bool] = lambda example: True
 
     @property
+    def solved(self) -> bool:
+        """Whether its reference answers are known, as few-shot prompts and a warm start need them."""
+        return self._stream.solved
+
+    @property
     def questions(self) -> Sequence[str] | None:
         """All questions of a task made of rows; None where they are generated."""
         return self._stream.questions
@@ -72,6 +77,11 @@ class Task:
 
     def solved_examples(self, count: int, seed: int = FEW_SHOT_SEED) -> list[Example]:
         """Examples with answers for few-shot prompts or a warm start, none of them held out."""
+        if not self.solved:
+            raise UserError(
+                f"task {self.name!r} has no reference answers, which few_shot and warm_start_steps need: name their "
+                "field as columns: {answer: FIELD}, or set both to 0"
+            )
         kept: list[Example] = []
         for index in range(20 * count + 100):
             example = self._stream.make(self._seed + seed, index)
@@ -97,7 +107,7 @@ def build_tasks(entries: Sequence[Mapping[str, Any]], seed: int, eval_prompts: i
     for entry in entries:
         spec = read_spec(entry, keys_of, VERIFIERS, FORMATS)
         task = Task(spec.name, SOURCES[spec.source].open(spec, seed, eval_prompts), seed)
-        for example in task.solved_examples(3):
+        for example in task.solved_examples(3) if task.solved else ():
             if not task.score(example.answer, example):
                 raise UserError(
                     f"task {spec.name!r}: its reference answer {example.answer!r} to {example.question!r} scores 0; "

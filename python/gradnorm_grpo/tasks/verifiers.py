@@ -133,11 +133,11 @@ _ANSWER_IS = re.compile(r"\banswer\b(?:[^\n.:=]{0,40}?\bis\b)?\s*[:=]?\s*", re.I
 def math_verify(text: str, answer: str, data: dict[str, Any]) -> bool:
     """Equal as mathematics, by the math-verify package.
 
-    What is compared is the final answer: the last box, an answer tag, what follows ``####``; else the last LaTeX
-    formula; else what follows the last "answer is" or "answer:"; else the whole text, if it is short. The text before
-    it may be of any length and hold anything. Only math-verify's LaTeX grammar is used: its route for plain expressions
-    goes through sympy's parse_expr, which evaluates Python. An answer that is long, or that sympy would compute for
-    long (towers of powers, large factorials), is wrong; the very text of the reference is right.
+    What is compared is the final answer: an answer tag, the last box, a line of ``####``; else the last LaTeX formula;
+    else what follows the last "answer is" or "answer:"; else the whole text, if it is short. The text before it may be
+    of any length and hold anything. Only math-verify's LaTeX grammar is used: its route for plain expressions goes
+    through sympy's parse_expr, which evaluates Python. An answer that is long, or that sympy would compute for long
+    (towers of powers, large factorials), is wrong; the very text of the reference is right.
     """
     found = marked(text)
     if found is None:
@@ -289,6 +289,8 @@ def reasoning_gym_verifier(name: str, dataset: Any) -> Verifier:
         )
 
     def score(text: str, answer: str, data: dict[str, Any]) -> bool:
+        inner = tagged(text)  # a box or #### may be part of an answer of these data sets
+        text = text if inner is None else inner
         if len(text) > MAX_LENGTH and len(text) > 4 * len(answer):
             return False
         try:
