@@ -30,12 +30,13 @@ MEMORY_BUDGET = 256 << 20
 class StepPlan:
     """What an optimizer step looks like, where that is known beforehand.
 
-    ``samples``: of one step, over all micro-batches and ranks. ``together``: those of one micro-batch, if their rows
-    are all there, else 0. ``tasks``: the number of tasks.
+    ``samples``: the most samples of one step, over all micro-batches and ranks. ``together``: the most samples of one
+    micro-batch. ``whole``: the rows of a sample are all in one micro-batch. ``tasks``: the number of tasks.
     """
 
     samples: int
     together: int
+    whole: bool
     tasks: int
 
 
@@ -66,13 +67,14 @@ def choose(*, paired: bool, whole: bool, tasks: int, parameter_bytes: int, budge
     """
     size, most = tasks * parameter_bytes / (1 << 20), budget / (1 << 20)
     if paired:
-        return Choice("pairs", "samples of a task meet in micro-batches")
+        return Choice("pairs", "two samples of a task meet in a micro-batch")
+    apart = "no two samples of a task meet in a micro-batch"
     if not whole:
-        return Choice("sketch", "samples of a task do not meet in one micro-batch, or their rows are spread")
-    sums = f"the sums of {tasks} tasks take {size:.3g} MiB, and memory_budget allows {most:.3g} MiB"
+        return Choice("sketch", f"{apart}, and a sample's rows are in several")
+    sums = f"the tasks' sums ({tasks}) take {size:.3g} MiB, and memory_budget allows {most:.3g} MiB"
     if tasks * parameter_bytes <= budget:
-        return Choice("exact", f"samples of a task do not meet in one micro-batch; {sums}", errors=True)
-    return Choice("sketch", f"samples of a task do not meet in one micro-batch; {sums}")
+        return Choice("exact", f"{apart}; {sums}", errors=True)
+    return Choice("sketch", f"{apart}; {sums}")
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,7 @@ class Accumulation:
         self.step = 0
         self.choice: Choice | None = None if self.automatic else Choice(accumulate, "as asked for")
         if self.automatic and plan is not None:
-            paired = plan.together >= 2 * plan.tasks or (1 < plan.samples == plan.together)
-            self.choice = self._choose(paired, plan.together > 0, plan.tasks)
+            self.choice = self._choose(plan.together > 1, plan.whole, plan.tasks)
         self.exact: TaskSums | None = None
         self.sketches: StepSketches | None = None
         self._reset_step()

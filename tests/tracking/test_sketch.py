@@ -228,11 +228,11 @@ def test_auto_decides_at_the_end_of_the_first_step(size: int, budget: int, modes
 @pytest.mark.parametrize(
     ("plan", "mode"),
     [
-        (StepPlan(samples=8, together=8, tasks=6), "pairs"),
-        (StepPlan(samples=16, together=4, tasks=2), "pairs"),
-        (StepPlan(samples=8, together=2, tasks=2), "exact"),
-        (StepPlan(samples=8, together=1, tasks=10**6), "sketch"),
-        (StepPlan(samples=8, together=0, tasks=1), "sketch"),
+        (StepPlan(samples=8, together=8, whole=True, tasks=6), "pairs"),
+        (StepPlan(samples=16, together=2, whole=False, tasks=2), "pairs"),
+        (StepPlan(samples=8, together=1, whole=True, tasks=2), "exact"),
+        (StepPlan(samples=8, together=1, whole=True, tasks=10**6), "sketch"),
+        (StepPlan(samples=8, together=1, whole=False, tasks=1), "sketch"),
     ],
 )
 def test_auto_decides_from_a_plan(plan: StepPlan, mode: str) -> None:
