@@ -44,9 +44,10 @@ def test_grpo(tmp_path, capsys, monkeypatch):
     value = space["attached"].tracker.running["gcd"].value
     out = capsys.readouterr().out
     assert math.isfinite(value) and str(value) in out and space["attached"].tracker.accumulation in out
-    assert "task_sampling" in (text := PAGE.read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    assert "task_sampling" in page
     for key in space["attached"].metrics():
-        assert key.rsplit("/", 1)[-1] in text
+        assert key.rsplit("/", 1)[-1] in page
 
 
 def test_the_table_of_loss_types_is_that_of_the_code():
