@@ -379,8 +379,9 @@ class _FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.call, ctx.recorder, ctx.watcher = call, recorder, watcher
         call.x = x.new_empty(0)  # the saved one counts: it may be kept elsewhere until backward
-        # y's memory in a tensor of its own: a view could not be modified in place by what follows the layer.
-        return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+        # Given back as it is: a view of it could not be modified in place by what follows the layer.
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -94,18 +94,28 @@ def _random_state() -> Iterator[None]:
 
 @contextmanager
 def _module_state(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; training flags, buffers and plain attributes are as they were afterwards.
+    """Evaluation mode inside; training flags, buffers, hooks and plain attributes are as they were afterwards.
 
     Flags are set directly: some modules override ``train()`` and do more than that there.
     """
     modules = list(model.modules())
     attributes = [dict(module.__dict__) for module in modules]
+    # With its attributes: transformers adds hooks in a model's first forward and notes that in an attribute.
+    hooks = [
+        [(held, dict(held)) for name, held in own.items() if isinstance(held, dict) and "_hooks" in name]
+        for own in attributes
+    ]
     buffers = [{name: (b, b.clone()) for name, b in module._buffers.items() if b is not None} for module in modules]
     for module in modules:
         module.training = False
     try:
         yield
     finally:
+        for held_hooks in hooks:
+            for held, entries in held_hooks:
+                if held.keys() != entries.keys():
+                    held.clear()
+                    held.update(entries)
         for module, before, held in zip(modules, attributes, buffers, strict=True):
             now = module.__dict__
             for name in [name for name in now if name not in before]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .errors import UserError, one_of
+from .errors import UserError, all_of
 
 USAGE = """\
 usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {presets}
@@ -62,8 +62,7 @@ def _run(arguments: list[str], console: Console) -> int:
     if command in ("-h", "--help") or "--help" in arguments or "-h" in arguments:
         _print_help()
         return 0
-    if command not in COMMANDS:
-        raise one_of("the command", command, COMMANDS)
+    all_of("the command", [command], COMMANDS)
     if command == "report":
         return _report(arguments, console)
     _quiet()

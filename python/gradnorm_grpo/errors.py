@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -25,3 +27,18 @@ def one_of(setting: str, given: object, allowed: Iterable[str]) -> UserError:
     hint = f"; did you mean {close[0]!r}?" if close else ""
     shown = ", ".join(names) if len(names) <= 24 else ", ".join(names[:24]) + f" and {len(names) - 24} more"
     return UserError(f"{setting} must be one of {shown}, got {given!r}{hint}")
+
+
+def all_of(setting: str, given: Iterable[object], allowed: Iterable[str]) -> None:
+    """Hold everything that is given to what is allowed: raises :func:`one_of` for the first that is not."""
+    names = list(allowed)
+    for item in given:
+        if item not in names:
+            raise one_of(setting, item, names)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one sentence in place of its usage text and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -102,10 +103,15 @@ def _driver() -> str | None:
     return answer[0] if answer else None
 
 
-def describe_run(command: str, settings: Settings, model: Any, tracked: list[str]) -> dict[str, Any]:
+def command_line() -> str:
+    """The command that started this process, as a shell reads it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def describe_run(settings: Settings, model: Any, tracked: list[str]) -> dict[str, Any]:
     """The content of run.json for a run that starts now."""
     return {
-        "command": command,
+        "command": command_line(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "commit": commit() or settings.commit or None,

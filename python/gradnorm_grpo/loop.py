@@ -22,7 +22,7 @@ from gradnorm_kernels.control.balancer import TaskBalancer
 from gradnorm_kernels.estimation.metrics import gradient_metrics, task_key
 
 from .errors import UserError
-from .models import mixed_precision
+from .models import adamw, mixed_precision
 from .objective import advantages, row_weights, token_losses
 from .rollout import Prompter, Rollouts, completion_logprobs, completion_texts, generate
 from .runlog import FULL, Line, pair_metrics, task_metrics
@@ -65,13 +65,7 @@ class Grpo:
         self.reference = reference
         self.tasks = {task.name: task for task in tasks}
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = adamw(self.parameters, settings, settings.learning_rate)
         try:
             self.scheduler = get_scheduler(
                 settings.lr_scheduler_type,

@@ -132,3 +132,10 @@ def choose_trainable(model: Any, train_layers: str) -> None:
             for parameter in module.parameters():
                 if id(parameter) not in inside:
                     parameter.requires_grad_(True)
+
+
+def adamw(parameters: list[torch.nn.Parameter], settings: Settings, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over the parameters with the settings' betas, epsilon and weight decay."""
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    decay, eps = settings.weight_decay, settings.adam_epsilon
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=eps, weight_decay=decay)

@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-from .errors import UserError, one_of
+from .errors import Parser, UserError, all_of, one_of
 from .runlog import RUN_FILE, read_info
 from .settings import Settings
 from .study.spec import StudySpec, read_spec, take_options
@@ -18,16 +18,9 @@ from .study.spec import StudySpec, read_spec, take_options
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with one sentence in place of its usage text and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-def _parser() -> _Parser:
+def _parser() -> Parser:
     """An option per setting, in both spellings; options not given stay out of the result. Settings checks values."""
-    parser = _Parser(prog="train_grpo.py", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(prog="train_grpo.py", allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
 
     def add(name: str, *aliases: str, **more: Any) -> None:
         parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), *aliases, **more)
@@ -52,9 +45,9 @@ def parse_settings(arguments: list[str]) -> tuple[Settings, str]:
     """Settings and the run's name: the defaults, then the YAML file (or a resumed run's settings), then the options.
 
     ``--preset NAME`` is ``--config`` of the file of that name among the presets. Its block `study:` is left to
-    :func:`parse_study`.
+    :func:`parse_study`. With `--resume PATH` and neither of the two, the settings are those the run was started with.
     """
-    rest, config = _take_config(list(arguments))
+    rest, config = _take_config(arguments)
     given = _options(rest)
     values = read_yaml(config) if config else _saved(given)
     values.pop("study", None)
@@ -66,22 +59,22 @@ def parse_study(arguments: list[str]) -> tuple[Settings, StudySpec, str]:
 
     `study: settings:` overrides the preset's own settings, and the options override both.
     """
-    chosen, rest = take_options(arguments)
-    return _study("a study", rest, chosen)
+    given, rest = take_options(arguments)
+    return _shared(rest, given, "a study")
 
 
 def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], str]:
     """The settings whose rollouts are stored, the block `study: estimators:`, and the name."""
-    settings, spec, name = _study("estimators", list(arguments), {})
+    settings, spec, name = _shared(arguments, {}, "estimators")
     return settings, spec.estimators, name
 
 
-def _study(command: str, arguments: list[str], chosen: dict[str, Any]) -> tuple[Settings, StudySpec, str]:
+def _shared(arguments: list[str], given: dict[str, Any], who: str) -> tuple[Settings, StudySpec, str]:
     rest, config = _take_config(arguments)
     if config is None:
-        raise UserError(f"{command} needs --preset NAME or --config FILE; see --help")
+        raise UserError(f"{who} needs --preset NAME or --config FILE; see --help")
     values = read_yaml(config)
-    spec = read_spec(values.pop("study", {}), chosen)
+    spec = read_spec(values.pop("study", {}), given)
     return _settings({**values, **spec.settings}, _options(rest), config), spec, config.stem
 
 
@@ -95,23 +88,21 @@ def _options(arguments: list[str]) -> dict[str, Any]:
 
 
 def _saved(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run was started with, where --resume names it and neither --preset nor --config is given."""
+    """The settings of the run that the options ask to resume."""
     wanted = given.get("resume_from_checkpoint", "")
-    place = Path(given.get("output_dir", "") if wanted == "auto" else wanted)
-    if place == Path():
+    place = given.get("output_dir", "") if wanted == "auto" else wanted
+    if not place:
         raise UserError("--preset NAME, --config FILE or --resume RUN_DIR is needed; see --help")
-    if not place.is_dir():
-        raise UserError(f"there is nothing to resume from: {place} does not exist")
-    config = read_info(place if (place / RUN_FILE).is_file() else place.parent)["config"]
+    path = Path(place)
+    if not path.is_dir():
+        raise UserError(f"there is nothing to resume from: {path} does not exist")
+    config: dict[str, Any] = read_info(path if (path / RUN_FILE).is_file() else path.parent)["config"]
     known = {spec.name for spec in dataclasses.fields(Settings)} - {"resume_from_checkpoint"}
     return {key: value for key, value in config.items() if key in known}
 
 
 def _settings(values: dict[str, Any], given: dict[str, Any], config: Path | None) -> Settings:
-    known = {spec.name for spec in dataclasses.fields(Settings)}
-    for key in values:
-        if key not in known:
-            raise one_of(f"a key of {config}", key, known)
+    all_of(f"a key of {config}", values, {spec.name for spec in dataclasses.fields(Settings)})
     tasks = values.pop("tasks", [])
     settings = Settings(**{**values, **given})
     return dataclasses.replace(settings, tasks=_select(tasks, settings.only_tasks))
@@ -161,7 +152,5 @@ def _select(tasks: Any, only: list[str]) -> list[dict[str, Any]]:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"tasks holds the name {name!r} {names.count(name)} times: every task needs its own")
-    for name in only:
-        if name not in names:
-            raise one_of("only_tasks", name, names)
+    all_of("only_tasks", only, names)
     return [task for task in tasks if not only or task["name"] in only]

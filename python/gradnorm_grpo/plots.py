@@ -65,6 +65,7 @@ PAPER, INK, SOFT, FAINT, GRID, SHADE, BAND = (
 )
 PALETTE = tuple(light for name, (light, _) in COLOURS.items() if name.startswith("task-"))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p")  # eleven: coprime to the seven colours
+GROUND = {"fc": PAPER, "ec": "none", "pad": 1.5}  # behind text that stands over a line
 VERDICT_COLOURS = {"supported": "#006b4f", "contradicted": "#a84300", "undecided": SOFT}
 _VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
 
@@ -116,24 +117,14 @@ _RC = {
     "axes.titlecolor": SOFT,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": SOFT,
-    "ytick.labelcolor": SOFT,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "xtick.major.pad": 5,
-    "ytick.major.pad": 5,
     "legend.frameon": False,
     "legend.fontsize": SMALL,
     "legend.labelcolor": SOFT,
     "lines.solid_capstyle": "butt",  # an interval ends where its number says
     "path.simplify": False,  # it would join the gaps of steps in which a task was not drawn
 }
+_TICKS = {"color": FAINT, "labelcolor": SOFT, "labelsize": SMALL, "major.size": 0, "minor.size": 0, "major.pad": 5}
+_RC |= {f"{axis}tick.{key}": value for axis in "xy" for key, value in _TICKS.items()}
 
 
 @contextmanager

@@ -8,8 +8,6 @@ prompts.
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -66,8 +64,7 @@ def probe(settings: Settings, name: str, console: Console) -> Path:
         raise UserError("track is false: a probe has nothing to measure")
     folder = new_folder(settings, f"{name}-probe")
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    write_json(folder / RUN_FILE, describe_run(command, settings, model, grpo.tracker.layers))
+    write_json(folder / RUN_FILE, describe_run(settings, model, grpo.tracker.layers))
     log = RunLog(folder, report_trackers(settings.report_to, folder, {}))
 
     def record(line: Line, display: Display) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -23,31 +22,22 @@ class Display:
 
     def __init__(self, console: Console, title: str, tasks: Sequence[str], total: int, done: int = 0) -> None:
         self._console, self._tasks, self._title = console, list(tasks), title
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
         self._id = self._bar.add_task(title, total=total, completed=done)
         self._total = total
         self._latest: dict[str, Line] = {}
-        self._live = (
-            Live(console=console, refresh_per_second=4, get_renderable=self._render) if console.is_terminal else None
-        )
+        live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
+        self._live = live if console.is_terminal else None
 
     def __enter__(self) -> Display:
         if self._live:
             self._live.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._live:
-            self._live.__exit__(kind, error, trace)
+            self._live.__exit__(*error)
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)

@@ -18,7 +18,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -114,14 +114,21 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a whole file or leave the old one: a temporary file beside it, then a rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the block ends; an error leaves the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(plain(value), indent=1, default=str) + "\n", encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole file or leave the old one."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(plain(value), indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def check_log(path: Path, keep_bytes: int) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -228,8 +226,7 @@ class Training:
 
     def _describe(self) -> None:
         tracked = self.grpo.tracker.layers if self.grpo.tracker else []
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        run = describe_run(command, self.settings, self.model, tracked) | {"data": self.data}
+        run = describe_run(self.settings, self.model, tracked) | {"data": self.data}
         if self.before:
             devices = [content.get("machine", {}).get("device") for content in (self.before, run)]
             if devices[0] != devices[1]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import StorageError, UserError
-from .models import mixed_precision, smollm2_file
+from .models import adamw, mixed_precision, smollm2_file
 from .rollout import Prompter, pad
+from .runlog import whole
 from .settings import Settings
 from .tasks import Task
 from .tasks.rows import data_hashes
@@ -82,13 +82,7 @@ def warm_start(
         for example in task.solved_examples(settings.warm_start_examples)
     ]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.warm_start_learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = adamw(parameters, settings, settings.warm_start_learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.warm_start_learning_rate, total_steps=settings.warm_start_steps + 1, pct_start=0.2
     )
@@ -137,18 +131,15 @@ def _answer_loss(model: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_i
 
 
 def _store(model: Any, path: Path) -> None:
-    """Write the trained weights under a temporary name and rename it; a failure leaves no partial file."""
+    """Write the trained weights, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
-        save_file(weights, temporary)
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            save_file(weights, temporary)
     except (OSError, SafetensorError) as error:
         # safetensors turns a full disk into an error of its own.
         raise StorageError(
             f"the warm start could not be kept in {path} ({error}): free some space, or give another --cache_dir "
             "(an empty one keeps nothing), and start again"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -89,10 +89,10 @@ def test_the_commit_can_be_given_where_there_is_no_checkout(monkeypatch: pytest.
     model = tiny_model(tiny_tokenizer(), 32, 1, 0)
     given, none = Settings(commit="0123456789ab"), Settings()
     monkeypatch.setattr(folder, "commit", lambda: None)
-    assert folder.describe_run("", given, model, [])["commit"] == "0123456789ab"
-    assert folder.describe_run("", none, model, [])["commit"] is None
+    assert folder.describe_run(given, model, [])["commit"] == "0123456789ab"
+    assert folder.describe_run(none, model, [])["commit"] is None
     monkeypatch.setattr(folder, "commit", lambda: "ba9876543210-dirty")
-    assert folder.describe_run("", given, model, [])["commit"] == "ba9876543210-dirty", "a checkout knows better"
+    assert folder.describe_run(given, model, [])["commit"] == "ba9876543210-dirty", "a checkout knows better"
 
 
 def test_only_the_generators_of_the_run_s_own_device_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gradnorm_grpo.plots import PALETTE
-from gradnorm_grpo.report import page, write_report
+from gradnorm_grpo.report import write_report
 from gradnorm_grpo.report.charts import spread
 from gradnorm_grpo.report.table import footnotes, table_rows
 from gradnorm_grpo.report.verdict import imbalance_sentence
@@ -199,7 +199,7 @@ def test_an_empty_log_is_an_unfinished_run(tmp_path: Path) -> None:
 def test_a_failed_report_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_synthetic_run(tmp_path, ["a"], steps=2)
     first = write_report(tmp_path).read_bytes()
-    monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == first

@@ -170,6 +170,19 @@ def test_rows_that_depend_on_each_other_are_named() -> None:
     assert all("in other rows too" in reason for reason in reasons.values())
 
 
+def test_rounding_that_depends_on_other_rows_is_no_dependence() -> None:
+    """As in a mixture of experts, where the other rows decide the shape of the product that a token is part of."""
+
+    class Noisy(Order):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = 1e-14 * torch.frac(1e6 * x.detach().sum())
+            return super().forward(x * (1 + noise))
+
+    torch.manual_seed(0)
+    model = Noisy("batch first").double()
+    assert agree(model, class_losses(model, features(5)), unverified="raise") == {}
+
+
 def test_without_a_probe_two_readings_are_refused_and_batch_dim_answers() -> None:
     """An argument that cannot be copied: the forward is not run twice, and only shapes are left."""
 
@@ -230,3 +243,29 @@ def test_the_probe_leaves_no_trace() -> None:
     assert [m.training for m in model.modules()] == [m.training for m in twin.modules()]
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_hooks_that_the_first_forward_adds_are_added_once() -> None:
+    """transformers adds hooks in a model's first forward, which may be the probe's, and notes that in an attribute."""
+
+    class Capturing(Order):
+        hooked = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.hooked:
+                self.hooked = True
+                self.hidden.register_forward_hook(lambda module, args, output: captured.append(output))
+            return super().forward(x)
+
+    captured: list[Tensor] = []
+    torch.manual_seed(0)
+    model = Capturing("batch first").double()
+    losses = class_losses(model, features(5))
+    tracker = gk.GradNormTracker(model, "all")
+    with tracker.microbatch(TASKS):
+        losses(range(ROWS)).mean().backward()
+    tracker.close()
+    captured.clear()
+    losses(range(ROWS))
+    assert model.hooked
+    assert len(captured) == 1

@@ -212,3 +212,18 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(fused: bool) -> None:
     with fresh.microbatch(TASKS):
         next_token_losses(model, ids)(range(ROWS)).mean().backward()
     assert found.sq_norm == pytest.approx(fresh.step()["a"].sq_norm, rel=1e-9)
+
+
+def test_what_follows_a_fused_layer_may_work_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).double()
+    losses = class_losses(lambda x: model(x).sum(1), features(5))
+    losses(range(ROWS)).mean().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    tracker = gk.GradNormTracker(model, "all", fused=True, unverified="raise")
+    with tracker.microbatch(TASKS):
+        losses(range(ROWS)).mean().backward()
+    tracker.close()
+    for p, grad in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, grad)

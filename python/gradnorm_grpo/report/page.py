@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from markupsafe import Markup
 
 from ..numbers import MISSING, clean, count, duration, fixed, with_error
 from ..plots import PALETTE, css_variables
-from ..runlog import Run, read_run
+from ..runlog import Run, read_run, whole
 from ..summary import ERRORS, MIN_PROMPTS, Cosine, TaskResult, cosines, task_results
 from . import charts
 from .table import HEADINGS, footnotes, table_rows
@@ -35,15 +33,8 @@ def write_report(run_dir: Path | str) -> Path:
     run = read_run(run_dir)
     text = render(run)
     target = run.path / "report.html"
-    handle, temporary = tempfile.mkstemp(dir=run.path, prefix=".report-", suffix=".html")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner may read
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return target
 
 

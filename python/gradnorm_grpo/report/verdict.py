@@ -10,8 +10,8 @@ import numpy as np
 from scipy import stats
 
 from ..numbers import clean, fixed, percent, signed, significant
-from ..runlog import Run
-from ..study.stats import correlate, fieller
+from ..runlog import Array, Run
+from ..study.stats import correlate, fieller, permutation_p
 from ..summary import ERRORS, NAN, Cosine, TaskResult
 
 
@@ -51,16 +51,11 @@ def rank_correlation(x: list[float], y: list[float]) -> tuple[float, float]:
     if math.isnan(rho):
         return NAN, NAN
     first = ranks[0] - ranks[0].mean()
-    found = stats.permutation_test(
-        (ranks[1],),
-        lambda permuted, axis: np.abs((permuted * first).sum(axis)),
-        permutation_type="pairings",
-        vectorized=True,
-        n_resamples=20_000,
-        alternative="greater",
-        rng=np.random.default_rng(0),
-    )
-    return rho, float(found.pvalue)
+
+    def strength(permuted: Array, axis: int) -> Array:
+        return np.abs((permuted * first).sum(axis))
+
+    return rho, permutation_p((ranks[1],), strength, "pairings", 20_000, "greater")
 
 
 def imbalance_sentence(results: list[TaskResult]) -> str:

@@ -17,7 +17,8 @@ from markupsafe import Markup
 
 from ..numbers import MISSING, clean, count, duration, significant
 from .questions import QUESTIONS
-from .questions.common import VERDICTS, Record, answer_of, value_of
+from .questions.common import VERDICTS, count_of
+from .questions.reading import Answers, Reading, Row, reading
 
 _GENERATED = ("reasoning_gym", "synthetic")  # sources of tasks that are made by a program
 #: What means something in Markdown, in HTML, or to GitHub; an underscore does at a word's end only.
@@ -61,7 +62,7 @@ def page(study: Mapping[str, Any], answers: Mapping[str, Any], figures: Iterable
         finalize=lambda value: value if isinstance(value, Markup) else escape(value),
     )
     environment.filters |= {"anchor": _anchor, "rows": _rows, "plain": Markup}
-    given = [{"claim": "", "numbers": [], **answer_of(answers, name)} for name in QUESTIONS]
+    given = [reading(answers, name) for name in QUESTIONS]
     return environment.get_template("page.md.j2").render(
         name=study.get("name", ""),
         first=_first(answers),
@@ -73,7 +74,7 @@ def page(study: Mapping[str, Any], answers: Mapping[str, Any], figures: Iterable
     )
 
 
-def _first(answers: Record) -> Markup:
+def _first(answers: Answers) -> Markup:
     counts = {v: sum(a.get("verdict") == v for a in answers.get("answers") or []) for v in VERDICTS}
     known = ", ".join(f"{n} {v}" for v, n in counts.items() if n)
     if not known:
@@ -83,7 +84,7 @@ def _first(answers: Record) -> Markup:
     )
 
 
-def _facts(study: Record, answers: Record) -> list[tuple[str, Markup]]:
+def _facts(study: Mapping[str, Any], answers: Answers) -> list[tuple[str, Markup]]:
     """What was run, on what, with what command; facts that are not known are left out."""
     config = study.get("config") or {}
     arms, seeds = list(study.get("arms") or answers.get("arms") or []), list(study.get("seeds") or [])
@@ -107,14 +108,10 @@ def _facts(study: Record, answers: Record) -> list[tuple[str, Markup]]:
 
 def _seeds(seeds: Sequence[object]) -> str:
     listed = f" ({', '.join(map(escape, seeds))})" if seeds else ""
-    return f"{_plural(len(seeds), 'seed')}{listed}"
+    return f"{count_of(len(seeds), 'seed')}{listed}"
 
 
-def _plural(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _training(config: Record) -> str:
+def _training(config: Mapping[str, Any]) -> str:
     """Steps of a run, and prompts and completions of a step, as far as the settings say."""
     steps, completions = config.get("max_steps"), config.get("num_generations")
     rows, rounds = config.get("per_device_train_batch_size"), config.get("gradient_accumulation_steps", 1)
@@ -126,7 +123,7 @@ def _training(config: Record) -> str:
     return ", ".join(texts)
 
 
-def _machine(study: Record) -> str:
+def _machine(study: Mapping[str, Any]) -> str:
     machine, versions = study.get("machine") or {}, study.get("versions") or {}
     shown = [str(machine[key]) for key in ("device", "platform") if machine.get(key)]
     if machine.get("processors"):
@@ -141,13 +138,9 @@ def _anchor(question: object) -> Markup:
     return Markup(re.sub(r"[^\w\- ]", "", text).replace(" ", "-"))
 
 
-def _rows(answer: Record) -> list[tuple[object, ...]]:
+def _rows(answer: Reading) -> list[tuple[object, ...]]:
     """The cells of an answer's table of numbers."""
-    return [
-        (n.get("name"), _number(value_of(n), _exact(n)), _interval(n), n.get("how") or "")
-        for n in answer.get("numbers") or []
-        if isinstance(n, Mapping)
-    ]
+    return [(n["name"], _number(n["value"], _exact(n)), _interval(n), n.get("how") or "") for n in answer.numbers]
 
 
 def _number(value: float, exact: bool = False) -> Markup:
@@ -155,45 +148,37 @@ def _number(value: float, exact: bool = False) -> Markup:
     return Markup(count(value) if exact and math.isfinite(value) else significant(value, 3))
 
 
-def _exact(record: Record) -> bool:
+def _exact(row: Row) -> bool:
     """Whether it is a count: whole, and without the level of an interval."""
-    return math.isnan(value_of(record, "level")) and all(x.is_integer() for x in _known(record))
+    return math.isnan(row["level"]) and all(float(x).is_integer() for x in row.interval() if math.isfinite(x))
 
 
-def _known(record: Record) -> list[float]:
-    return [x for x in (value_of(record, key) for key in ("value", "low", "high")) if math.isfinite(x)]
+def _interval(row: Row) -> Markup:
+    _, low, high = row.interval()
+    ends = " to ".join(_number(end, _exact(row)) for end in (low, high) if math.isfinite(end))
+    if not ends:
+        return Markup(MISSING)
+    bound = "over " if not math.isfinite(high) else "under " if not math.isfinite(low) else ""
+    return Markup(bound + ends + (f" ({row['level']:.0%})" if math.isfinite(row["level"]) else ""))
 
 
-def _interval(record: Record) -> Markup:
-    low, high, level = value_of(record, "low"), value_of(record, "high"), value_of(record, "level")
-    share = f" ({level:.0%})" if math.isfinite(level) else ""
-    exact = _exact(record)
-    if math.isfinite(low) and math.isfinite(high):
-        return Markup(f"{_number(low, exact)} to {_number(high, exact)}{share}")
-    if math.isfinite(low):
-        return Markup(f"over {_number(low, exact)}{share}")
-    if math.isfinite(high):
-        return Markup(f"under {_number(high, exact)}{share}")
-    return Markup(MISSING)
-
-
-def _runs(answers: Record) -> list[tuple[object, ...]]:
+def _runs(answers: Answers) -> list[tuple[object, ...]]:
     """A row per run and task in few columns: what the answers are made of."""
-    rows = []
-    for run in answers.get("runs") or []:
-        for task, own in (run.get("tasks") or {}).items():
-            values = [value_of(own, key) for key in ("u", "u_se", "full_u", "eval_first", "eval_last")]
-            rows.append((run.get("arm"), run.get("seed"), task, *map(_number, values)))
-    return rows
+    keys = ("u", "u_se", "full_u", "eval_first", "eval_last")
+    return [
+        (run["arm"], run["seed"], task, *(_number(Row(own)[key]) for key in keys))
+        for run in answers.get("runs") or []
+        for task, own in run["tasks"].items()
+    ]
 
 
-def _limits(study: Record, answers: Record, given: Sequence[Record]) -> list[Markup]:
+def _limits(study: Mapping[str, Any], answers: Answers, given: Sequence[Reading]) -> list[Markup]:
     """What nobody should take from the page."""
     tasks, seeds = len(answers.get("tasks") or []), len(answers.get("seeds") or [])
     model = (study.get("config") or {}).get("model")
     what = f"of the model {code(model)}" if model else "of one model"
     limits = [
-        f"All of this is {what}, {_plural(tasks, 'task')} and {_plural(seeds, 'seed')}. "
+        f"All of this is {what}, {count_of(tasks, 'task')} and {count_of(seeds, 'seed')}. "
         "Whether it holds for larger models, longer training or other tasks is not known from here.",
         _stand_ins(study),
         "Undecided means that these data do not tell: it is no evidence that there is no effect.",
@@ -201,13 +186,13 @@ def _limits(study: Record, answers: Record, given: Sequence[Record]) -> list[Mar
     ]
     if seeds < 2:
         limits.append("With fewer than two seeds nothing is known of how far another seed would differ.")
-    undecided = [escape(a.get("question")) for a in given if a.get("verdict") == "undecided"]
+    undecided = [escape(a.question) for a in given if a.verdict == "undecided"]
     if undecided:
         limits.append(f"Nothing is claimed on: {'; '.join(undecided)}")
     return [Markup(limit) for limit in limits if limit]
 
 
-def _stand_ins(study: Record) -> str:
+def _stand_ins(study: Mapping[str, Any]) -> str:
     """What the tasks are, when they are made by a program; nothing of tasks whose source is not known."""
     tasks = [t for t in (study.get("config") or {}).get("tasks") or [] if isinstance(t, Mapping)]
     made = [str(t.get("name")) for t in tasks if t.get("source", "reasoning_gym") in _GENERATED]

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from gradnorm_kernels.__main__ import commit
 
 from ..checkpoint import checkpoints
 from ..errors import UserError
-from ..folder import machine, versions
+from ..folder import command_line, machine, versions
 from ..models import device_of
 from ..parse import parse_study
 from ..runlog import LOG_FILE, RUN_FILE, SUMMARY_FILE, write_json
@@ -101,7 +100,7 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     described: dict[str, Any] = {
         "name": name,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "started": now,
         "versions": versions(),
         "commit": commit() or settings.commit or None,
@@ -119,16 +118,12 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"output_dir {folder} holds something that is no study: name another folder")
         return described
-    old, new = before.get("config", {}), json.loads(json.dumps(described["config"]))
+    new = {key: value for key, value in json.loads(json.dumps(described["config"])).items() if key not in _FREE}
     changed = [
-        f"{key} {old[key]!r} -> {new[key]!r}"
-        for key in new
-        if key not in _FREE and old.get(key, new[key]) != new[key]  # a setting that is newer than the study
-    ]
-    changed += [
-        f"arm {arm} {before['arms'][arm]!r} -> {own!r}"
-        for arm, own in spec.arms.items()
-        if before["arms"].get(arm, own) != own
+        f"{prefix}{key} {old[key]!r} -> {value!r}"
+        for prefix, old, given in (("", before.get("config", {}), new), ("arm ", before["arms"], spec.arms))
+        for key, value in given.items()
+        if old.get(key, value) != value  # a setting or an arm that is newer than the study is no change
     ]
     if changed:
         raise UserError(
@@ -240,13 +235,9 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(SCRIPT), *job.arguments]
     with (job.folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *job.arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
 def run_all(jobs: Sequence[Job], at_a_time: int, console: Console) -> list[Job]:
@@ -266,8 +257,9 @@ def run_all(jobs: Sequence[Job], at_a_time: int, console: Console) -> list[Job]:
         told.append(number)
         raise KeyboardInterrupt
 
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     before = signal.signal(signal.SIGTERM, stop)
-    with _bars(console) as bars:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         shown = {job: bars.add_task(job.name, total=job.steps or None, visible=False) for job in waiting}
         overall = bars.add_task("all", total=len(jobs), completed=len(jobs) - len(waiting))
         try:
@@ -299,17 +291,6 @@ def run_all(jobs: Sequence[Job], at_a_time: int, console: Console) -> list[Job]:
         finally:
             signal.signal(signal.SIGTERM, before)
     return failed
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]], console: Console, tell: bool) -> None:

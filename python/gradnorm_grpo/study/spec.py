@@ -16,13 +16,12 @@ In YAML, all keys optional::
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
-from ..errors import UserError, one_of
+from ..errors import Parser, UserError, all_of
 from ..settings import Settings
 
 #: The paper's interventions. "uniform" is what the others are compared with.
@@ -71,13 +70,9 @@ class StudySpec:
         for arm, own in self.arms.items():
             if not isinstance(arm, str) or not arm.replace("_", "").replace(".", "").isalnum():
                 raise UserError(f"an arm's name must be letters, digits, dots and underscores, got {arm!r}")
-            for key in own if isinstance(own, dict) else [own]:
-                if key not in ARM_SETTINGS:
-                    raise one_of(f"a setting of arm {arm!r}", key, ARM_SETTINGS)
+            all_of(f"a setting of arm {arm!r}", own if isinstance(own, dict) else [own], ARM_SETTINGS)
         known = [spec.name for spec in dataclasses.fields(Settings) if spec.name not in _OWN]
-        for key in self.settings:
-            if key not in known:
-                raise one_of("a setting of the study", key, known)
+        all_of("a setting of the study", self.settings, known)
 
     def run_settings(self, settings: Settings, arm: str, seed: int, folder: str) -> Settings:
         """The settings of one run."""
@@ -89,16 +84,12 @@ def read_spec(block: Any, given: dict[str, Any]) -> StudySpec:
     if not isinstance(block, dict):
         raise UserError(f"study must be a mapping, got {block!r}")
     known = [spec.name for spec in dataclasses.fields(StudySpec)]
-    for key in block:
-        if key not in known:
-            raise one_of("a key of study", key, known)
+    all_of("a key of study", block, known)
     chosen = given.pop("arms", None)
     spec = StudySpec(**{**block, **given})
     if chosen is None:
         return spec
-    for arm in chosen:
-        if arm not in spec.arms:
-            raise one_of("--arms", arm, spec.arms)
+    all_of("--arms", chosen, spec.arms)
     return dataclasses.replace(spec, arms={arm: spec.arms[arm] for arm in chosen})
 
 
@@ -139,20 +130,13 @@ class EstimatorSettings:
 def read_options(block: Mapping[str, Any]) -> EstimatorSettings:
     """:class:`EstimatorSettings` from a mapping, as YAML has it."""
     known = [spec.name for spec in dataclasses.fields(EstimatorSettings)]
-    for key in block:
-        if key not in known:
-            raise one_of("a key of the study's estimators", key, known)
+    all_of("a key of the study's estimators", block, known)
     return EstimatorSettings(**block)
-
-
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def take_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """What of ``arguments`` belongs to the study, and the rest: the settings of its runs."""
-    parser = _Options(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--jobs", type=int)

@@ -24,7 +24,7 @@ digit, and a recomputed study should equal the published one. tests/study/test_s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -213,16 +213,11 @@ def tasks_alike(u: Array) -> float:
     if len(u) < 2 or kept.sum() < 2:
         return math.nan
     ranks = stats.rankdata(u[:, kept], axis=1)
-    found = stats.permutation_test(
-        tuple(ranks.T),
-        lambda *samples, axis: np.var(np.stack([sample.mean(axis) for sample in samples]), axis=0),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        alternative="greater",
-        rng=np.random.default_rng(0),
-    )
-    return float(found.pvalue)
+
+    def spread(*samples: Array, axis: int) -> Array:
+        return np.var(np.stack([sample.mean(axis) for sample in samples]), axis=0)
+
+    return permutation_p(tuple(ranks.T), spread, "samples", alternative="greater")
 
 
 def tasks_alike_within(u: Array, error: Array) -> float:
@@ -322,17 +317,30 @@ def across(x: Array, y: Array, seeds: Sequence[int]) -> Correlation:
     weight /= np.sqrt((a**2).sum((1, 2)) * (b**2).sum((1, 2)))
     # cross[i, j]: what task i of x and task j of y bring when they meet; a permutation's correlation is a sum of these.
     cross = np.einsum("r,riw,rjw->ij", weight, a, b)
-    return _correlation(per_seed, _permutation_p(cross), count)
+    # p of the identity among the orders of the tasks; ties are ties.
+    places = np.arange(count)
+    p = permutation_p((places,), lambda order, axis: cross[places, order].sum(axis).round(12), "pairings")
+    return _correlation(per_seed, p, count)
 
 
-def _permutation_p(cross: Array) -> float:
-    """Two-sided p of ``sum_i cross[i, i]`` among ``sum_i cross[i, order[i]]`` over the orders of the tasks."""
+def permutation_p(
+    data: tuple[Array, ...],
+    statistic: Callable[..., Array],
+    kind: str,
+    resamples: int = RESAMPLES,
+    alternative: str = "two-sided",
+) -> float:
+    """p of ``statistic(*data, axis)`` among its values under permutation: all of them, or as many as ``resamples``.
+
+    ``kind``: scipy's permutation_type. What is drawn is drawn with a fixed seed.
+    """
     found: Any = stats.permutation_test(
-        (np.arange(len(cross)),),
-        lambda order, axis: cross[np.arange(len(cross)), order].sum(axis).round(12),  # ties are ties
-        permutation_type="pairings",
+        data,
+        statistic,
+        permutation_type=kind,
         vectorized=True,
-        n_resamples=RESAMPLES,
+        n_resamples=resamples,
+        alternative=alternative,
         rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
@@ -352,17 +360,7 @@ def within(x: Array, y: Array, seeds: Sequence[int]) -> Correlation:
     by_run = np.array([row[use].mean() if use.any() else math.nan for row, use in zip(each, known, strict=True)])
     by_task = np.array([row[use].mean() for row, use in zip(each.T, known.T, strict=True) if use.any()])
     per_seed = mean_by_seed(by_run, seeds)
-    p = math.nan
-    if len(by_task) > 1:
-        flipped: Any = stats.permutation_test(
-            (by_task,),
-            lambda d, axis: d.mean(axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            rng=np.random.default_rng(0),
-        )
-        p = float(flipped.pvalue)
+    p = permutation_p((by_task,), lambda d, axis: d.mean(axis), "samples") if len(by_task) > 1 else math.nan
     return _correlation(per_seed, p, len(by_task))
 
 
@@ -475,7 +473,7 @@ def compare_estimators(gram: Array, orders: Array, level: float = LEVEL) -> list
             # All N prompts in any order are one subset, but they can be halved in many ways.
             sd = 0.0 if n == prompts and estimator != "two_batch" else float(values.std(ddof=1))
             sd_fresh = math.hypot(sd, _expectation_error(estimator, gram, n))
-            rmse = math.hypot(bias, sd_fresh)
+            spreads = {"sd": sd, "sd_fresh": sd_fresh, "rmse": math.hypot(bias, sd_fresh)}
             row = {
                 "estimator": estimator,
                 "n": n,
@@ -483,10 +481,8 @@ def compare_estimators(gram: Array, orders: Array, level: float = LEVEL) -> list
                 "bias": bias,
                 "mean": float(values.mean()),
                 "mean_error": sd / math.sqrt(len(values)),
-                "sd": sd,
-                "sd_fresh": sd_fresh,
-                "rmse": rmse,
-                **relative({"bias": bias, "sd": sd, "sd_fresh": sd_fresh, "rmse": rmse}, u),
+                **spreads,
+                **relative({"bias": bias, **spreads}, u),
                 "negative": float((values < 0).mean()),
                 "coverage": math.nan,
                 "coverage_t": math.nan,

@@ -106,10 +106,10 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8"}
 _THIN = "\u202f"  # stands for every space that groups digits
 _OPERATORS = "*^/×÷·√"
-_DIGITS = rf"\.?[0-9](?:[0-9.,'’_{_THIN}]*[0-9])?"
+_DIGITS = rf"(?:(?<!\w)\.)?[0-9](?:[0-9.,'’_{_THIN}]*[0-9])?"
 _SCAN = re.compile(
     rf"""
-    (?P<word>[^\W\d_]{{2,}}(?:[-‑]\w+)+|[^\W\d]\w*(?:\.[0-9]+)*)  # CO2, x5, v1.2, COVID-19
+    (?P<word>[^\W\d_]{{2,}}(?:[-‑]\w+)+|[^\W\d]\w*[0-9](?:\.[0-9]+)+|[^\W\d]\w*)  # CO2, x5, v1.2, COVID-19
     |(?P<money>[{_CURRENCY}])?[ ]?(?P<open>\()?[ ]?(?P<sign>[-+])?(?P<gap>[ ]?)
     (?P<money2>[{_CURRENCY}])?[ ]?(?P<sign2>-)?
     (?P<digits>{_DIGITS})

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, one_of
+from ..errors import UserError, all_of
 from .environments import read_environment
 from .formats import FORMATS, Format, Parts, fill
 from .rows import BadRow, Row, json_lines, own_text, read_csv, read_json, read_text
@@ -90,8 +90,7 @@ def open_reasoning_gym(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
     from reasoning_gym.factory import DATASETS
 
     name = spec.dataset or spec.name
-    if name not in DATASETS:
-        raise one_of(f"dataset of task {spec.name!r}", name, DATASETS)
+    all_of(f"dataset of task {spec.name!r}", [name], DATASETS)
     if name == "composite":
         raise UserError(
             f"dataset of task {spec.name!r}, composite, mixes others: list each of them as a task of its own"
@@ -225,8 +224,7 @@ def _format(spec: TaskSpec) -> Format:
             f"{{prompt: question, answer: answer}}), got format={spec.format!r} and columns={spec.columns!r}"
         )
     if spec.format:
-        if spec.format not in FORMATS:
-            raise one_of(f"format of task {spec.name!r}", spec.format, FORMATS)
+        all_of(f"format of task {spec.name!r}", [spec.format], FORMATS)
         known = FORMATS[spec.format]
         form = Format(known.read, spec.template or known.template, known.verifier, known.levels)
     else:
@@ -250,9 +248,7 @@ def _by_columns(spec: TaskSpec) -> Format:
     columns = spec.columns
     if not isinstance(columns, Mapping) or not all(isinstance(value, str) for value in columns.values()):
         raise UserError(f"columns of task {spec.name!r} must map prompt and answer to column names, got {columns!r}")
-    for key in columns:
-        if key not in COLUMNS:
-            raise one_of(f"a key of columns of task {spec.name!r}", key, COLUMNS)
+    all_of(f"a key of columns of task {spec.name!r}", columns, COLUMNS)
     if "answer" not in columns:
         raise UserError(f"columns of task {spec.name!r} must name the column of the answer, got {dict(columns)}")
     if ("prompt" in columns) == bool(spec.template):
@@ -430,8 +426,7 @@ def _first_line(error: BaseException) -> str:
 def open_synthetic(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
     """Questions of one of GENERATORS; example ``index`` is the same in every process."""
     name = spec.dataset or spec.name
-    if name not in GENERATORS:
-        raise one_of(f"dataset of task {spec.name!r}", name, GENERATORS)
+    all_of(f"dataset of task {spec.name!r}", [name], GENERATORS)
     rewrite = spec.rewriter()
 
     def make(stream: int, index: int) -> Example:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import UserError, one_of
+from ..errors import UserError, all_of, one_of
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,13 @@ def read_spec(
     """
     name, known = str(raw["name"]), {item.name for item in fields(TaskSpec)}
     _refuse_execution(name, raw, known, {*verifiers, *formats})
-    for key in raw:
-        if key not in known:
-            raise one_of(f"a key of task {name!r}", key, known)
+    all_of(f"a key of task {name!r}", raw, known)
     spec = TaskSpec(**raw)
     if spec.verifier and spec.verifier not in set(verifiers):
         raise one_of(f"verifier of task {name!r}", spec.verifier, verifiers)
-    if spec.source not in keys_of:
-        raise one_of(f"source of task {name!r}", spec.source, keys_of)
+    all_of(f"source of task {name!r}", [spec.source], keys_of)
     read = {*_EVERY, *keys_of[spec.source]}
-    for key in raw:
-        if key not in read:
-            raise one_of(f"a key of task {name!r}, whose source is {spec.source},", key, read)
+    all_of(f"a key of task {name!r}, whose source is {spec.source},", raw, read)
     return spec
 
 

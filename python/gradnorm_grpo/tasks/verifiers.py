@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import operator
 import re
 import sys
 import textwrap
@@ -182,6 +183,14 @@ def _expensive(text: str) -> bool:
     )
 
 
+_ARITHMETIC: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
 def arithmetic_value(text: str) -> tuple[Fraction, list[int]]:
     """The value of an expression of whole numbers, + - * / and brackets, and the numbers in it; ValueError for
     others."""
@@ -196,14 +205,8 @@ def arithmetic_value(text: str) -> tuple[Fraction, list[int]]:
                 return Fraction(number)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -value(operand)
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return value(left) + value(right)
-            case ast.BinOp(left=left, op=ast.Sub(), right=right):
-                return value(left) - value(right)
-            case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                return value(left) * value(right)
-            case ast.BinOp(left=left, op=ast.Div(), right=right):
-                return value(left) / value(right)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                return _ARITHMETIC[type(op)](value(left), value(right))
         raise ValueError("only whole numbers, + - * / and brackets are allowed")
 
     try:

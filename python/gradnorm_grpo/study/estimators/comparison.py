@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
-import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,31 +77,31 @@ def compare(
             "scale_rewards 'batch' makes all prompts depend on each other, and estimators of independent prompts "
             "cannot be compared on them: use 'group' or 'none'"
         )
-    clock = _Clock()
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
     folder = folder or Path(settings.output_dir or f"runs/{name}-estimators")
     settings = _only_what_matters(settings)
     grpo = _where_grpo_begins(settings, console)
     try:
-        with clock.part("rollouts"):
+        with _timed(seconds, "rollouts"):
             path = folder / f"rollouts-seed{settings.seed}.safetensors"
             console.print(f"rollouts: {options.prompts} prompts of each of {len(grpo.tasks)} tasks", highlight=False)
             batch, reused = stored_rollouts(grpo, options.prompts, path)
         console.print(f"rollouts: {path}{' (stored before)' if reused else ''}", highlight=False, soft_wrap=True)
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         assert grpo.tracker is not None
-        result = describe_run(command, settings, grpo.model, grpo.tracker.layers) | {
+        result = describe_run(settings, grpo.model, grpo.tracker.layers) | {
             "name": name,
             "seed": settings.seed,
             "options": dataclasses.asdict(options),
             "group": settings.num_generations,
             "prompts": options.prompts,
             "rollouts": {"file": path.name, "reused": reused},
-            **_measure(grpo, batch, options, clock, console),
+            **_measure(grpo, batch, options, seconds, console),
             "notes": list(NOTES),
         }
     finally:
         grpo.close()
-    result["seconds"] = clock.seconds()
+    result["seconds"] = {**seconds, "total": time.monotonic() - started}
     file = folder / f"seed{settings.seed}.json"
     write_json(file, result)
     for line in _in_words(result):
@@ -158,24 +157,17 @@ def _where_grpo_begins(settings: Settings, console: Console) -> Grpo:
     return grpo
 
 
-class _Clock:
-    """Seconds by part and in all."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._parts: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Any:
-        started = time.monotonic()
-        yield
-        self._parts[name] = self._parts.get(name, 0.0) + time.monotonic() - started
-
-    def seconds(self) -> dict[str, float]:
-        return {**self._parts, "total": time.monotonic() - self._started}
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the seconds that the block takes to those of a part."""
+    started = time.monotonic()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.monotonic() - started
 
 
-def _measure(grpo: Grpo, batch: Batch, options: EstimatorSettings, clock: _Clock, console: Console) -> dict[str, Any]:
+def _measure(
+    grpo: Grpo, batch: Batch, options: EstimatorSettings, seconds: dict[str, float], console: Console
+) -> dict[str, Any]:
     """The parts of the file that come from the gradients. One task's tokens are held at a time."""
     n, seed = stats.pooled_size(options.prompts), grpo.settings.seed
     orders = stats.shuffles(options.prompts, options.subsets, seed)
@@ -186,11 +178,11 @@ def _measure(grpo: Grpo, batch: Batch, options: EstimatorSettings, clock: _Clock
     timed_task = ""
     for name in grpo.tasks:
         first = batch.tasks.index(name)
-        with clock.part("gradients"):
+        with _timed(seconds, "gradients"):
             layers = capture(grpo, batch, first, first + options.prompts)
             exact[name] = gram(layers).numpy()
         tokens = sum(layer.tokens for layer in layers)
-        with clock.part("statistics"):
+        with _timed(seconds, "statistics"):
             rewards = batch.rewards[first : first + options.prompts]
             tasks[name] = {
                 "prompts": options.prompts,
@@ -201,7 +193,7 @@ def _measure(grpo: Grpo, batch: Batch, options: EstimatorSettings, clock: _Clock
                 "estimators": stats.compare_estimators(exact[name], orders),
                 "microbatches": stats.in_microbatches(exact[name], orders, n),
             }
-        with clock.part("sketches"):
+        with _timed(seconds, "sketches"):
             seeds = [1000 * seed + k for k in range(options.sketches)]
             for width in sorted(options.widths):
                 if useless(layers, width) is None:
@@ -211,12 +203,30 @@ def _measure(grpo: Grpo, batch: Batch, options: EstimatorSettings, clock: _Clock
         found = tasks[name]["reference"]
         text = f"{name}: U {found['u']:.2e} +- {found['u_se']:.1e}, mean squared norm {found['mean_sq_norm']:.2e}"
         console.print(text, highlight=False, soft_wrap=True)
-    with clock.part("sketches"):
-        sketches = [
-            _describe_sketch(width, timed, exact, sketched.get(width, {}), tasks, orders, n)
-            for width in sorted(options.widths)
-        ]
-    with clock.part("cost"):
+    sketches: list[dict[str, Any]] = []
+    with _timed(seconds, "sketches"):
+        for width in sorted(options.widths):
+            if (reason := useless(timed, width)) is not None:
+                sketches.append({"width": width, "skipped": True, "reason": reason})
+                continue
+            own = sketched[width]
+            errors = {name: tasks[name]["reference"]["u_se"] for name in tasks}
+            described = {name: describe_task(exact[name], own[name], errors[name], orders, n) for name in tasks}
+            by_token = sum(4 * layer.tokens * (layer.d_in + layer.d_out) for layer in timed)
+            sketches.append(
+                {
+                    "width": width,
+                    "skipped": False,
+                    "reason": None,
+                    "unprojected": unprojected(timed, width),
+                    "bytes_per_prompt": bytes_per_prompt(timed, width),
+                    "exact_bytes_per_prompt": bytes_per_prompt(timed),
+                    "token_bytes_per_prompt": by_token // timed[0].prompts,
+                    "tasks": described,
+                    "order": describe_order(exact, own),
+                }
+            )
+    with _timed(seconds, "cost"):
         rows = cost(timed, sorted(sketched), options.repeats) if any(layer.tokens for layer in timed) else []
     return {
         "layers": [
@@ -233,34 +243,4 @@ def _measure(grpo: Grpo, batch: Batch, options: EstimatorSettings, clock: _Clock
             "repeats": options.repeats,
             "rows": rows,
         },
-    }
-
-
-def _describe_sketch(
-    width: int,
-    layers: list[Layer],
-    exact: dict[str, np.ndarray],
-    sketched: dict[str, np.ndarray],
-    tasks: dict[str, Any],
-    orders: np.ndarray,
-    n: int,
-) -> dict[str, Any]:
-    """One entry of the file's `sketches`."""
-    reason = useless(layers, width)
-    if reason is not None:
-        return {"width": width, "skipped": True, "reason": reason}
-    return {
-        "width": width,
-        "skipped": False,
-        "reason": None,
-        "unprojected": unprojected(layers, width),
-        "bytes_per_prompt": bytes_per_prompt(layers, width),
-        "exact_bytes_per_prompt": bytes_per_prompt(layers),
-        "token_bytes_per_prompt": sum(4 * layer.tokens * (layer.d_in + layer.d_out) for layer in layers)
-        // layers[0].prompts,
-        "tasks": {
-            name: describe_task(exact[name], sketched[name], tasks[name]["reference"]["u_se"], orders, n)
-            for name in tasks
-        },
-        "order": describe_order(exact, sketched),
     }

@@ -38,15 +38,18 @@ def cost(layers: Sequence[Layer], widths: Sequence[int], repeats: int) -> list[d
         chosen = projections(layers, width, 0)
         return lambda: gram(project(layers, chosen))
 
-    kept, whole = bytes_per_prompt(layers), _weight_grad_products(layers)
+    kept = bytes_per_prompt(layers)
+    whole = float(sum(layer.tokens * layer.d_in * layer.d_out for layer in layers))
+    # Every prompt's gradient squared, and their sum's.
+    squares = float(sum((layer.prompts + 1) * layer.d_in * layer.d_out for layer in layers))
     runs: list[tuple[str, int | None, Callable[[], Any], float, int | None]] = [
         ("weight_grad", None, lambda: [layer.dy.T @ layer.x for layer in layers], whole, None),
-        ("norms", None, lambda: norms(False), whole + _squares(layers), None),
-        ("norms_with_weight_grad", None, lambda: norms(True), whole + _squares(layers), None),
+        ("norms", None, lambda: norms(False), whole + squares, None),
+        ("norms_with_weight_grad", None, lambda: norms(True), whole + squares, None),
         ("gram", None, lambda: gram(layers), sum(map(_gram_products, layers)), kept),
     ]
     for width in widths:
-        products = sum(_sketch_products(layer, width) for layer in layers)
+        products = sum(_gram_products(layer, width) for layer in layers)
         runs.append(("sketch_gram", width, sketch(width), products, bytes_per_prompt(layers, width)))
     seconds = _in_turn([run for _, _, run, _, _ in runs], repeats, layers[0].x.device)
     base = float(np.median(seconds[0]))
@@ -82,29 +85,14 @@ def _in_turn(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.devi
     return times
 
 
-def _weight_grad_products(layers: Sequence[Layer]) -> float:
-    """``T d_in d_out``."""
-    return float(sum(layer.tokens * layer.d_in * layer.d_out for layer in layers))
+def _gram_products(layer: Layer, width: int | None = None) -> float:
+    """A Gram the cheaper way: over pairs of tokens, or of gradients that are formed.
 
-
-def _squares(layers: Sequence[Layer]) -> float:
-    """``(N + 1) d_in d_out``: every prompt's gradient squared, and their sum's."""
-    return float(sum((layer.prompts + 1) * layer.d_in * layer.d_out for layer in layers))
-
-
-def _pairwise(tokens: int, prompts: int, d_in: int, d_out: int) -> float:
-    """Of a Gram, the cheaper way: over pairs of tokens, or of gradients that are formed."""
-    by_tokens = tokens * (tokens + 1) / 2 * (d_in + d_out)
-    return float(min(by_tokens, (tokens + prompts * (prompts + 1) / 2) * d_in * d_out))
-
-
-def _gram_products(layer: Layer) -> float:
-    return _pairwise(layer.tokens, layer.prompts, layer.d_in, layer.d_out)
-
-
-def _sketch_products(layer: Layer, width: int) -> float:
-    """The projections, ``T d w`` a side, and the Gram of the narrower tokens."""
+    With a ``width``, that of the narrower tokens and, before it, the projections: ``T d w`` a side.
+    """
     sides = (layer.d_in, layer.d_out)
-    narrow = tuple(min(size, width) for size in sides)
-    projected = sum(size * width for size in sides if size > width)
-    return layer.tokens * projected + _pairwise(layer.tokens, layer.prompts, *narrow)
+    d_in, d_out = sides if width is None else (min(size, width) for size in sides)
+    projected = 0 if width is None else sum(size * width for size in sides if size > width)
+    by_tokens = layer.tokens * (layer.tokens + 1) / 2 * (d_in + d_out)
+    by_gradients = (layer.tokens + layer.prompts * (layer.prompts + 1) / 2) * d_in * d_out
+    return layer.tokens * projected + float(min(by_tokens, by_gradients))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...checkpoint import sha256
 from ...errors import StorageError, UserError
 from ...loop import Batch, Grpo
 from ...rollout import Rollouts
-from ...runlog import write_json
-from ...settings import Settings
+from ...runlog import whole, write_json
 from ...tasks import Example
 
 _FORMAT = 1
+_TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 # What the rollouts depend on, beside the model's weights.
 _SETTINGS = (
     *("model", "dtype", "bf16", "seed", "tasks", "prompt_template", "system_prompt", "few_shot", "eval_prompts"),
@@ -62,24 +62,16 @@ def sample(grpo: Grpo, prompts: int) -> Batch:
     parts = [
         grpo.rollout([task] * min(step, prompts - done)) for task in grpo.tasks for done in range(0, prompts, step)
     ]
-    longest_prompt = max(part.rollouts.prompt_ids.shape[1] for part in parts)
-    longest = max(part.rollouts.completion_ids.shape[1] for part in parts)
-    fill = grpo.tokenizer.pad_token_id
 
-    def left(tensor: Tensor, value: int) -> Tensor:
-        return pad(tensor, (longest_prompt - tensor.shape[1], 0), value=value)
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part.rollouts, name) for part in parts]
+        fill = grpo.tokenizer.pad_token_id if name.endswith("ids") else 0
+        room = [max(tensor.shape[1] for tensor in tensors) - tensor.shape[1] for tensor in tensors]
+        sides = [(more, 0) if name.startswith("prompt") else (0, more) for more in room]
+        return torch.cat([pad(tensor, side, value=fill) for tensor, side in zip(tensors, sides, strict=True)])
 
-    def right(tensor: Tensor, value: int) -> Tensor:
-        return pad(tensor, (0, longest - tensor.shape[1]), value=value)
-
-    rollouts = Rollouts(
-        torch.cat([left(part.rollouts.prompt_ids, fill) for part in parts]),
-        torch.cat([left(part.rollouts.prompt_mask, 0) for part in parts]),
-        torch.cat([right(part.rollouts.completion_ids, fill) for part in parts]),
-        torch.cat([right(part.rollouts.completion_mask, 0) for part in parts]),
-        torch.cat([part.rollouts.ended for part in parts]),
-        parts[0].rollouts.group,
-    )
+    ended = torch.cat([part.rollouts.ended for part in parts])
+    rollouts = Rollouts(**{name: joined(name) for name in _TOKENS}, ended=ended, group=parts[0].rollouts.group)
     return Batch(
         [task for part in parts for task in part.tasks],
         [example for part in parts for example in part.examples],
@@ -92,41 +84,28 @@ def sample(grpo: Grpo, prompts: int) -> Batch:
 
 def made_with(grpo: Grpo, prompts: int) -> dict[str, Any]:
     """Everything that rollouts depend on, by name, as JSON holds it."""
-    settings = _plain(grpo.settings)
+    settings = {name: value for name, value in dataclasses.asdict(grpo.settings).items() if name in _SETTINGS}
     weights = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(grpo.model.state_dict().items()):
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return {"format": _FORMAT, "prompts": prompts, **settings, "weights": weights.hexdigest()}
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    values = {name: value for name, value in dataclasses.asdict(settings).items() if name in _SETTINGS}
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain
+    made = {"format": _FORMAT, "prompts": prompts, **settings, "weights": weights.hexdigest()}
+    return dict(json.loads(json.dumps(made)))
 
 
 def store(batch: Batch, made: dict[str, Any], path: Path) -> None:
     """Write both files, each whole or not at all, the JSON last."""
     rollouts, names = batch.rollouts, list(dict.fromkeys(batch.tasks))
-    tensors = {
-        "prompt_ids": rollouts.prompt_ids,
-        "prompt_mask": rollouts.prompt_mask,
-        "completion_ids": rollouts.completion_ids,
-        "completion_mask": rollouts.completion_mask,
-        "ended": rollouts.ended,
-        "rewards": batch.rewards,
-        "advantages": batch.advantages,
-        "task": torch.tensor([names.index(task) for task in batch.tasks]),
-    }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {name: getattr(rollouts, name) for name in (*_TOKENS, "ended")}
+    tensors |= {"rewards": batch.rewards, "advantages": batch.advantages}
+    tensors["task"] = torch.tensor([names.index(task) for task in batch.tasks])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         text = {
             "made_with": made,
-            "sha256": _digest(path),
+            "sha256": sha256(path),
             "group": rollouts.group,
             "tasks": names,
             "questions": [example.question for example in batch.examples],
@@ -138,8 +117,6 @@ def store(batch: Batch, made: dict[str, Any], path: Path) -> None:
         raise StorageError(
             f"the rollouts could not be kept in {path} ({error}): free some space or name another folder"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, made: dict[str, Any] | None = None, device: torch.device | str = "cpu") -> Batch:
@@ -156,7 +133,7 @@ def load(path: Path, made: dict[str, Any] | None = None, device: torch.device | 
     advice = f"delete {path} and {path.with_suffix('.json').name} to sample new ones, or name another folder"
     try:
         text = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        whole = text["sha256"] == _digest(path)
+        whole = text["sha256"] == sha256(path)
         tensors = load_file(path) if whole else {}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"the stored rollouts cannot be read ({error}): {advice}") from error
@@ -164,13 +141,7 @@ def load(path: Path, made: dict[str, Any] | None = None, device: torch.device | 
         raise UserError(f"{path} is not the file that {path.with_suffix('.json').name} describes: {advice}")
     if made is not None:
         _refuse_others(text["made_with"], made, path, advice)
-    ids = {name: tensors[name].to(device) for name in ("prompt_ids", "prompt_mask", "completion_ids")}
-    rollouts = Rollouts(
-        **ids,
-        completion_mask=tensors["completion_mask"].to(device),
-        ended=tensors["ended"].to(device),
-        group=text["group"],
-    )
+    rollouts = Rollouts(**{name: tensors[name].to(device) for name in (*_TOKENS, "ended")}, group=text["group"])
     return Batch(
         [text["tasks"][index] for index in tensors["task"].tolist()],
         [Example(question, answer) for question, answer in zip(text["questions"], text["answers"], strict=True)],
@@ -191,7 +162,3 @@ def _refuse_others(stored: dict[str, Any], made: dict[str, Any], path: Path, adv
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,7 +16,8 @@ from ...runlog import plain
 from ..measurements import Measurements, Run
 from ..stats import known_mean
 from . import arms, estimators, explain, gain, imbalance, last_block
-from .common import Answer, Record
+from .common import Answer
+from .reading import Reading
 
 
 class Question(Protocol):
@@ -29,11 +30,8 @@ class Question(Protocol):
     def answer(self, m: Measurements) -> Answer:
         """The verdict on the claim and what it rests on. It must come whatever is missing from the measurements."""
 
-    def draw(self, answers: Record, answer: Record) -> Figure:
-        """The figure of this answer, an entry of ``answers``, which is the content of answers.json.
-
-        Any part of the data may be missing; the figure then says so.
-        """
+    def draw(self, a: Reading) -> Figure:
+        """The figure of this answer. Any part of its data may be missing; the figure then says so."""
 
 
 _FILES: tuple[Question, ...] = (imbalance, last_block, gain, explain, arms, estimators)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,24 +14,10 @@ from matplotlib.transforms import ScaledTranslation
 from ... import plots
 from ...numbers import clean, signed
 from ..measurements import Measurements, Run
-from ..stats import ALPHA, LEVEL, holm, t_interval
-from .common import (
-    BASELINE,
-    Answer,
-    Record,
-    bounds,
-    index,
-    interval_over,
-    number,
-    ordered,
-    p_value,
-    records,
-    scarce,
-    some,
-    triple,
-    value_of,
-)
-from .drawing import AXIS, empty, row_panel, stacked
+from ..stats import ALPHA, Interval, holm, t_interval
+from .common import BASELINE, Answer, bounds, interval_over, number, p_value, scarce, with_interval
+from .drawing import AXIS, nothing, sheet, stacked
+from .reading import Reading, Row
 
 QUESTION = "What does sampling tasks by their gradients do?"
 ARM = "proportional"
@@ -115,7 +101,7 @@ def _over(by_seed: dict[int, float]) -> dict[str, Any]:
     return {**bounds(t_interval(list(by_seed.values()))), "per_seed": per_seed}
 
 
-def _values(row: Record) -> list[float]:
+def _values(row: dict[str, Any]) -> list[float]:
     return [entry["value"] for entry in row["per_seed"]]
 
 
@@ -191,15 +177,16 @@ def _sentence(
     return f"{first} Proportional sampling ends {word} (p = {p_value(own['p_holm'])} after Holm for the arms)."
 
 
-def _means(differences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+_Row = TypeVar("_Row", bound=dict[str, Any])
+
+
+def _means(differences: Sequence[_Row]) -> list[_Row]:
     """The differences of mean accuracy at the end: what the verdict is about."""
     return [row for row in differences if row.get("task") is None and row.get("when") == "end"]
 
 
-def _difference(row: Record) -> str:
-    if math.isnan(row["low"]):
-        return f"{signed(row['value'], 3)} (no interval)"
-    return f"{signed(row['value'], 3)} ({LEVEL:.0%} interval {signed(row['low'], 3)} to {signed(row['high'], 3)})"
+def _difference(row: dict[str, Any]) -> str:
+    return with_interval(Interval(row["value"], row["low"], row["high"]), lambda x: signed(x, 3))
 
 
 # The figure
@@ -209,121 +196,97 @@ _STEP = 12.0  # pixels between the arms of a row
 _CURVES = 170.0
 
 
-def draw(answers: Record, answer: Record) -> Figure:
+def draw(a: Reading) -> Figure:
     """Differences from uniform and accuracies, one row per task, and the mean accuracy over training."""
-    final, differences = (some(records(answer, part), "value") for part in ("final", "differences"))
-    baseline = (answer.get("data") or {}).get("baseline")
-    curves = [
-        c
-        for c in records(answer, "curves")
-        if c.get("task") is None and plots.finite(plots.numbers(c.get("value") or [])).size
-    ]
-    arms = ordered(answers, "arms", final, differences, curves, name="arm")
-    heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
+    final, differences, baseline = a.rows("final", "value"), a.rows("differences", "value"), a.data.get("baseline")
+    curves = [c for c in a.rows("curves") if c.get("task") is None and np.isfinite(c.get("value") or []).any()]
+    arms = a.names("arm", final, differences, curves)
     if not arms:
-        figure = plots.sheet(*heading, [str(answer.get("sentence") or "")], 90)
-        empty(figure.subplots(), "No arm has a held-out accuracy.")
-        return figure
-    tasks = ordered(answers, "tasks", final, differences, name="task")
-    names = [_MEAN, *([_MEAN_AVERAGE] if any(d.get("when") == "average" for d in differences) else []), *tasks]
+        return nothing(a, "No arm has a held-out accuracy.")
+    tasks = a.names("task", final, differences)
+    means = [_MEAN, *([_MEAN_AVERAGE] if any(d["when"] == "average" for d in differences) else [])]
+    names = [*means, *tasks]
     row = 14 + _STEP * len(arms)
     upper, lower = 28 + row * len(names) + AXIS, 28 + _CURVES + AXIS if curves else 0.0
-    key = [("s" if arm == baseline else "o", shade(answers, arm, baseline), True, arm) for arm in arms]
-    figure = plots.sheet(*heading, [_note(answer)], upper + lower, key)
+    key = [(mark(a, arm), shade(a, arm), True, arm) for arm in arms]
+    counts = plots.finite(plots.numbers(r["rollouts"] for r in a.rows("rollouts")))
+    budget = " to ".join(dict.fromkeys(f"{n:,.0f}" for n in (counts.min(), counts.max()))) if counts.size else ""
+    note = "Bars are 95% intervals over seeds; none are drawn where there is one seed."
+    figure = sheet(a, [f"{note} Rollouts per run: {budget}." if budget else note], upper + lower, key)
     top, *below = stacked(figure, [upper, lower]) if curves else [figure]
     left, right = top.subplots(1, 2)
     left.set_title(plots.fit(f"Minus {baseline}, paired by seed" if baseline else "Differences", 260))
     right.set_title("Held-out accuracy at the end")
-    row_panel(left, answers, names, 190)
-    row_panel(right, answers, names, 0)
     others = [arm for arm in arms if arm != baseline]
-    found = [d for d in differences if d.get("arm") in others]
-    if found:
-        plots.linear(left, "x", np.ravel([triple(d) for d in found]), zero=True)
-        left.set_xlabel("difference of held-out accuracy")
-        _fill(left, answers, found, others, names, row, baseline)
-    else:
-        left.set_xticks([])
-        left.spines["bottom"].set_visible(False)
-        left.text(0.5, 0.5, "nothing to compare with", transform=left.transAxes, ha="center", color=plots.SOFT)
-    plots.linear(right, "x", np.ravel([triple(f) for f in final]))
-    right.set_xlabel("held-out accuracy")
-    _fill(right, answers, final, arms, names, row, baseline)
+    for axes, width, shown, found in (
+        (left, 190, others, [d for d in differences if d["arm"] in others]),
+        (right, 0, arms, final),
+    ):
+        plots.rows(axes, names, width)
+        if axes is left and not found:
+            left.set_xticks([])
+            left.spines["bottom"].set_visible(False)
+            left.text(0.5, 0.5, "nothing to compare with", transform=left.transAxes, ha="center", color=plots.SOFT)
+            continue
+        plots.linear(axes, "x", np.ravel([d.interval() for d in found]), zero=axes is left)
+        axes.set_xlabel("difference of held-out accuracy" if axes is left else "held-out accuracy")
+        axes.axhspan(-0.5, len(means) - 0.5, color=plots.SHADE, lw=0, zorder=0)
+        _fill(axes, a, found, shown, names, row)
     if curves:
-        _curves(below[0].subplots(), answers, curves, baseline)
+        _curves(below[0].subplots(), a, curves)
     return figure
 
 
-def shade(answers: Record, arm: str, baseline: object) -> str:
+def mark(a: Reading, arm: str) -> str:
+    """The arm's marker: a square for what the others are compared with."""
+    return "s" if arm == a.data.get("baseline") else "o"
+
+
+def shade(a: Reading, arm: str) -> str:
     """The arm's colour: ink for what the others are compared with."""
-    return plots.INK if arm == baseline else plots.colour(index(answers, "arms", arm))
+    return plots.INK if arm == a.data.get("baseline") else plots.colour(a.place(arm, "arm"))
 
 
-def compared_arms(answers: Record, answer: Record) -> list[str]:
+def compared_arms(a: Reading) -> list[str]:
     """The arms whose mean accuracy is compared with the baseline's."""
-    baseline = (answer.get("data") or {}).get("baseline")
-    found = _means(some(records(answer, "differences"), "value"))
-    return ordered(answers, "arms", [d for d in found if d.get("arm") != baseline], name="arm")
+    found = _means(a.rows("differences", "value"))
+    return a.names("arm", [d for d in found if d["arm"] != a.data.get("baseline")])
 
 
-def mean_differences(axes: Axes, answers: Record, answer: Record, arms: Sequence[str], row: float) -> None:
+def mean_differences(axes: Axes, a: Reading, arms: Sequence[str], row: float) -> None:
     """One row of ``row`` pixels per arm: the difference of mean accuracy at the end, and below it each seed's."""
-    found = {d.get("arm"): d for d in _means(records(answer, "differences"))}
-    plots.linear(axes, "x", np.ravel([triple(found.get(arm)) for arm in arms]), zero=True, most=4)
+    found = {d["arm"]: d for d in _means(a.rows("differences"))}
+    plots.linear(axes, "x", np.ravel([found[arm].interval() for arm in arms]), zero=True, most=4)
     for y, arm in enumerate(arms):
-        record = found.get(arm) or {}
-        seeds = plots.numbers(s.get("value") for s in record.get("per_seed") or [])
+        seeds = plots.numbers(s["value"] for s in found[arm].rows("per_seed"))
         axes.plot(seeds, np.full(seeds.size, y + 12 / row), ls="none", marker="|", ms=7, color=plots.SOFT, mew=1.2)
-        plots.interval(axes, y, triple(record), shade(answers, arm, None), size=9, width=3)
+        plots.interval(axes, y, found[arm].interval(), shade(a, arm), size=9, width=3)
 
 
-def _fill(
-    axes: Axes,
-    answers: Record,
-    found: Sequence[Record],
-    arms: Sequence[str],
-    names: Sequence[str],
-    row: float,
-    baseline: object,
-) -> None:
-    """The intervals of every record on its row, the arms below each other; a ground behind the rows of the means."""
-    axes.axhspan(-0.5, sum(name in (_MEAN, _MEAN_AVERAGE) for name in names) - 0.5, color=plots.SHADE, lw=0, zorder=0)
+def _fill(axes: Axes, a: Reading, found: Sequence[Row], arms: Sequence[str], names: Sequence[str], row: float) -> None:
+    """The intervals of every record on its row, the arms below each other."""
     for record in found:
-        task, arm = record.get("task"), str(record.get("arm"))
-        average, strong = record.get("when") == "average", task is None
-        name = str(task) if not strong else _MEAN_AVERAGE if average else _MEAN
-        if (average and not strong) or name not in names or arm not in arms:
+        task, average = record.get("task"), record.get("when") == "average"
+        name = task or (_MEAN_AVERAGE if average else _MEAN)
+        if (average and task) or record["arm"] not in arms:
             continue
-        y = names.index(name) + (list(arms).index(arm) - (len(arms) - 1) / 2) * _STEP / row
-        style: dict[str, Any] = {"size": 7, "width": 2.6} if strong else {"size": 5.5, "width": 1.5}
-        mark = "s" if arm == baseline else "o"
-        plots.interval(axes, y, triple(record), shade(answers, arm, baseline), mark=mark, **style)
+        y = names.index(name) + (arms.index(record["arm"]) - (len(arms) - 1) / 2) * _STEP / row
+        style: dict[str, Any] = {"size": 5.5, "width": 1.5} if task else {"size": 7, "width": 2.6}
+        own, sign = shade(a, record["arm"]), mark(a, record["arm"])
+        plots.interval(axes, y, record.interval(), own, mark=sign, **style)
 
 
-def _curves(axes: Axes, answers: Record, curves: Sequence[Record], baseline: object) -> None:
+def _curves(axes: Axes, a: Reading, curves: Sequence[Row]) -> None:
     """Mean held-out accuracy of each arm over training."""
     axes.set_title("Held-out accuracy over training, mean over tasks and seeds")
-    keys = ("steps", "value", "low", "high")
-    parts = [[plots.numbers(curve.get(key) or []) for key in keys] for curve in curves]
+    parts = [[plots.numbers(curve[key]) for key in ("steps", "value", "low", "high")] for curve in curves]
     plots.linear(axes, "y", np.concatenate([values for part in parts for values in part[1:]]))
     plots.linear(axes, "x", np.concatenate([steps for steps, *_ in parts]), most=8)
     axes.set_xlabel("step")
     for i, (curve, (steps, value, low, high)) in enumerate(zip(curves, parts, strict=True)):
-        if not steps.size == value.size == low.size == high.size:
-            continue
-        arm = str(curve.get("arm"))
-        own, mark = shade(answers, arm, baseline), "s" if arm == baseline else "o"
+        own, sign = shade(a, curve["arm"]), mark(a, curve["arm"])
         # Beside each other by some pixels: the arms' intervals would hide one another.
         beside = ScaledTranslation((i - (len(curves) - 1) / 2) * 5 / 72, 0, axes.figure.dpi_scale_trans)
         place = axes.transData + beside
-        axes.plot(steps, value, color=own, lw=1.8, marker=mark, ms=5, zorder=3, transform=place)
+        axes.plot(steps, value, color=own, lw=1.8, marker=sign, ms=5, zorder=3, transform=place)
         axes.vlines(steps, low, high, color=own, lw=1.2, alpha=0.6, zorder=2, transform=place)
-
-
-def _note(answer: Record) -> str:
-    known = plots.finite(np.array([value_of(r, "rollouts") for r in records(answer, "rollouts")]))
-    budget = ""
-    if known.size:
-        low, high = known.min(), known.max()
-        budget = f" Rollouts per run: {low:,.0f}." if low == high else f" Rollouts per run: {low:,.0f} to {high:,.0f}."
-    return f"Bars are 95% intervals over seeds; none are drawn where there is one seed.{budget}"

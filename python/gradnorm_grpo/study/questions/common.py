@@ -1,21 +1,20 @@
-"""What the questions share: the form of an answer, its words, and how a figure or the page reads it again."""
+"""What the questions share: the form of an answer, its numbers and its words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from ...numbers import clean, fixed, significant
+from ...numbers import fixed
 from ..measurements import Measurements, Run
-from ..stats import ALPHA, FEWEST_TASKS, LEVEL, Correlation, t_interval
+from ..stats import ALPHA, FEWEST_TASKS, LEVEL, Correlation, Interval, Ratio, t_interval
 
 BASELINE = "uniform"
 VERDICTS = ("supported", "contradicted", "undecided")
-Record: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def correlation_number(name: str, found: Correlation, what: str) -> dict[str, An
     return number(name, found.value, found.low, found.high, f"{what}; {interval_over(found.per_seed)}{p}")
 
 
-def bounds(found: Any, value: str = "value") -> dict[str, float]:
+def bounds(found: Interval | Ratio | Correlation, value: str = "value") -> dict[str, float]:
     """An Interval, Ratio or Correlation as a row's three numbers, under the key ``value`` and, from it, of the ends."""
     low, high = ("low", "high") if value == "value" else (f"{value}_low", f"{value}_high")
     return {value: found.value, low: found.low, high: found.high}
@@ -82,11 +81,11 @@ def p_value(p: float) -> str:
     return "unknown" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
-def with_interval(found: Correlation) -> str:
+def with_interval(found: Interval | Ratio | Correlation, write: Callable[[float], str] = fixed) -> str:
     """0.62 (95% interval 0.31 to 0.93); says so where there is no interval."""
     if math.isnan(found.low):
-        return f"{fixed(found.value)} (no interval)"
-    return f"{fixed(found.value)} ({LEVEL:.0%} interval {fixed(found.low)} to {fixed(found.high)})"
+        return f"{write(found.value)} (no interval)"
+    return f"{write(found.value)} ({LEVEL:.0%} interval {write(found.low)} to {write(found.high)})"
 
 
 def scarce(m: Measurements, runs: Sequence[Run]) -> str:
@@ -108,75 +107,3 @@ def direction(found: Correlation) -> str:
     if not (found.sign and found.p < ALPHA and found.tasks >= FEWEST_TASKS):
         return "undecided"
     return "supported" if found.sign > 0 and found.value > 0 else "contradicted"
-
-
-# Reading an answer again: lists may be empty or missing, numbers may be unknown
-
-
-def answer_of(answers: Record, name: str) -> dict[str, Any]:
-    """The answer with this id, or one that says that there is none."""
-    for answer in answers.get("answers") or []:
-        if answer.get("id") == name:
-            return dict(answer)
-    missing = {"verdict": "undecided", "sentence": "This question was not asked of these data."}
-    return {"id": name, "question": name.replace("_", " "), **missing}
-
-
-def records(answer: Record, key: str) -> list[dict[str, Any]]:
-    """A list of the answer's data; empty where there is none."""
-    found = (answer.get("data") or {}).get(key)
-    return [dict(r) for r in found if isinstance(r, Mapping)] if isinstance(found, list | tuple) else []
-
-
-def some(part: Sequence[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
-    """The records, or none where no record has a number under any of the keys: then nothing can be drawn."""
-    return list(part) if any(math.isfinite(value_of(r, key)) for r in part for key in keys) else []
-
-
-def value_of(record: Record | None, key: str = "value") -> float:
-    """A number of the record, NaN where it is not known."""
-    value = (record or {}).get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def triple(record: Record | None, value: str = "value", low: str = "low", high: str = "high") -> tuple[float, ...]:
-    """A value and its interval, NaN where they are not known."""
-    return value_of(record, value), value_of(record, low), value_of(record, high)
-
-
-def ordered(answers: Record, key: str, *found: Iterable[Record], name: str) -> list[str]:
-    """The study's tasks (or arms) that occur in the records: those the study names, in its order, then any others."""
-    present = list(dict.fromkeys(str(r[name]) for part in found for r in part if r.get(name) is not None))
-    known = [str(n) for n in answers.get(key) or []]
-    return [n for n in known if n in present] + [n for n in present if n not in known]
-
-
-def index(answers: Record, key: str, name: object) -> int:
-    """The place of a task (or arm) in the study, which determines its colour in every figure."""
-    known = [str(n) for n in answers.get(key) or []]
-    return known.index(str(name)) if str(name) in known else len(known)
-
-
-def spelled(found: Sequence[float], decimals: int | None = None) -> str:
-    """value (low to high), with so many decimals or two significant digits; (over low) without a known high."""
-    value, low, high = found
-
-    def one(x: float) -> str:
-        return significant(x) if decimals is None else fixed(x, decimals)
-
-    if not math.isfinite(low):
-        return one(value) if math.isfinite(value) else "not known"
-    ends = f"{one(low)} to {one(high)}" if math.isfinite(high) else f"over {one(low)}"
-    return f"{one(value)} ({ends})" if math.isfinite(value) else ends
-
-
-def correlations(answer: Record, where: str) -> list[str]:
-    """What is known of the correlations there, one line each: "Spearman, held-out: 0.14 (-0.70 to 0.80)"."""
-    lines = []
-    for record in records(answer, "correlations"):
-        place = str(record.get("where"))
-        if place.startswith(where) and math.isfinite(value_of(record)):
-            which = place[len(where) :].strip(" ()")
-            kind = f"{record.get('kind')}, {which}:" if which else f"{record.get('kind')}:"
-            lines.append(clean(f"{kind} {spelled(triple(record), 2)}"))
-    return lines

@@ -1,4 +1,4 @@
-"""What the questions' figures share: rows of names, text beside a row, points with error bars, panels without data."""
+"""What the questions' figures share: sheets and heads, text beside a row, points with error bars, empty panels."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from matplotlib.figure import Figure, FigureBase
 
 from ... import plots
 from ..stats import Array
-from .common import Record, index
+from .reading import Reading
 
 AXIS = 48.0  # height of the tick labels and the name of an axis under a panel
-NAME = 230.0  # the widest a name may be
-
-
-def row_panel(axes: Axes, answers: Record, names: Sequence[str], width: float = NAME, *, markers: bool = False) -> None:
-    """One row per name; ``markers``: each task's marker beside its name."""
-    plots.rows(axes, names, width, [index(answers, "tasks", name) for name in names] if markers else ())
+NAME = 230.0  # the widest a name of a row may be
 
 
 def beside(axes: Axes, y: float, text: str, strong: bool = False) -> None:
@@ -49,6 +44,18 @@ def stacked(figure: Figure, heights: Sequence[float]) -> list[FigureBase]:
     return list(np.ravel(figure.subfigures(len(heights), 1, height_ratios=heights)))
 
 
+def sheet(answer: Reading, notes: Sequence[str], body: float, key: Sequence[plots.Entry] = ()) -> Figure:
+    """The sheet of an answer, headed by its question and its verdict; the arguments are those of `plots.sheet`."""
+    return plots.sheet(answer.question, answer.verdict, notes, body, key)
+
+
+def nothing(answer: Reading, text: str) -> Figure:
+    """The figure of an answer without data: a sentence that says so, and the answer's own."""
+    figure = sheet(answer, [answer.sentence], 90)
+    empty(figure.subplots(), text)
+    return figure
+
+
 def head_height(lines: int) -> float:
     """Pixels that :func:`headed` needs above the panels, for so many lines under their titles."""
     return 24.0 + 16 * lines
@@ -69,14 +76,14 @@ def headed(
     parts: Any = figure.subfigures(2, len(heads), height_ratios=[high, body], width_ratios=widths or None)
     tops, bottoms = parts
     for i, (top, (title, lines)) in enumerate(zip(tops, heads, strict=True)):
-        place = {"x": 8 / plots.SHEET_WIDTH * len(heads), "va": "center_baseline"}
-        top.text(y=1 - 10 / high, s=title, fontweight="bold", color=plots.SOFT, **place)
-        for j, line in enumerate(lines):
-            top.text(y=1 - (30 + 16 * j) / high, s=line, fontsize=plots.SMALL, color=plots.SOFT, **place)
+        shown: list[tuple[str, dict[str, Any]]] = [(title, {"fontsize": plots.TEXT, "fontweight": "bold"})]
+        shown += [(line, {}) for line in lines]
         if verdicts:
-            style: dict[str, Any] = {"fontsize": plots.SMALL, "fontweight": "bold"}
             shade = plots.VERDICT_COLOURS.get(verdicts[i], plots.SOFT)
-            top.text(y=1 - (30 + 16 * len(lines)) / high, s=f"→ {verdicts[i]}", color=shade, **style, **place)
+            shown.append((f"→ {verdicts[i]}", {"fontweight": "bold", "color": shade}))
+        for j, (text, style) in enumerate(shown):
+            style = {"fontsize": plots.SMALL, "color": plots.SOFT, "va": "center_baseline", **style}
+            top.text(8 / plots.SHEET_WIDTH * len(heads), 1 - (14 + 16 * j if j else 10) / high, text, **style)
     return [bottom.subplots() for bottom in bottoms]
 
 
@@ -100,7 +107,8 @@ def dots(axes: Axes, x: Array, y: Array, place: int, size: float = 6.0, alpha: f
     axes.plot(np.atleast_1d(x), np.atleast_1d(y), ls="none", ms=size, mew=0.6, alpha=alpha, zorder=3, **style)
 
 
-def task_key(answers: Record, tasks: Sequence[str]) -> list[plots.Entry]:
+def task_key(answer: Reading, tasks: Sequence[str]) -> list[plots.Entry]:
     """The entries of a legend of the tasks."""
-    places = [index(answers, "tasks", task) for task in tasks]
-    return [(plots.marker(p), plots.colour(p), True, task) for task, p in zip(tasks, places, strict=True)]
+    return [
+        (plots.marker(p), plots.colour(p), True, task) for task, p in zip(tasks, map(answer.place, tasks), strict=True)
+    ]

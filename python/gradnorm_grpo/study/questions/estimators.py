@@ -15,8 +15,9 @@ from ... import plots
 from ...numbers import significant
 from ..measurements import Measurements
 from ..stats import ALPHA, LEVEL, known_median
-from .common import Answer, Record, count_of, number, records, some, triple
-from .drawing import AXIS, empty, stacked
+from .common import Answer, count_of, number
+from .drawing import AXIS, empty, sheet, stacked
+from .reading import Reading, Row
 
 QUESTION = "Which estimator, and what does a sketch of each prompt's gradient cost and lose?"
 CLAIM = (
@@ -25,8 +26,6 @@ CLAIM = (
     "estimation.)"
 )
 NAMES = {"cross_product": "cross-product", "plug_in": "plug-in", "two_batch": "two-batch split"}
-#: Spreads are those of fresh prompts: over subsets of the stored ones they shrink to zero when all are taken.
-_RELATIVE = ("bias_rel", "sd_fresh_rel")
 TYPICAL = 8  # prompts of a task in a step of the tiny preset
 WIDEST = 256
 
@@ -71,29 +70,23 @@ def _trusted(entry: dict[str, Any]) -> list[str]:
 
 def _by_n(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each estimator at each n: per task, the mean over seeds; and (task None) the median over significant tasks."""
-    rows: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    relative: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    rows: dict[tuple[str, int, str | None], list[dict[str, Any]]] = {}
     for task, trusted, row in _rows(found):
-        rows.setdefault((row["estimator"], row["n"], task), []).append(row)
-        if trusted:
-            relative.setdefault((row["estimator"], row["n"]), []).append(row)
+        for key in (task, None) if trusted else (task,):
+            rows.setdefault((row["estimator"], row["n"], key), []).append(row)
     made = []
-    for (name, n, task), own in rows.items():
-        means = {key: float(np.mean([_number(row[key]) for row in own])) for key in ("bias", "sd_fresh", *_RELATIVE)}
-        made.append(_row(name, n, task, **means))
-    for (name, n), own in relative.items():
-        medians = {key: known_median(_number(row[key]) for row in own) for key in _RELATIVE}
-        made.append(_row(name, n, None, math.nan, math.nan, **medians))
+    for (name, n, key), own in sorted(rows.items(), key=lambda item: item[0][2] is None):
+        middle = known_median if key is None else np.mean
+        keys = ("bias", "sd_fresh", "bias_rel", "sd_fresh_rel")
+        bias, sd, bias_rel, sd_rel = (float(middle([_number(row[field]) for row in own])) for field in keys)
+        if key is None:
+            bias = sd = math.nan
+        # The biases are exact expectations over all subsets: they have no interval. Spreads are those of fresh
+        # prompts: over subsets of the stored ones they shrink to zero when all are taken.
+        exact = {"bias": bias, "bias_low": math.nan, "bias_high": math.nan, "sd": sd}
+        row = {"estimator": NAMES.get(name, name), "n": n, "task": key, **exact}
+        made.append(row | {"relative_bias": bias_rel, "relative_sd": sd_rel})
     return made
-
-
-def _row(
-    name: str, n: int, task: str | None, bias: float, sd_fresh: float, bias_rel: float, sd_fresh_rel: float
-) -> dict[str, Any]:
-    # The biases are exact expectations over all subsets: they have no interval.
-    exact = {"bias": bias, "bias_low": math.nan, "bias_high": math.nan, "sd": sd_fresh}
-    row = {"estimator": NAMES.get(name, name), "n": n, "task": task, **exact}
-    return row | {"relative_bias": bias_rel, "relative_sd": sd_fresh_rel}
 
 
 def _sketch(found: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
@@ -101,45 +94,43 @@ def _sketch(found: Sequence[dict[str, Any]], width: int) -> dict[str, Any]:
 
     Its interval is that of a standard deviation over the sketches drawn (chi-squared), Bonferroni over tasks and seeds.
     """
-    errors, ratios, taus, drawn = [], [], [], []
-    times: dict[str, list[float]] = {"sketch_gram": [], "gram": [], "norms": []}
-    sizes, pairing = [], []
-    for entry in found:
-        own = next((row for row in entry["sketches"] if row["width"] == width and not row["skipped"]), None)
-        if own is None:
-            continue
-        drawn.append(entry["options"]["sketches"])
-        taus.append(_number(own["order"]["kendall_tau_mean"]))
-        ratios += [_number(task["u_sd_over_se"]) for task in own["tasks"].values()]
-        errors += [abs(_number(own["tasks"][task]["u_sd_rel"])) for task in _trusted(entry)]
-        for row in entry["cost"]["rows"]:
-            if row["what"] in times and row["width"] in (None, width):
-                times[row["what"]].append(_number(row["seconds"]))
-        sizes.append(own["bytes_per_prompt"] / own["exact_bytes_per_prompt"])
-        for task in _trusted(entry):
-            apart = [row["sd"] for row in entry["tasks"][task]["microbatches"] if row["size"] == TYPICAL]
-            if apart and _number(apart[0]) > 0:
-                pairing.append(_number(own["tasks"][task]["rmse_all_pairs"]) / apart[0])
-    known = [error for error in errors if math.isfinite(error)]
+    pairs = [(e, own) for e in found for own in e["sketches"] if own["width"] == width and not own["skipped"]]
+    trusted = [(entry["tasks"][task], own["tasks"][task]) for entry, own in pairs for task in _trusted(entry)]
+    errors = [error for _, task in trusted if math.isfinite(error := abs(_number(task["u_sd_rel"])))]
+    pairing = [
+        _number(sketched["rmse_all_pairs"]) / apart
+        for exact, sketched in trusted
+        for row in exact["microbatches"]
+        if row["size"] == TYPICAL and (apart := _number(row["sd"])) > 0
+    ]
+
+    def seconds(what: str) -> float:
+        rows = [row for entry, _ in pairs for row in entry["cost"]["rows"]]
+        return known_median(
+            _number(row["seconds"]) for row in rows if row["what"] == what and row["width"] in (None, width)
+        )
+
+    ratios = [_number(task["u_sd_over_se"]) for _, own in pairs for task in own["tasks"].values()]
     worst = max(ratios, default=math.nan) if all(map(math.isfinite, ratios)) else math.nan
     low = high = math.nan
-    if drawn and min(drawn) > 1 and math.isfinite(worst):
-        free, tail = min(drawn) - 1, ALPHA / 2 / len(ratios)
+    free = min((entry["options"]["sketches"] for entry, _ in pairs), default=0) - 1
+    if free > 0 and math.isfinite(worst):
+        tail = ALPHA / 2 / len(ratios)
         low, high = (worst * math.sqrt(free / float(stats.chi2.ppf(q, free))) for q in (1 - tail, tail))
     return {
         "width": width,
-        "relative_error": known_median(known),
-        "low": min(known, default=math.nan),
-        "high": max(known, default=math.nan),
-        "seconds": known_median(times["sketch_gram"]),
-        "exact_seconds": known_median(times["gram"]),
-        "norms_seconds": known_median(times["norms"]),
-        "size": known_median(sizes),
+        "relative_error": known_median(errors),
+        "low": min(errors, default=math.nan),
+        "high": max(errors, default=math.nan),
+        "seconds": seconds("sketch_gram"),
+        "exact_seconds": seconds("gram"),
+        "norms_seconds": seconds("norms"),
+        "size": known_median(own["bytes_per_prompt"] / own["exact_bytes_per_prompt"] for _, own in pairs),
         "error_by_microbatches": known_median(pairing),
         "sd_over_se": worst,
         "sd_over_se_low": low,
         "sd_over_se_high": high,
-        "kendall_tau": known_median(taus),
+        "kendall_tau": known_median(_number(own["order"]["kendall_tau_mean"]) for _, own in pairs),
     }
 
 
@@ -188,7 +179,7 @@ def _coverages(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _typical(by_n: Sequence[Record]) -> int:
+def _typical(by_n: Sequence[dict[str, Any]]) -> int:
     """The n that is nearest to a step's."""
     return min((row["n"] for row in by_n), key=lambda n: (abs(n - TYPICAL), n), default=0)
 
@@ -262,27 +253,24 @@ _STYLES = {
 }
 
 
-def draw(answers: Record, answer: Record) -> Figure:
+def draw(a: Reading) -> Figure:
     """Bias and spread of the estimators against n, and what a sketch loses and costs."""
-    by_n = some(records(answer, "by_n"), "relative_bias", "relative_sd")
-    sketches = some(records(answer, "sketches"), "sd_over_se", "seconds")
+    by_n, sketches = a.rows("by_n", "relative_bias", "relative_sd"), a.rows("sketches", "sd_over_se", "seconds")
     names = list(dict.fromkeys(map(_name, by_n)))
     styles = {name: _style(name, place) for place, name in enumerate(names)}
     key: list[plots.Entry] = [(mark, shade, True, name) for name, (shade, mark) in styles.items()]
     if by_n:
         key.append(("-", plots.FAINT, True, "faint lines: single tasks"))
     if sketches:
-        timed = [(label, shade) for field, label, shade in _EXACT if some(sketches, field)]
         key += [("--", plots.FAINT, True, "as large as the prompts' own error"), ("o", plots.INK, True, "sketches")]
-        key += [("--", shade, True, label) for label, shade in timed]
+        key += [("--", shade, True, label) for field, label, shade in _EXACT if a.rows("sketches", field)]
     heights = [_HIGH if by_n else 60.0, _HIGH if sketches else 60.0]
-    heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
-    figure = plots.sheet(*heading, _notes(answer, by_n, sketches), sum(heights), key)
+    figure = sheet(a, _notes(a, by_n, sketches), sum(heights), key)
     upper, lower = stacked(figure, heights)
     if by_n:
         bias, spread = upper.subplots(1, 2)
-        _curves(bias, by_n, styles, "relative_bias", "Bias", "bias", zero=True)
-        _curves(spread, by_n, styles, "relative_sd", "Spread", "standard deviation", zero=False)
+        _curves(bias, by_n, styles, "relative_bias", "Bias", "bias")
+        _curves(spread, by_n, styles, "relative_sd", "Spread", "standard deviation")
     else:
         empty(upper.subplots(), "The estimators were not compared.")
     if sketches:
@@ -294,8 +282,8 @@ def draw(answers: Record, answer: Record) -> Figure:
     return figure
 
 
-def _name(record: Record) -> str:
-    return str(record.get("estimator")).replace("_", "-")
+def _name(row: Row) -> str:
+    return str(row["estimator"]).replace("_", "-")
 
 
 def _style(name: str, place: int) -> tuple[str, str]:
@@ -304,24 +292,22 @@ def _style(name: str, place: int) -> tuple[str, str]:
     return fixed or (plots.colour(3 + place), "^v<>"[place % 4])
 
 
+def _powers(axes: Axes, title: str, name: str, label: str, x: plots.Array, room: float) -> None:
+    """Title and names of a panel over sizes that double: a logarithmic axis with a tick at each of them."""
+    axes.set_title(title)
+    axes.set_xlabel(name)
+    axes.set_ylabel(label)
+    plots.logarithmic(axes, "x", x, room)
+    plots.ticks(axes, "x", sorted(set(plots.finite(x))))
+
+
 def _curves(
-    axes: Axes,
-    by_n: Sequence[Record],
-    styles: dict[str, tuple[str, str]],
-    field: str,
-    title: str,
-    label: str,
-    *,
-    zero: bool,
+    axes: Axes, by_n: Sequence[Row], styles: dict[str, tuple[str, str]], field: str, title: str, label: str
 ) -> None:
-    """One line per estimator and task over n; that over all tasks in front."""
-    axes.set_title(f"{title}, as a multiple of U")
-    axes.set_xlabel("n, prompts of the task")
-    axes.set_ylabel(f"{label} / U")
-    values, n = plots.numbers(r.get(field) for r in by_n), plots.numbers(r.get("n") for r in by_n)
-    plots.logarithmic(axes, "x", n, 1.15)
-    plots.ticks(axes, "x", sorted(set(plots.finite(n))))
-    if zero:
+    """One line per estimator and task over n; that over all tasks in front. A bias may be zero, a spread may not."""
+    values, n = plots.numbers(r[field] for r in by_n), plots.numbers(r["n"] for r in by_n)
+    _powers(axes, f"{title}, as a multiple of U", "n, prompts of the task", f"{label} / U", n, 1.15)
+    if field == "relative_bias":
         plots.holding_zero(axes, "y", values, values)
     else:
         values = np.where(values > _ZERO * np.nanmax(values), values, np.nan)
@@ -339,31 +325,24 @@ def _curves(
                 axes.plot(n[own], values[own], color=shade, lw=0.9, alpha=0.35, zorder=2)
 
 
-def _widths(axes: Axes, title: str, label: str, sketches: Sequence[Record]) -> plots.Array:
-    axes.set_title(title)
-    axes.set_xlabel("width of the sketch")
-    axes.set_ylabel(label)
-    width = plots.numbers(s.get("width") for s in sketches)
-    plots.logarithmic(axes, "x", width, 1.3)
-    plots.ticks(axes, "x", sorted(set(plots.finite(width))))
-    return width
-
-
-def _sketch_errors(axes: Axes, sketches: Sequence[Record]) -> None:
+def _sketch_errors(axes: Axes, sketches: Sequence[Row]) -> None:
     """The error that a sketch adds to the worst task's U, by U's own standard error: at 1 it is as large as that."""
-    width = _widths(axes, "Error that a sketch adds, worst task", "error / standard error of U", sketches)
-    found = np.array([triple(s, "sd_over_se", "sd_over_se_low", "sd_over_se_high") for s in sketches])
-    plots.logarithmic(axes, "y", np.append(found.ravel(), 1.0), 1.5)
+    width = plots.numbers(s["width"] for s in sketches)
+    title, label = "Error that a sketch adds, worst task", "error / standard error of U"
+    _powers(axes, title, "width of the sketch", label, width, 1.3)
+    value, low, high = np.transpose([s.interval("sd_over_se") for s in sketches])
+    plots.logarithmic(axes, "y", np.concatenate([value, low, high, [1.0]]), 1.5)
     axes.axhline(1, color=plots.FAINT, lw=2, ls="--", zorder=2)
-    axes.plot(width, found[:, 0], color=plots.INK, lw=1.6, marker="o", ms=7, zorder=3)
-    known = np.isfinite(found).all(axis=1)
-    axes.vlines(width[known], found[known, 1], found[known, 2], color=plots.INK, lw=2)
+    axes.plot(width, value, color=plots.INK, lw=1.6, marker="o", ms=7, zorder=3)
+    known = np.isfinite(value + low + high)
+    axes.vlines(width[known], low[known], high[known], color=plots.INK, lw=2)
 
 
-def _sketch_costs(axes: Axes, sketches: Sequence[Record]) -> None:
+def _sketch_costs(axes: Axes, sketches: Sequence[Row]) -> None:
     """Seconds of each sketch on the same widths, and as lines those of what it would replace."""
-    width = _widths(axes, "Its cost", "seconds", sketches)
-    seconds, *exact = (plots.numbers(s.get(k) for s in sketches) for k in ("seconds", *(k for k, _, _ in _EXACT)))
+    width = plots.numbers(s["width"] for s in sketches)
+    _powers(axes, "Its cost", "width of the sketch", "seconds", width, 1.3)
+    seconds, *exact = (plots.numbers(s[k] for s in sketches) for k in ("seconds", *(k for k, _, _ in _EXACT)))
     plots.logarithmic(axes, "y", np.concatenate([seconds, *exact]), 1.6)
     axes.plot(width, seconds, color=plots.INK, lw=1.6, marker="o", ms=7, zorder=3)
     for values, (_, _, shade) in zip(exact, _EXACT, strict=True):
@@ -371,15 +350,14 @@ def _sketch_costs(axes: Axes, sketches: Sequence[Record]) -> None:
             axes.axhline(value, color=shade, lw=2, ls="--", zorder=2)
 
 
-def _notes(answer: Record, by_n: Sequence[Record], sketches: Sequence[Record]) -> list[str]:
+def _notes(a: Reading, by_n: Sequence[Row], sketches: Sequence[Row]) -> list[str]:
     notes: list[str] = []
-    reference = (answer.get("data") or {}).get("reference")
-    if reference and by_n:
-        notes.append(f"What counts as the truth: {reference}.")
+    if by_n and a.data.get("reference"):
+        notes.append(f"What counts as the truth: {a.data['reference']}.")
     if by_n:
         notes.append("The axis of the bias is linear in the shaded part, logarithmic outside it.")
     if any(r.get("task") is None for r in by_n):
         notes.append("Bold lines: the median of the tasks whose U is significant at two standard errors.")
     if sketches:
         notes.append("Bars of the sketches: 95% intervals over the sketches drawn.")
-    return notes or [str(answer.get("sentence") or "")]
+    return notes or [a.sentence]

@@ -11,27 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ... import plots
-from ...numbers import clean
 from ..measurements import Measurements
 from ..stats import ALPHA, FEWEST_TASKS, NO_CORRELATION, Array, Correlation, across, holm, known_mean, within
-from .common import (
-    Answer,
-    Record,
-    bounds,
-    correlation_number,
-    count_of,
-    index,
-    ordered,
-    p_value,
-    records,
-    scarce,
-    some,
-    spelled,
-    triple,
-    value_of,
-    with_interval,
-)
-from .drawing import AXIS, beside, correlation_axis, dots, empty, row_panel, stacked, task_key
+from .common import Answer, bounds, correlation_number, count_of, p_value, scarce, with_interval
+from .drawing import AXIS, beside, correlation_axis, dots, empty, sheet, stacked, task_key
+from .reading import Reading, Row, spelled
 
 QUESTION = "Do rewards, advantages or lengths explain the imbalance?"
 CLAIM = (
@@ -60,24 +44,18 @@ def answer(m: Measurements) -> Answer:
         name: within(_means(m, name, blocks), over_time, seeds) if blocks and runs else NO_CORRELATION
         for name in FACTORS
     }
-    p_between, p_inside = (dict(zip(FACTORS, holm([x[n].p for n in FACTORS]), strict=True)) for x in (between, inside))
-
-    def adjusted(p: float) -> str:
-        return f"p after Holm for {len(FACTORS)} statistics {p_value(p)}"
-
+    sides = (
+        ("across", between, "across tasks", "means over training, mean over arms"),
+        ("within", inside, "within tasks over time", f"blocks of {count_of(width, 'step')}, from the same rollouts"),
+    )
+    p = {side: dict(zip(FACTORS, holm([found[n].p for n in FACTORS]), strict=True)) for side, found, _, _ in sides}
     numbers = [
         correlation_number(
-            f"Spearman of U and {label}, across tasks",
-            between[name],
-            f"means over training, mean over arms; {adjusted(p_between[name])}",
+            f"Spearman of U and {label}, {where}",
+            found[name],
+            f"{how}; p after Holm for {len(FACTORS)} statistics {p_value(p[side][name])}",
         )
-        for name, label in FACTORS.items()
-    ] + [
-        correlation_number(
-            f"Spearman of U and {label}, within tasks over time",
-            inside[name],
-            f"blocks of {count_of(width, 'step')}, from the same rollouts; {adjusted(p_inside[name])}",
-        )
+        for side, found, where, how in sides
         for name, label in FACTORS.items()
     ]
     data = {
@@ -87,15 +65,15 @@ def answer(m: Measurements) -> Answer:
         ],
         "factors": [
             {"name": name, "label": label}
-            | {
-                side: bounds(found[name]) | {"p": found[name].p, "p_holm": p[name]}
-                for side, found, p in (("across", between, p_between), ("within", inside, p_inside))
-            }
+            | {side: bounds(found[name]) | {"p": found[name].p, "p_holm": p[side][name]} for side, found, _, _ in sides}
             for name, label in FACTORS.items()
         ],
     }
-    shown = [name for name in _beyond_chance(between, p_between) if between[name].tasks >= FEWEST_TASKS]
-    sentence = _sentence(m, between, p_between, shown) + _within_sentence(m, inside, _beyond_chance(inside, p_inside))
+    shown = [name for name in _beyond_chance(between, p["across"]) if between[name].tasks >= FEWEST_TASKS]
+    sentence = _sentence(m, between, p["across"], shown)
+    if moving := _beyond_chance(inside, p["within"]):
+        parts = "; ".join(f"{FACTORS[name]} {with_interval(inside[name])}" for name in moving)
+        sentence += f" Within tasks over time U moves with {parts}; both come from the same rollouts."
     return Answer("supported" if shown else "undecided", sentence, numbers, data)
 
 
@@ -135,37 +113,29 @@ def _sentence(m: Measurements, between: dict[str, Correlation], p: dict[str, flo
     return f"The strongest relation of U across tasks is with {parts} (Spearman {over}). {why}"
 
 
-def _within_sentence(m: Measurements, inside: dict[str, Correlation], moving: list[str]) -> str:
-    if not moving:
-        return ""
-    shown = "; ".join(f"{FACTORS[name]} {with_interval(inside[name])}" for name in moving)
-    return f" Within tasks over time U moves with {shown}; both come from the same rollouts."
-
-
 # The figure
 
 _SIDES = (("across", "Across tasks"), ("within", "Within tasks"))
 
 
-def draw(answers: Record, answer: Record) -> Figure:
+def draw(a: Reading) -> Figure:
     """Rank correlations of U with each statistic, and the means behind them."""
-    factors, means = records(answer, "factors"), some(records(answer, "tasks"), "u")
-    shown = [f for f in factors if some(means, str(f.get("name")))]
-    if not any(math.isfinite(value_of(f.get(side))) for f in factors for side, _ in _SIDES):
+    factors, means = a.rows("factors"), a.rows("tasks", "u")
+    shown = [f for f in factors if any(math.isfinite(row[f["name"]]) for row in means)]
+    if not any(math.isfinite(f[side]["value"]) for f in factors for side, _ in _SIDES):
         factors = []
-    tasks = ordered(answers, "tasks", means, name="task")
+    tasks = a.names("task", means)
     upper = 28 + 40.0 * len(factors) + AXIS if factors else 80.0
     lower = 28 + 150.0 + AXIS if shown else 0.0
     notes = [
         "Spearman's rank correlation with its 95% interval. Filled: p below 0.05 after Holm's correction for the "
         "number of quantities; hollow: not significant."
         if factors
-        else str(answer.get("sentence") or "")
+        else a.sentence
     ]
     if shown:
         notes.append("Below: one point per task. A correlation by itself explains nothing.")
-    heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
-    figure = plots.sheet(*heading, notes, upper + lower, task_key(answers, tasks) if shown else ())
+    figure = sheet(a, notes, upper + lower, task_key(a, tasks) if shown else ())
     top, *below = stacked(figure, [upper, lower]) if shown else [figure]
     if factors:
         for i, (axes, (side, title)) in enumerate(zip(top.subplots(1, 2), _SIDES, strict=True)):
@@ -173,37 +143,32 @@ def draw(answers: Record, answer: Record) -> Figure:
     else:
         empty(top.subplots(), "No correlation is known.")
     if shown:
-        _clouds(below[0].subplots(1, len(shown), sharey=True, squeeze=False)[0], answers, shown, means)
+        _clouds(below[0].subplots(1, len(shown), sharey=True, squeeze=False)[0], a, shown, means)
     return figure
 
 
-def _forest(axes: Axes, factors: Sequence[Record], side: str, title: str, width: float) -> None:
+def _forest(axes: Axes, factors: Sequence[Row], side: str, title: str, width: float) -> None:
     """The intervals of one side on the rows of the quantities."""
-    row_panel(axes, {}, [_label(f) for f in factors], width)
+    plots.rows(axes, [f["label"] for f in factors], width)
     axes.set_title(title)
     correlation_axis(axes, "rank correlation with U")
     for y, factor in enumerate(factors):
-        found = factor.get(side) or {}
-        p = value_of(found, "p_holm")
-        plots.interval(axes, y, triple(found), filled=p < ALPHA, size=9, width=2.4)
-        beside(axes, y - 0.2, spelled(triple(found), 2))
+        found, p = factor[side].interval(), factor[side]["p_holm"]
+        plots.interval(axes, y, found, filled=p < ALPHA, size=9, width=2.4)
+        beside(axes, y - 0.2, spelled(found, 2))
         if math.isfinite(p):
             beside(axes, y + 0.2, f"p = {p:.2f} (Holm)" if p >= 0.01 else "p < 0.01 (Holm)")
 
 
-def _clouds(panels: Any, answers: Record, factors: Sequence[Record], means: Sequence[Record]) -> None:
+def _clouds(panels: Any, a: Reading, factors: Sequence[Row], means: Sequence[Row]) -> None:
     """U of each task against each quantity, side by side on one axis of U."""
-    u = plots.numbers(r.get("u") for r in means)
+    u = plots.numbers(row["u"] for row in means)
     for i, (axes, factor) in enumerate(zip(panels, factors, strict=True)):
-        x = plots.numbers(r.get(str(factor.get("name"))) for r in means)
+        x = plots.numbers(row[factor["name"]] for row in means)
         plots.linear(axes, "x", x, most=3)
         plots.holding_zero(axes, "y", u, u)
-        axes.set_xlabel(plots.fit(_label(factor), 170, plots.SMALL))
+        axes.set_xlabel(plots.fit(factor["label"], 170, plots.SMALL))
         axes.set_ylabel("" if i else "U")
-        for j, record in enumerate(means):
-            dots(axes, x[j], u[j], index(answers, "tasks", record.get("task")), size=8.5)
+        for j, row in enumerate(means):
+            dots(axes, x[j], u[j], a.place(row["task"]), size=8.5)
     panels[0].set_title("U of each task against the means over its runs")
-
-
-def _label(factor: Record) -> str:
-    return clean(factor.get("label") or str(factor.get("name")).replace("_", " "))

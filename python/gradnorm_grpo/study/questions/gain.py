@@ -19,23 +19,17 @@ from ..stats import ALPHA, Array, Correlation, across, correlate, holm, scaled, 
 from .common import (
     BASELINE,
     Answer,
-    Record,
     bounds,
     correlation_number,
-    correlations,
     count_of,
     direction,
-    index,
     number,
-    ordered,
     p_value,
-    records,
     scarce,
-    triple,
-    value_of,
     with_interval,
 )
-from .drawing import AXIS, correlation_axis, crosses, dots, empty, head_height, headed, row_panel
+from .drawing import AXIS, correlation_axis, crosses, dots, empty, head_height, headed, nothing, sheet
+from .reading import Reading, Row
 
 QUESTION = "Do larger gradients mean larger learning gains?"
 CLAIM = (
@@ -213,68 +207,58 @@ def _sentence(
 # The figure
 
 
-def draw(answers: Record, answer: Record) -> Figure:
+def draw(a: Reading) -> Figure:
     """U against the held-out gain across tasks, and how U goes with Gain(t) within each task."""
-    rows, inside = records(answer, "across"), records(answer, "within_correlations")
-    tasks = ordered(answers, "tasks", rows, inside, name="task")
-    heads = [(title, correlations(answer, title.lower())) for title in ("Across tasks", "Within tasks")]
-    body = max(250.0, 24.0 * len(tasks)) + AXIS
-    above = head_height(max(len(lines) for _, lines in heads))
-    heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
-    figure = plots.sheet(*heading, _notes(answer, tasks), above + body)
+    rows, inside = a.rows("across"), a.rows("within_correlations")
+    tasks = a.names("task", rows, inside)
     if not tasks:
-        empty(figure.subplots(), "No task's U and gain are both known.")
-        return figure
+        return nothing(a, "No task's U and gain are both known.")
+    heads = [(title, a.correlations(title.lower())) for title in ("Across tasks", "Within tasks")]
+    body = max(250.0, 24.0 * len(tasks)) + AXIS
+    arms = a.data.get("arms") or []
+    of = f" Runs of the arm{'s' if len(arms) > 1 else ''} {', '.join(arms)}." if arms else ""
+    note = (
+        "Left: mean over seeds with 95% intervals; small points are single seeds. Right: one point per run, the bar is "
+        f"their median.{of} Gain within a task: mean training reward after a step minus that before it."
+    )
+    figure = sheet(a, [note], head_height(max(len(lines) for _, lines in heads)) + body)
     left, right = headed(figure, heads, body)
-    cloud(left, answers, rows)
-    _strips(right, answers, inside, tasks)
+    cloud(left, a, rows)
+    _strips(right, a, inside, tasks)
     return figure
 
 
-def cloud(axes: Axes, answers: Record, rows: Sequence[Record]) -> None:
+def cloud(axes: Axes, a: Reading, rows: Sequence[Row]) -> None:
     """A point per task: its U and its held-out gain with their intervals, and faintly those of each seed."""
-    if not any(math.isfinite(value_of(r, "gain")) and math.isfinite(value_of(r, "u")) for r in rows):
+    if not any(math.isfinite(r["gain"]) and math.isfinite(r["u"]) for r in rows):
         empty(axes, "No held-out gain is known.")
         return
-    x, y = (np.array([triple(r, n, f"{n}_low", f"{n}_high") for r in rows]) for n in ("u", "gain"))
-    seeds = [[s for s in r.get("per_seed") or [] if isinstance(s, dict)] for r in rows]
-    every = [plots.numbers(s.get(name) for part in seeds for s in part) for name in ("u", "gain")]
-    plots.holding_zero(axes, "x", np.concatenate([x.ravel(), every[0]]), np.max(np.abs(np.nan_to_num(x)), axis=1))
-    plots.linear(axes, "y", np.concatenate([y.ravel(), every[1]]), zero=True)
+    x, y = (np.array([r.interval(name) for r in rows]) for name in ("u", "gain"))
+    seeds = [[plots.numbers(s[name] for s in r.rows("per_seed")) for r in rows] for name in ("u", "gain")]
+    sizes = np.max(np.abs(np.nan_to_num(x)), axis=1)
+    plots.holding_zero(axes, "x", np.concatenate([x.ravel(), *seeds[0]]), sizes)
+    plots.linear(axes, "y", np.concatenate([y.ravel(), *seeds[1]]), zero=True)
     axes.set_xlabel("U (symmetric logarithmic)")
     axes.set_ylabel("gain in held-out accuracy")
-    for i, record in enumerate(rows):
-        place = index(answers, "tasks", record.get("task"))
-        single_u, single_gain = (plots.numbers(s.get(name) for s in seeds[i]) for name in ("u", "gain"))
-        dots(axes, single_u, single_gain, place, size=5, alpha=0.35)
+    for i, row in enumerate(rows):
+        place = a.place(row["task"])
+        dots(axes, seeds[0][i], seeds[1][i], place, size=5, alpha=0.35)
         one, other = x[i : i + 1, 0], y[i : i + 1, 0]
         crosses(axes, one, other, x[i, 1:, None], y[i, 1:, None], plots.colour(place), 1.4, 0.7)
         dots(axes, one, other, place, size=9)
 
 
-def _strips(axes: Axes, answers: Record, inside: Sequence[Record], tasks: list[str]) -> None:
+def _strips(axes: Axes, a: Reading, inside: Sequence[Row], tasks: list[str]) -> None:
     """One row per task with the correlations of its runs; its names and markers explain the other panel too."""
-    row_panel(axes, answers, tasks, 150, markers=True)
+    plots.rows(axes, tasks, 150, list(map(a.place, tasks)))
     correlation_axis(axes, "rank correlation, by run")
     for y, task in enumerate(tasks):
-        values = plots.finite(plots.numbers(r.get("value") for r in inside if str(r.get("task")) == task))
+        values = plots.finite(plots.numbers(r["value"] for r in inside if r["task"] == task))
         if not values.size:
             style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": plots.SMALL}
-            ground = {"fc": plots.PAPER, "ec": "none", "pad": 1.5}  # over the line at zero
-            axes.text(0, y, "not known", color=plots.FAINT, bbox=ground, **style)
+            axes.text(0, y, "not known", color=plots.FAINT, bbox=plots.GROUND, **style)
             continue
         # Equal values would hide each other: each run has its own height in the row, in the study's order.
         heights = y + 0.5 * (np.linspace(-0.5, 0.5, values.size) if values.size > 1 else np.zeros(1))
-        dots(axes, values, heights, index(answers, "tasks", task), size=5.5, alpha=0.75)
+        dots(axes, values, heights, a.place(task), size=5.5, alpha=0.75)
         axes.vlines(float(np.median(values)), y - 0.36, y + 0.36, color=plots.INK, lw=2, zorder=4)
-
-
-def _notes(answer: Record, tasks: list[str]) -> list[str]:
-    if not tasks:
-        return [str(answer.get("sentence") or "")]
-    arms = ", ".join(str(a) for a in (answer.get("data") or {}).get("arms") or [])
-    of = f" Runs of the arm{'s' if ',' in arms else ''} {arms}." if arms else ""
-    return [
-        "Left: mean over seeds with 95% intervals; small points are single seeds. Right: one point per run, the bar is "
-        f"their median.{of} Gain within a task: mean training reward after a step minus that before it."
-    ]

@@ -17,7 +17,6 @@ from ...numbers import clean, significant
 from ..measurements import Mask, Measurements, Run, seeds_of
 from ..stats import (
     ALPHA,
-    LEVEL,
     NO_RATIO,
     Array,
     Ratio,
@@ -29,22 +28,9 @@ from ..stats import (
     tasks_alike,
     tasks_alike_within,
 )
-from .common import (
-    Answer,
-    Record,
-    bounds,
-    count_of,
-    index,
-    number,
-    ordered,
-    p_value,
-    records,
-    some,
-    spelled,
-    triple,
-    value_of,
-)
-from .drawing import AXIS, beside, empty, row_panel
+from .common import Answer, bounds, count_of, number, p_value, with_interval
+from .drawing import AXIS, NAME, beside, empty, sheet
+from .reading import Reading, Row, spelled
 
 QUESTION = "Do some tasks produce much larger gradients than others?"
 CLAIM = (
@@ -131,11 +117,8 @@ def _sentence(m: Measurements, u: Array, found: Ratio, p: float, verdict: str) -
 
 def _times(found: Ratio) -> str:
     """A ratio for a sentence: 18 (95% interval 9.1 to 36), or what is known of it."""
-    if math.isnan(found.low):
-        return f"{significant(found.value)} (no interval)"
-    if math.isfinite(found.high):
-        ends = f"{significant(found.low)} to {significant(found.high)}"
-        return f"{significant(found.value)} ({LEVEL:.0%} interval {ends})"
+    if math.isnan(found.low) or math.isfinite(found.high):
+        return with_interval(found, significant)
     bound = f"at least {significant(found.low)}, {1 - ALPHA / 2:.1%} sure" if found.low > 0 else "no bound"
     text = f"{bound}; the quietest is not told apart from zero"
     return f"an unknown number of ({text})" if math.isnan(found.value) else f"{significant(found.value)} ({text})"
@@ -147,21 +130,20 @@ def unit(m: Measurements) -> str:
 
 
 def _data(m: Measurements, rows: list[tuple[str, Ratio]]) -> dict[str, Any]:
-    runs, whole = m.runs, m.every_step()
-    (u, error), (full, full_error) = (m.by_seed(runs, whole, prefix) for prefix in ("", "full_"))
-    plug, _ = m.by_seed(runs, whole, name="plug_in")
+    seeds, (full, full_error) = seeds_of(m.runs), m.by_seed(m.runs, m.every_step(), "full_")
     overall, by_window = [], []
-    for k, task in enumerate(m.tasks):
-        per_seed = [{"seed": seed, "value": u[s, k], "se": error[s, k]} for s, seed in enumerate(seeds_of(runs))]
-        row = {"task": task, **bounds(task_interval(u[:, k], error[:, k])), "per_seed": per_seed}
-        row["plug_in"] = t_interval(plug[:, k]).value
-        overall.append(row | bounds(task_interval(full[:, k], full_error[:, k]), "full"))
-    for w, window in enumerate(m.thirds()):
-        u, error = m.by_seed(runs, m.span(*window))
-        plug, _ = m.by_seed(runs, m.span(*window), name="plug_in")
+    for w, window in enumerate([(0, m.steps), *m.thirds()], -1):
+        u, error = m.by_seed(m.runs, m.span(*window))
+        plug, _ = m.by_seed(m.runs, m.span(*window), name="plug_in")
         for k, task in enumerate(m.tasks):
-            row = {"task": task, "window": w, **bounds(task_interval(u[:, k], error[:, k]))}
-            by_window.append(row | {"plug_in": t_interval(plug[:, k]).value})
+            found = bounds(task_interval(u[:, k], error[:, k]))
+            plug_in = {"plug_in": t_interval(plug[:, k]).value}
+            if w < 0:
+                per_seed = [{"seed": seed, "value": u[s, k], "se": error[s, k]} for s, seed in enumerate(seeds)]
+                of_all = bounds(task_interval(full[:, k], full_error[:, k]), "full")
+                overall.append({"task": task, **found, "per_seed": per_seed, **plug_in, **of_all})
+            else:
+                by_window.append({"task": task, "window": w, **found, **plug_in})
     return {
         "unit": unit(m),
         "overall": overall,
@@ -177,76 +159,73 @@ def _data(m: Measurements, rows: list[tuple[str, Ratio]]) -> dict[str, Any]:
 _PLUG_IN = "D"
 
 
-def draw(answers: Record, answer: Record) -> Figure:
+def draw(a: Reading) -> Figure:
     """U of each task over training beside the plug-in estimate, and below it the ratios."""
-    overall, windows = some(records(answer, "overall"), "value", "plug_in"), records(answer, "windows")
-    tasks = loudest_first(answers, answer)
-    ratios = some([r for r in records(answer, "ratios") if r.get("where")], "value", "low")
+    tasks, windows, overall = loudest_first(a), a.rows("windows"), a.rows("overall")
+    ratios = [r for r in a.rows("ratios", "value", "low") if r.get("where")]
+    plug_in = any(math.isfinite(r["plug_in"]) for r in overall)
     row = 26.0 + 9.0 * len(windows)
     upper = 24 + row * len(tasks) + AXIS if tasks else 90.0
     lower = 44 + 24.0 * len(ratios) + AXIS if ratios else 70.0
-    notes = [bars(answers)]
-    if any(math.isfinite(value_of(r, "plug_in")) for r in overall):
+    notes = [bars(a)]
+    key: list[plots.Entry] = []
+    if plug_in:
         notes.append("The plug-in estimate is the squared norm of the mean gradient: it counts noise as signal.")
-    if any(math.isfinite(value_of(r, "low")) and math.isnan(value_of(r, "high")) for r in ratios):
+    if any(math.isfinite(r["low"]) and math.isnan(r["high"]) for r in ratios):
         notes.append("An arrow: only the lower end is known, since the quietest task's U may be zero.")
-    figure = plots.sheet(
-        str(answer.get("question")),
-        str(answer.get("verdict") or ""),
-        notes,
-        upper + lower,
-        _key(windows, overall) if tasks else (),
-    )
+    if tasks:
+        shades = [plots.tint(plots.SOFT, _strength(i, len(windows))) for i in range(len(windows))]
+        key = [("o", plots.SOFT, True, "whole training")]
+        key += [("o", s, True, f"steps {w['first']} to {w['last']}") for s, w in zip(shades, windows, strict=True)]
+        key += [(_PLUG_IN, plots.SOFT, False, "plug-in, whole training")] if plug_in else []
+    figure = sheet(a, notes, upper + lower, key)
     first, second = figure.subplots(2, 1, height_ratios=[upper, lower])
-    measured = (answer.get("data") or {}).get("unit") or "measured layers"
+    measured = a.data.get("unit") or "measured layers"
     first.set_title(f"U, the squared norm of the expected gradient: {clean(measured)}")
     if tasks:
-        row_panel(first, answers, tasks)
-        pulls(first, answers, answer, tasks, row, windows=True)
+        plots.rows(first, tasks, NAME)
+        pulls(first, a, tasks, row, windows)
     else:
         empty(first, "U of no task is known.")
     second.set_title("Loudest over quietest task", pad=20 if ratios else None)
     if ratios:
-        _ratios(second, answer, ratios)
+        _ratios(second, a, ratios)
     else:
         empty(second, "No ratio of two tasks is known.")
     return figure
 
 
-def loudest_first(answers: Record, answer: Record) -> list[str]:
+def loudest_first(a: Reading) -> list[str]:
     """The tasks by U over training, those without one last."""
-    overall = some(records(answer, "overall"), "value", "plug_in")
-    found = {str(r.get("task")): value_of(r) for r in overall}
-    tasks = ordered(answers, "tasks", overall, some(records(answer, "by_window"), "value"), name="task")
-    return sorted(tasks, key=lambda t: -found[t] if math.isfinite(found.get(t, math.nan)) else math.inf)
+    overall = a.rows("overall", "value", "plug_in")
+    size = {r["task"]: -r["value"] for r in overall if math.isfinite(r["value"])}
+    return sorted(a.names("task", overall, a.rows("by_window", "value")), key=lambda t: size.get(t, math.inf))
 
 
-def pulls(axes: Axes, answers: Record, answer: Record, tasks: list[str], row: float, *, windows: bool) -> None:
-    """U of each task along its row, on an axis that holds zero; the windows of training below it if asked for."""
-    overall = {str(r.get("task")): r for r in records(answer, "overall")}
-    order = [r.get("window") for r in records(answer, "windows")] if windows else []
-    parts = {(r.get("task"), r.get("window")): r for r in records(answer, "by_window") if r.get("window") in order}
-    found = np.array([triple(overall.get(task)) for task in tasks])
-    plug_in = np.array([value_of(overall.get(task), "plug_in") for task in tasks])
-    steps = np.array([triple(r) for r in parts.values()]).ravel()
+def pulls(axes: Axes, a: Reading, tasks: list[str], row: float, windows: Sequence[Row] | None = None) -> None:
+    """U of each task along its row, on an axis that holds zero; below it those of the windows of training."""
+    overall = {r["task"]: r for r in a.rows("overall")}
+    order = [window["window"] for window in windows or ()]
+    parts = {(r["task"], r["window"]): r.interval() for r in a.rows("by_window") if r["window"] in order}
+    found = np.array([overall.get(task, Row()).interval() for task in tasks])
+    plug_in = np.array([overall.get(task, Row())["plug_in"] for task in tasks])
     sizes = np.concatenate([np.max(np.abs(np.nan_to_num(found)), axis=1), plug_in])
-    plots.holding_zero(axes, "x", np.concatenate([found.ravel(), steps, plug_in]), sizes)
-    axes.set_xlabel("U (linear in the shaded part, logarithmic outside it)" if windows else "U (symmetric logarithmic)")
+    plots.holding_zero(axes, "x", np.concatenate([found.ravel(), np.ravel(list(parts.values())), plug_in]), sizes)
+    scale = "symmetric logarithmic" if windows is None else "linear in the shaded part, logarithmic outside it"
+    axes.set_xlabel(f"U ({scale})")
     for y, task in enumerate(tasks):
-        place = index(answers, "tasks", task)
-        shade, mark = plots.colour(place), plots.marker(place)
+        shade, mark = plots.colour(a.place(task)), plots.marker(a.place(task))
         top = y - 0.5 + 15 / row if order else float(y)
         axes.plot(plug_in[y], top, ls="none", marker=_PLUG_IN, ms=6.5, mfc="none", mec=plots.SOFT, mew=1.4, zorder=3.5)
         plots.interval(axes, top, found[y], shade, mark=mark, size=9, width=3)
         for i, window in enumerate(order):
-            part = triple(parts.get((task, window)))
-            pale = plots.tint(shade, _strength(i, len(order)))
-            plots.interval(axes, top + (13 + 9 * i) / row, part, pale, size=5, width=1.6)
+            pale, place = plots.tint(shade, _strength(i, len(order))), top + (13 + 9 * i) / row
+            plots.interval(axes, place, parts.get((task, window), Row().interval()), pale, size=5, width=1.6)
 
 
-def bars(answers: Record) -> str:
+def bars(a: Reading) -> str:
     """What the bars of U are, in a sentence."""
-    if len(answers.get("seeds") or []) == 1:
+    if len(a.seeds) == 1:
         return "Bars are 95% intervals of the one seed: of its prompts, not of other seeds."
     return "Bars are 95% intervals over seeds."
 
@@ -256,21 +235,11 @@ def _strength(place: int, count: int) -> float:
     return 0.45 + 0.45 * (place / (count - 1) if count > 1 else 1.0)
 
 
-def _key(windows: list[dict[str, Any]], overall: list[dict[str, Any]]) -> list[plots.Entry]:
-    entries: list[plots.Entry] = [("o", plots.SOFT, True, "whole training")]
-    for place, window in enumerate(windows):
-        shade = plots.tint(plots.SOFT, _strength(place, len(windows)))
-        entries.append(("o", shade, True, f"steps {window.get('first')} to {window.get('last')}"))
-    if any(math.isfinite(value_of(r, "plug_in")) for r in overall):
-        entries.append((_PLUG_IN, plots.SOFT, False, "plug-in, whole training"))
-    return entries
-
-
-def _ratios(axes: Axes, answer: Record, ratios: list[dict[str, Any]]) -> None:
+def _ratios(axes: Axes, a: Reading, ratios: list[Row]) -> None:
     """One row per ratio on a logarithmic axis, the paper's range behind them."""
-    found = [triple(r) for r in ratios]
-    row_panel(axes, {}, [str(r["where"]) for r in ratios])
-    paper = plots.numbers((answer.get("data") or {}).get("paper") or [])
+    found = [r.interval() for r in ratios]
+    plots.rows(axes, [r["where"] for r in ratios], NAME)
+    paper = plots.numbers(a.data.get("paper") or [])
     plots.logarithmic(axes, "x", np.concatenate([np.ravel(found), paper, [1.0]]))
     axes.set_xlabel("ratio of U")
     axes.axvline(1, color=plots.INK, lw=1, zorder=1.5)

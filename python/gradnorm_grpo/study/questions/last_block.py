@@ -14,25 +14,10 @@ from scipy import stats
 from ... import plots
 from ..measurements import Mask, Measurements, Run
 from ..stats import NO_CORRELATION, Array, Correlation, across, correlate, mean_by_seed, within
-from .common import (
-    Answer,
-    Record,
-    correlation_number,
-    correlations,
-    count_of,
-    direction,
-    index,
-    number,
-    ordered,
-    over_seeds,
-    p_value,
-    records,
-    scarce,
-    value_of,
-    with_interval,
-)
-from .drawing import AXIS, crosses, dots, empty, head_height, headed, task_key
+from .common import Answer, correlation_number, count_of, direction, number, over_seeds, p_value, scarce, with_interval
+from .drawing import AXIS, crosses, dots, empty, head_height, headed, nothing, sheet, task_key
 from .imbalance import unit
+from .reading import Reading, Row
 
 QUESTION = "Does the last attention block stand for the whole model?"
 CLAIM = (
@@ -204,58 +189,48 @@ _MOST = 300  # points in one panel: more would only hide each other
 _PANELS = (("points", "Same rollouts"), ("disjoint", "Disjoint rollouts"))
 
 
-def draw(answers: Record, answer: Record) -> Figure:
+def draw(a: Reading) -> Figure:
     """U of the last attention block against that of all parameters, from the same and from disjoint rollouts."""
-    parts = {name: records(answer, name) for name, _ in _PANELS}
-    tasks = ordered(answers, "tasks", *parts.values(), name="task")
-    known = {
-        name: [r for r in part if all(value_of(r, key) > 0 for key in ("last", "full"))] for name, part in parts.items()
-    }
-    fit = (answer.get("data") or {}).get("fit") or {}
-    key = task_key(answers, tasks)
-    if math.isfinite(value_of(fit, "slope")):
-        key.append(("-", plots.INK, True, "least squares, disjoint rollouts"))
-    heads = [(title, correlations(answer, title.lower())) for _, title in _PANELS]
-    body = 300 + AXIS
-    above = head_height(max(len(lines) for _, lines in heads))
-    heading = (str(answer.get("question")), str(answer.get("verdict") or ""))
-    figure = plots.sheet(*heading, _notes(answer, parts, known), above + body if tasks else 90, key)
+    parts = {name: a.rows(name) for name, _ in _PANELS}
+    tasks = a.names("task", *parts.values())
     if not tasks:
-        empty(figure.subplots(), "U of the last block and of all parameters were not measured together.")
-        return figure
-    everything = [r for part in known.values() for r in part]
+        return nothing(a, "U of the last block and of all parameters were not measured together.")
+    known = {name: [r for r in part if r["last"] > 0 and r["full"] > 0] for name, part in parts.items()}
+    slope, intercept = (a.data.get("fit") or Row())["slope"], (a.data.get("fit") or Row())["intercept"]
+    key = task_key(a, tasks)
+    if math.isfinite(slope):
+        key.append(("-", plots.INK, True, "least squares, disjoint rollouts"))
+    heads = [(title, a.correlations(title.lower())) for _, title in _PANELS]
+    body = 300 + AXIS
+    figure = sheet(a, _notes(parts, known), head_height(max(len(lines) for _, lines in heads)) + body, key)
+    full, last = (plots.numbers(r[side] for part in known.values() for r in part) for side in ("full", "last"))
     for axes, (name, _) in zip(headed(figure, heads, body), _PANELS, strict=True):
         if not known[name]:
             empty(axes, "No point with both U above zero.")
             continue
-        low, high = plots.logarithmic(axes, "x", plots.numbers(r.get("full") for r in everything), 1.6)
-        plots.logarithmic(axes, "y", plots.numbers(r.get("last") for r in everything), 1.6)
+        low, high = plots.logarithmic(axes, "x", full, 1.6)
+        limits = plots.logarithmic(axes, "y", last, 1.6)
         axes.set_xlabel("U of all parameters")
         axes.set_ylabel("U of the last attention block" if name == "points" else "")
-        _cloud(axes, answers, tasks, [known[name][k] for k in plots.thin(len(known[name]), _MOST)])
-        slope, intercept = value_of(fit, "slope"), value_of(fit, "intercept")
+        _cloud(axes, a, tasks, [known[name][k] for k in plots.thin(len(known[name]), _MOST)])
         if name == "disjoint" and math.isfinite(slope) and math.isfinite(intercept):
             ends = np.array([low, high])
-            limits = axes.get_ylim()
             axes.plot(ends, 10.0 ** (intercept + slope * np.log10(ends)), color=plots.INK, lw=1.6, zorder=2.5)
             axes.set_ylim(*limits)
     return figure
 
 
-def _cloud(axes: Axes, answers: Record, tasks: Sequence[str], points: Sequence[Record]) -> None:
+def _cloud(axes: Axes, a: Reading, tasks: Sequence[str], points: Sequence[Row]) -> None:
     """The points of each task, with two standard errors."""
     for task in tasks:
-        own = [r for r in points if str(r.get("task")) == task]
-        x, dx, y, dy = (plots.numbers(r.get(key) for r in own) for key in ("full", "full_se", "last", "last_se"))
+        own = [r for r in points if r["task"] == task]
+        x, dx, y, dy = (plots.numbers(r[key] for r in own) for key in ("full", "full_se", "last", "last_se"))
         across_x, up = np.stack([x - 2 * dx, x + 2 * dx]), np.stack([y - 2 * dy, y + 2 * dy])
-        place = index(answers, "tasks", task)
-        crosses(axes, x, y, across_x, up, plots.colour(place), 0.8, 0.12)
-        dots(axes, x, y, place, size=5.5)
+        crosses(axes, x, y, across_x, up, plots.colour(a.place(task)), 0.8, 0.12)
+        dots(axes, x, y, a.place(task), size=5.5)
 
 
-def _notes(answer: Record, parts: dict[str, list[dict[str, Any]]], known: dict[str, list[dict[str, Any]]]) -> list[str]:
-    if not any(parts.values()):
-        return [str(answer.get("sentence") or "")]
+def _notes(parts: dict[str, list[Row]], known: dict[str, list[Row]]) -> list[str]:
     notes = [
         "A point: one task in one part of one run, with two standard errors. Same rollouts: both U from the same "
         "prompts, whose chance they share. Disjoint rollouts: from different steps; the verdict is about these."
