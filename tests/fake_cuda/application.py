@@ -32,6 +32,7 @@ from gradnorm_grpo.study.estimators import compare
 from gradnorm_grpo.study.spec import EstimatorSettings
 from gradnorm_grpo.tasks import Example, Task
 from gradnorm_grpo.train import Training
+from gradnorm_kernels import backends
 from tests.fake_cuda.device import CudaTensor, FakeCuda
 from tests.fake_cuda.tracking import put
 
@@ -87,6 +88,7 @@ def on_gpu(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Place:
         }
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, answer)
+        backends.forget()  # the run on the CPU may have asked them, while there was no GPU
 
     def copied(model: Any) -> Any:
         """What copies the model for the KL term: a storage that is nowhere cannot be copied."""

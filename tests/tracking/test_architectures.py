@@ -67,14 +67,17 @@ class Truth:
         return sum((self._grams[padding][key] for key in parameters), torch.zeros(ROWS, ROWS, dtype=torch.float64))
 
     def _brute_force(self, losses: Losses) -> dict[str, Tensor]:
-        trained = {key: p for key, p in self.model.named_parameters() if p.requires_grad}
+        parameters = {key: p for key, p in self.model.named_parameters() if p.requires_grad}
         rows = []
+        with torch.no_grad():
+            together, alone = losses(range(ROWS)), torch.cat([losses([index]) for index in range(ROWS)])
+        assert torch.allclose(together, alone, rtol=1e-5), "the model itself has another loss for a row alone"
         for index in range(ROWS):
-            grads = torch.autograd.grad(losses([index])[0], list(trained.values()), allow_unused=True)
+            grads = torch.autograd.grad(losses([index])[0], list(parameters.values()), allow_unused=True)
             rows.append([None if g is None else g.double().flatten() for g in grads])
         found = {}
-        for key, own in zip(trained, zip(*rows, strict=True), strict=True):
-            size = trained[key].numel()
+        for key, own in zip(parameters, zip(*rows, strict=True), strict=True):
+            size = parameters[key].numel()
             stacked = torch.stack([torch.zeros(size, dtype=torch.float64) if g is None else g for g in own])
             found[key] = stacked @ stacked.T
         return found
@@ -125,18 +128,27 @@ def case(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module, Truth
     yield name, model, Truth(model, name)
 
 
-def check(case: tuple[str, nn.Module, Truth], runs: Sequence[Run]) -> list[gk.GradNormTracker]:
-    """Hold each run's U and mean squared norm against brute force."""
+def check(case: tuple[str, nn.Module, Truth], runs: Sequence[Run]) -> dict[Run, gk.GradNormTracker]:
+    """Hold each run's U and mean squared norm against brute force; what is to be refused must be, by name."""
     name, model, truth = case
-    runs = [run for run in runs if run.layers == "all" or MODELS[name].at]
-    trackers = []
+    architecture = MODELS[name]
+    trackers = {}
     for run in runs:
+        if run.layers == "last_attention" and not architecture.at:
+            continue
+        refused = architecture.refused if run.layers == "last_attention" else ""
+        if run.fused and not architecture.fused:
+            refused = "has a forward of its own"
+        if refused:
+            with pytest.raises(ValueError, match=refused):
+                measure(model, run, losses_of(model, name, run.padding))
+            continue
         stats, tracker = measure(model, run, losses_of(model, name, run.padding))
         found = faults_of(stats, truth.gram(run.padding, trained(model, tracker)), MODELS[name].dtype)
         assert not found, f"{run}: {found}"
         if run.layers == "last_attention":
             assert tracker.skipped_reasons == {}
-        trackers.append(tracker)
+        trackers[run] = tracker
     return trackers
 
 
@@ -153,22 +165,31 @@ def test_default_layers(case: tuple[str, nn.Module, Truth]) -> None:
 @pytest.mark.filterwarnings("ignore:these measured layers were never called:UserWarning")
 def test_estimates_against_brute_force(case: tuple[str, nn.Module, Truth]) -> None:
     """Both choices, watched and fused, on every padding; and docs/models.md says what is left out."""
-    name, model, _ = case
-    first, *others = check(case, RUNS)
+    name, _, _ = case
+    trackers = check(case, RUNS)
+    first = trackers[RUNS[0]]
     page = PAGE.read_text().splitlines()
-    assert row(name, model, first) in page, f"docs/models.md is not up to date: run {COMMAND}"
-    for run, tracker in zip(RUNS[1:], others, strict=False):
+    assert row(name, first) in page, f"docs/models.md is not up to date: run {COMMAND}"
+    for run, tracker in trackers.items():
         if run.layers == "all":
             assert set(tracker.skipped_reasons) <= set(first.skipped_reasons), str(run)
+
+
+def test_the_page_has_every_model() -> None:
+    rows = [line.split(" | ")[0].strip("| ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert rows == ["architecture", *MODELS]
+    assert sum(not architecture.slow for architecture in MODELS.values()) >= 60
 
 
 @pytest.mark.filterwarnings("ignore:not measured:UserWarning")
 @pytest.mark.filterwarnings("ignore:these measured layers were never called:UserWarning")
 def test_gradient_checkpointing(case: tuple[str, nn.Module, Truth]) -> None:
-    _, model, truth = case
+    name, model, truth = case
     if not model.supports_gradient_checkpointing:
         pytest.skip("transformers does not checkpoint this model")
     for run in CHECKPOINTED:
+        if run.reentrant and not MODELS[name].reentrant:
+            continue
         truth.gram(run.padding, set())  # autograd.grad does not go through the reentrant kind: before it is on
         model.gradient_checkpointing_enable({"use_reentrant": run.reentrant})
         model.enable_input_require_grads()

@@ -88,7 +88,7 @@ def footnotes(results: list[TaskResult]) -> list[str]:
         notes.append(
             f"{UNRESOLVED}: U is not distinguishable from zero (it is less than two standard errors above zero, or its "
             f"standard error is unknown or comes from fewer than {MIN_PROMPTS} prompts). A negative U is noise around "
-            "a small value and is printed unchanged. The share of pull of such a task is as uncertain as its U. Its "
+            "a small value and is printed as it is. The share of pull of such a task is as uncertain as its U. Its "
             "noise scale, a ratio to what may be zero, is left out."
         )
     if any(math.isnan(r.sq_norm) for r in results):

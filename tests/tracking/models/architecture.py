@@ -45,6 +45,9 @@ class Architecture:
         task: which inputs the model gets and what its loss is.
         slow: left to the slow tests, as an architecture whose kind is tested by another one.
         dtype: float32 where the model's own code overflows in float64 (masks that are filled with the smallest float).
+        fused: False where the linears have a forward of their own, which ``fused=True`` refuses by name.
+        refused: why the default layers are refused by name in the first micro-batch; "" for most.
+        reentrant: False where transformers' own reentrant checkpointing fails.
         build: builds what a configuration of one class cannot.
     """
 
@@ -57,6 +60,9 @@ class Architecture:
     task: Task = "causal"
     slow: bool = False
     dtype: torch.dtype = torch.float64
+    fused: bool = True
+    refused: str = ""
+    reentrant: bool = True
     build: Callable[[], nn.Module] | None = None
 
     @property
@@ -76,6 +82,9 @@ def enter(
     task: Task = "causal",
     slow: bool = False,
     dtype: torch.dtype = torch.float64,
+    fused: bool = True,
+    refused: str = "",
+    reentrant: bool = True,
     build: Callable[[], nn.Module] | None = None,
     **sizes: Any,
 ) -> None:
@@ -91,4 +100,6 @@ def enter(
         ):
             stem = stem.removesuffix(ending)
         config = f"{stem}Config"
-    table[name] = Architecture(model, config, at, parts, sizes, plain, task, slow, dtype, build)
+    table[name] = Architecture(
+        model, config, at, parts, sizes, plain, task, slow, dtype, fused, refused, reentrant, build
+    )

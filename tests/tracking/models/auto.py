@@ -86,7 +86,7 @@ class _Softmaxes(TorchFunctionMode):
     ) -> Any:
         tensor = next((value for value in args if isinstance(value, Tensor)), None)
         if tensor is not None and tensor.is_meta:
-            if function is Tensor.__bool__:
+            if function in (Tensor.__bool__, Tensor.__contains__):
                 return False
             if function in TO_NUMBER:
                 return 1

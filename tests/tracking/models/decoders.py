@@ -252,6 +252,7 @@ add(
     "FalconForCausalLM",
     at="transformer.h.1.self_attention",
     parts="query_key_value dense",
+    fused=False,
     multi_query=True,
     parallel_attn=True,
     bias=False,

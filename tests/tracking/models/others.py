@@ -136,6 +136,7 @@ add(
     at="deberta.encoder.layer.1.attention",
     parts="self.in_proj output.dense",
     task="classification",
+    reentrant=False,
 )
 add(
     "deberta-v2",
@@ -143,6 +144,8 @@ add(
     at="deberta.encoder.layer.1.attention",
     parts="self.query_proj self.key_proj self.value_proj output.dense",
     task="classification",
+    refused=r"key_proj' \(Linear\) .* its input does not depend on the rows",
+    reentrant=False,
     relative_attention=True,
     share_att_key=True,
     pos_att_type=["c2p", "p2c"],

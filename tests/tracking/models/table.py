@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
 import gradnorm_kernels as gk
 from tests.tracking.models.architecture import Architecture
 from tests.tracking.models.tiny import MODELS, losses_of, tiny_model
@@ -24,7 +22,7 @@ COMMAND = "python -m tests.tracking.models.table"
 
 #: What the tracker's reasons have in common -> the words of the table. The first that fits.
 REASONS = (
-    (r"^linears, embeddings, and norms", None),  # no formula: by what the parameter is
+    (r"^linears, embeddings, and norms", None),  # no formula: see KINDS
     (r"does not depend on the rows", "shared by all rows"),
     (r"changes in other rows too", "rows depend on each other"),
     (r"parameters of its own beside", "a parameter of its own beside weight and bias"),
@@ -32,15 +30,18 @@ REASONS = (
     (r"differs from autograd's", "also used outside its layer"),
     (r"does not run row by row", "rows depend on each other"),
     (r"its output (is|cannot)", "a forward of its own"),
+    (r"called without a tensor", "called without a tensor"),
     (r"(how often it is called|with how many tokens)", "its tokens depend on the data"),
     (r"could (each )?be", "its rows could be in several dimensions"),
     (r"must be the \d+ rows", "its rows were not found"),
 )
-KINDS = {
-    3: "weights of several matrices in one tensor (experts, convolutions)",
-    2: "a matrix that is no linear's or embedding's",
-    1: "a parameter of a module that is neither a norm nor a leaf",
-}
+#: What a parameter without a formula is, by its name.
+KINDS = (
+    (r"experts?\b", "experts' weights in one tensor"),
+    (r"conv|patch_embed", "a convolution"),
+    (r"(gate|router)\.(weight|bias)$", "a router without an nn.Linear"),
+    (r"", "a module that is no linear, embedding or norm"),
+)
 
 TEXT = """# Models
 
@@ -69,31 +70,33 @@ Notes:
 """
 
 
-def _reason(text: str, parameter: nn.Parameter) -> str:
+def _reason(name: str, text: str) -> str:
     for pattern, words in REASONS:
         if re.search(pattern, text):
-            return words or KINDS[min(parameter.dim(), 3)]
+            return words or next(kind for part, kind in KINDS if re.search(part, name))
     return text
 
 
 def _default(architecture: Architecture) -> str:
     if not architecture.at:
         return "refused: no softmax attention"
+    if architecture.refused:
+        return f"refused: {architecture.refused}"
     return f"`{architecture.at}`: {architecture.parts.replace(' ', ', ')}"
 
 
-def row(name: str, model: nn.Module, tracker: gk.GradNormTracker) -> str:
+def row(name: str, tracker: gk.GradNormTracker) -> str:
     """One line of the table, from a tracker with ``layers="all"`` after a micro-batch."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     groups: dict[str, list[str]] = {}
     for key, reason in tracker.skipped_reasons.items():
         shape = re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
-        known = groups.setdefault(_reason(reason, parameters[key]), [])
+        known = groups.setdefault(_reason(key, reason), [])
         if shape not in known:
             known.append(shape)
     share = sum(tracker.skipped.values())
-    left_out = "; ".join(", ".join(f"`{name}`" for name in names) for names in groups.values())
-    cells = [f"{left_out} ({share:.1%})", "; ".join(groups)] if groups else ["nothing", ""]
+    reasons = sorted(groups)
+    left_out = "; ".join(", ".join(f"`{key}`" for key in sorted(groups[reason])) for reason in reasons)
+    cells = [f"{left_out} ({share:.1%})", "; ".join(reasons)] if groups else ["nothing", ""]
     return f"| {name} | {_default(MODELS[name])} | {cells[0]} | {cells[1]} |"
 
 
@@ -108,7 +111,7 @@ def main(names: Sequence[str]) -> None:
     for name in names or MODELS:
         model = tiny_model(name)
         _, tracker = measure(model, RUNS[0], losses_of(model, name, RUNS[0].padding))
-        known[name] = row(name, model, tracker)
+        known[name] = row(name, tracker)
         print(known[name], flush=True)
     PAGE.write_text(TEXT.format(command=COMMAND, rows="\n".join(known[name] for name in MODELS if name in known)))
 

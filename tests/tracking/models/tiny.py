@@ -84,6 +84,8 @@ def inputs_of(name: str, padding: str) -> tuple[dict[str, Tensor], Tensor]:
     if task == "seq2seq":
         target = tokens(TARGETS)
         return inputs | {"decoder_input_ids": target, "decoder_attention_mask": padding_mask(padding, TARGETS)}, target
+    if name == "paligemma":
+        inputs["token_type_ids"] = torch.ones_like(ids)  # what follows the prompt is causal
     return inputs, ids
 
 
@@ -102,7 +104,9 @@ def image_inputs(name: str, ids: Tensor) -> dict[str, Tensor]:
         }
     images = (ROWS, 1, 3, 8, 8) if name == "smolvlm" else (ROWS, 3, 8, 8)
     found = {"pixel_values": torch.randn(images, generator=generator, dtype=torch.float64)}
-    return found | ({"token_type_ids": (ids == IMAGE_TOKEN).long()} if name in ("gemma3", "paligemma") else {})
+    places = ids == IMAGE_TOKEN
+    kinds = {"gemma3": places.long(), "paligemma": (~places).long()}
+    return found | ({"token_type_ids": kinds[name]} if name in kinds else {})
 
 
 def of_rows(value: Tensor, rows: Sequence[int]) -> Tensor:
