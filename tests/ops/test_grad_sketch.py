@@ -14,8 +14,8 @@ from torch.library import opcheck
 
 import gradnorm_kernels as gk
 from gradnorm_kernels import backends, dispatch, ops, reference
+from gradnorm_kernels.tolerances import NORMS
 from tests.ops.on_cpu import BACKENDS, DTYPES, packed, served
-from tests.tolerances import NORMS
 from tests.traps import TRAPS, Trap, assert_close, check_sketches
 
 OPS = torch.ops.gradnorm_kernels
