@@ -147,13 +147,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """``layers``: "last_attention" or "linears", with the tracker; ``rival``: a way without the tracker."""
+    """``layers``: "last_attention" or "linears", with the tracker; ``rival``: a way without the tracker.
+
+    ``accumulate``: the tracker's, "pairs" or "sketch".
+    """
 
     name: str
     what: str
     layers: str | None = None
     fused: bool = False
     rival: bool = False
+    accumulate: str = "pairs"
 
     @property
     def ours(self) -> bool:
@@ -169,6 +173,15 @@ VARIANTS = {
         Variant("last_attention_fused", "the same, their backward replaced", "last_attention", True),
         Variant("linears", "all linear layers except the head observed", "linears"),
         Variant("linears_fused", "the same, their backward replaced", "linears", True),
+        Variant(
+            "last_attention_sketch",
+            "the last block's attention projections, a sketch per prompt",
+            "last_attention",
+            accumulate="sketch",
+        ),
+        Variant(
+            "linears_sketch", "all linear layers except the head, a sketch per prompt", "linears", accumulate="sketch"
+        ),
         Variant("prompt_microbatches", "one micro-batch per prompt, its gradient's norm, accumulation", rival=True),
         Variant(
             "prompt_backwards", "one forward, one backward per prompt, its gradient's norm, accumulation", rival=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .control.sampler import TaskSampler
 from .estimation.estimator import CrossProduct, RunningEstimate, TaskGradient, cross_product
-from .ops import FusedGradNorm, fused_grad_norm, grad_dot, grad_gram
+from .ops import FusedGradNorm, fused_grad_norm, grad_dot, grad_gram, grad_sketch
 from .tracking.tracker import GradNormTracker, StepStats
 
 __version__ = "0.1.0"
@@ -21,4 +21,5 @@ __all__ = [
     "fused_grad_norm",
     "grad_dot",
     "grad_gram",
+    "grad_sketch",
 ]

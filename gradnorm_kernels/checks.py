@@ -17,7 +17,7 @@ from .batch import GradBatch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 ALGORITHMS = ("auto", "wgrad", "gram")
-_OPTIONAL = ("cu_seqlens", "sample_ids", "group_ids", "e_cu_seqlens", "e_sample_ids")
+_OPTIONAL = ("cu_seqlens", "sample_ids", "group_ids", "e_cu_seqlens", "e_sample_ids", "c_in", "c_out")
 
 
 def tensors(**arguments: object) -> None:
@@ -114,6 +114,36 @@ def grad_dot(
             f"v must have the weight's shape [d_out, d_in] = [{batch.d_out}, {batch.d_in}], got {list(v.shape)}"
         )
     return batch._replace(op="grad_dot")
+
+
+def grad_sketch(
+    x: Tensor,
+    dy: Tensor,
+    c_in: Tensor | None,
+    c_out: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sample_ids: Tensor | None,
+    num_samples: int | None,
+    backend: str,
+    *,
+    backends: tuple[str, ...],
+) -> GradBatch:
+    """Check a call of ``grad_sketch``; ``c_in`` and ``c_out`` are no part of the batch."""
+    batch = fused_grad_norm(x, dy, cu_seqlens, sample_ids, num_samples=num_samples, backend=backend, backends=backends)
+    for name, projection, size, of in (("c_in", c_in, batch.d_in, "x"), ("c_out", c_out, batch.d_out, "dy")):
+        if projection is None:
+            continue
+        _floating(name, projection)
+        if projection.device != x.device:
+            raise ValueError(
+                f"{name} must be on x's device ({x.device}), got {projection.device}; move it: {name}.to(x.device)"
+            )
+        if projection.dim() != 2 or projection.shape[0] != size:
+            raise ValueError(
+                f"{name} must have one row per feature of {of}, [{size}, r], got {list(projection.shape)}; "
+                "None keeps that side whole"
+            )
+    return batch._replace(op="grad_sketch")
 
 
 def embedding_grad_norm(
@@ -221,6 +251,17 @@ def tied_grad_gram(
         segments=segments,
     )
     return head, embedding
+
+
+def sketch(value: object) -> tuple[Tensor | None, Tensor | None]:
+    """``sketch=`` of ``fused_grad_norm`` as (c_in, c_out). Raises TypeError unless it is a pair."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(
+            f"sketch must be a pair (c_in, c_out) of projections, each a tensor or None, got {type(value).__name__}"
+            + (f" of length {len(value)}" if isinstance(value, (tuple, list)) else "")
+        )
+    tensors(c_in=value[0], c_out=value[1])
+    return value[0], value[1]
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -81,7 +81,7 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
     """The plan for a call. Raises RuntimeError if an explicit ``backend`` cannot run."""
     name, why = _backend(problem, backend)
     # An embedding has no d_in: its costs are those of a square layer.
-    d_in = problem.d_in if problem.op in _WITH_ALGORITHMS else problem.d_out
+    d_in = problem.d_in if problem.op in (*_WITH_ALGORITHMS, "grad_sketch") else problem.d_out
     prices = tuning.costs(problem.chip, name, problem.dtype.itemsize, d_in, problem.d_out)
     if problem.op not in _WITH_ALGORITHMS:
         return Choice(Plan(name, 0, "wgrad", prices.workspace, prices.gram_tile), why, 0.0, 0.0)

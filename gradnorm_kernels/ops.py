@@ -39,6 +39,11 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
+    "grad_sketch(Tensor x, Tensor dy, Tensor? c_in, Tensor? c_out, Tensor? cu_seqlens, Tensor? sample_ids, "
+    "SymInt? num_samples, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
     "embedding_grad_norm(Tensor ids, Tensor dy, Tensor? cu_seqlens, Tensor? sample_ids, Tensor? group_ids, "
     "SymInt? num_samples, SymInt? num_groups, bool group_gram, str backend) "
     "-> (Tensor sample_sq_norms, Tensor group_sq_norms, Tensor group_gram)",
@@ -59,6 +64,7 @@ class FusedGradNorm(NamedTuple):
     group_sq_norms: Tensor
     weight_grad: Tensor | None
     group_gram: Tensor | None
+    sketches: Tensor | None = None
 
 
 class EmbeddingGradNorm(NamedTuple):
@@ -85,6 +91,7 @@ def fused_grad_norm(
     group_ids: Tensor | None = None,
     weight_grad: bool = False,
     group_gram: bool = False,
+    sketch: tuple[Tensor | None, Tensor | None] | None = None,
     algorithm: str = "auto",
     backend: str = "auto",
     num_samples: int | None = None,
@@ -106,6 +113,8 @@ def fused_grad_norm(
         group_ids: [N] int, the group of each sample. Default: one group.
         weight_grad: also return the sum of all G_i.
         group_gram: also return the inner products of the groups' sums.
+        sketch: the projections (c_in [d_in, r_in], c_out [d_out, r_out]), None for a side that stays whole: also return
+            every ``C_out^T G_i C_in``, as :func:`grad_sketch` does alone.
         algorithm: "wgrad" (norms from segmented wgrad), "gram" (norms from inner products of tokens; loses digits where
             a sample's tokens cancel; sums of groups come from segmented wgrad where that is cheaper) or "auto" (per
             sample, by its length).
@@ -121,9 +130,9 @@ def fused_grad_norm(
 
     Returns:
         ``sample_sq_norms`` [N] float64; ``group_sq_norms`` [K] float64; ``weight_grad`` [d_out, d_in] in x's dtype,
-        accumulated in float32 (float64 for float64), or None; ``group_gram`` [K, K] float64 or None. A sample or group
-        without tokens has norm 0. A NaN or Inf stays within its own sample and group (and ``weight_grad``). No result
-        carries an autograd graph.
+        accumulated in float32 (float64 for float64), or None; ``group_gram`` [K, K] float64 or None; ``sketches``
+        [N, r_out, r_in] float32 (float64 for float64) or None. A sample or group without tokens has norm 0. A NaN or
+        Inf stays within its own sample and group (and ``weight_grad``). No result carries an autograd graph.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is not as above.
@@ -131,6 +140,7 @@ def fused_grad_norm(
             says why.
     """
     checks.tensors(x=x, dy=dy, cu_seqlens=cu_seqlens, sample_ids=sample_ids, group_ids=group_ids)
+    c_in, c_out = (None, None) if sketch is None else checks.sketch(sketch)
     sample_sq, group_sq, total, gram = torch.ops.gradnorm_kernels.fused_grad_norm(
         x,
         dy,
@@ -144,7 +154,14 @@ def fused_grad_norm(
         algorithm,
         backend,
     )
-    return FusedGradNorm(sample_sq, group_sq, total if weight_grad else None, gram if group_gram else None)
+    sketches = None
+    if sketch is not None:
+        if num_samples is None and sample_ids is not None and group_ids is not None:
+            num_samples = group_ids.shape[0]
+        sketches = torch.ops.gradnorm_kernels.grad_sketch(
+            x, dy, c_in, c_out, cu_seqlens, sample_ids, num_samples, backend
+        )
+    return FusedGradNorm(sample_sq, group_sq, total if weight_grad else None, gram if group_gram else None, sketches)
 
 
 def grad_gram(
@@ -185,6 +202,47 @@ def grad_dot(
     checks.tensors(x=x, dy=dy, v=v, cu_seqlens=cu_seqlens, sample_ids=sample_ids)
     dots: Tensor = torch.ops.gradnorm_kernels.grad_dot(x, dy, v, cu_seqlens, sample_ids, num_samples, backend)
     return dots
+
+
+def grad_sketch(
+    x: Tensor,
+    dy: Tensor,
+    c_in: Tensor | None,
+    c_out: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    backend: str = "auto",
+    num_samples: int | None = None,
+) -> Tensor:
+    """Two-sided projections of the per-sample gradients of a linear layer.
+
+    ``S_i = C_out^T G_i C_in = sum over the tokens t of sample i of (C_out^T dy_t) (C_in^T x_t)^T``. No ``G_i`` is
+    formed. With independent random C_in and C_out of ``E[C C^T] = I``, ``E<S_i, S_j> = <G_i, G_j>``
+    (docs/mathematics.md).
+
+    Args:
+        x, dy, cu_seqlens, sample_ids, backend, num_samples: as in :func:`fused_grad_norm`. "torch", "cpu" (which runs
+            the torch backend's code) and "triton" have this operator.
+        c_in: the projection of the inputs [d_in, r_in], of any floating dtype, on x's device. None: that side is not
+            projected, and r_in is d_in.
+        c_out: the projection of the output gradients [d_out, r_out]; None as for ``c_in``.
+
+    A projection of x's dtype is multiplied as it is; one of another dtype is taken in float32, and x or dy with it
+    (float64 if x is float64). Products accumulate in float32.
+
+    Returns:
+        [N, r_out, r_in] float32 (float64 for float64), zeros for a sample without tokens. A NaN or Inf stays in its
+        own sample. The result carries no autograd graph.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fused_grad_norm`.
+    """
+    checks.tensors(x=x, dy=dy, c_in=c_in, c_out=c_out, cu_seqlens=cu_seqlens, sample_ids=sample_ids)
+    sketches: Tensor = torch.ops.gradnorm_kernels.grad_sketch(
+        x, dy, c_in, c_out, cu_seqlens, sample_ids, num_samples, backend
+    )
+    return sketches
 
 
 def embedding_grad_norm(
@@ -339,6 +397,20 @@ def _grad_dot_fake(x: Tensor, dy: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(_known(batch.samples), dtype=torch.float64)
 
 
+def _grad_sketch(x: Tensor, dy: Tensor, c_in: Tensor | None, c_out: Tensor | None, *arguments: Any) -> Tensor:
+    batch = checks.grad_sketch(x.detach(), dy.detach(), c_in, c_out, *arguments, backends=backends.NAMES)
+    projections = (None if c is None else c.detach() for c in (c_in, c_out))
+    sketches: Tensor = _run(batch, *projections)
+    return sketches
+
+
+def _grad_sketch_fake(x: Tensor, dy: Tensor, c_in: Tensor | None, c_out: Tensor | None, *arguments: Any) -> Tensor:
+    batch = checks.grad_sketch(x, dy, c_in, c_out, *arguments, backends=backends.NAMES)
+    shape = (batch.d_out if c_out is None else c_out.shape[1], batch.d_in if c_in is None else c_in.shape[1])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((_known(batch.samples), *shape), dtype=dtype)
+
+
 def _embedding_grad_norm(ids: Tensor, dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch = checks.embedding_grad_norm(ids, dy.detach(), *arguments, backends=backends.NAMES)
     sample_sq, group_sq, gram = _run(batch)
@@ -383,6 +455,7 @@ for _name, _kernel, _fake in (
     ("fused_grad_norm", _fused_grad_norm, _fused_grad_norm_fake),
     ("grad_gram", _grad_gram, _grad_gram_fake),
     ("grad_dot", _grad_dot, _grad_dot_fake),
+    ("grad_sketch", _grad_sketch, _grad_sketch_fake),
     ("embedding_grad_norm", _embedding_grad_norm, _embedding_grad_norm_fake),
     ("tied_grad_gram", _tied_grad_gram, _tied_grad_gram_fake),
 ):

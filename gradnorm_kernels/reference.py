@@ -87,6 +87,23 @@ def grad_dot(
     return (gradients * v.detach().double()).sum((1, 2))
 
 
+def grad_sketch(
+    x: Tensor,
+    dy: Tensor,
+    c_in: Tensor | None,
+    c_out: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    sample_ids: Tensor | None = None,
+    num_samples: int | None = None,
+) -> Tensor:
+    """``C_out^T G_i C_in``, None for the identity: [N, r_out, r_in] float64."""
+    sketches = sample_gradients(x, dy, cu_seqlens, sample_ids=sample_ids, num_samples=num_samples)
+    if c_in is not None:
+        sketches = sketches @ c_in.double()
+    return sketches if c_out is None else c_out.double().T @ sketches
+
+
 def embedding_gradients(
     ids: Tensor,
     dy: Tensor,

@@ -345,3 +345,33 @@ def check_pairs(case: Case, backend: str, algorithm: str, runs: int = 2) -> None
     # Products of random signs: a sum is held to the root of the sum of its terms' squares.
     terms = (_clean(cpu.x).norm(dim=1) * _clean(cpu.dy).norm(dim=1)).norm()
     assert_close(dots[0], reference.grad_dot(cpu.x, cpu.dy, v, **ids), NORMS[case.x.dtype], terms, "grad_dot")
+
+
+#: (r_in, r_out), None for a side that stays whole.
+SKETCHES = ((7, 5), (None, 70), (65, None), (None, None))
+
+
+def check_sketches(
+    case: Case, backend: str, runs: int = 2, sketches: Sequence[tuple[int | None, int | None]] = SKETCHES
+) -> None:
+    """Hold ``grad_sketch`` to the reference for these sides, and more runs to the first one's bits."""
+    cpu = case.to("cpu")
+    counts = {"num_samples": case.kwargs["num_samples"]} if case.kwargs else {}
+    ids = {"cu_seqlens": cpu.cu_seqlens, "sample_ids": cpu.sample_ids, **counts}
+    terms = (_clean(cpu.x).norm(dim=1) * _clean(cpu.dy).norm(dim=1)).norm()
+    generator = torch.Generator().manual_seed(5)
+    for r_in, r_out in sketches:
+        c_in, c_out = (
+            None if r is None else torch.randn(d, r, generator=generator).to(case.x.dtype)
+            for d, r in ((case.x.shape[-1], r_in), (case.dy.shape[-1], r_out))
+        )
+        c = [None if side is None else side.to(case.x.device) for side in (c_in, c_out)]
+        call = {"cu_seqlens": case.cu_seqlens, "sample_ids": case.sample_ids, "backend": backend, **counts}
+        with poisoned_memory():
+            first, *more = (ops.grad_sketch(case.x, case.dy, *c, **call) for _ in range(runs))
+        for other in more:
+            assert_same_bits([first], [other], ["grad_sketch"])
+        assert first.is_contiguous() and first.dtype == torch.promote_types(case.x.dtype, torch.float32)
+        # Products of random signs: a sum is held to the root of the sum of its terms' squares.
+        expected = reference.grad_sketch(cpu.x, cpu.dy, c_in, c_out, **ids)
+        assert_close(first, expected, _norms(case), terms, f"grad_sketch, r_in={r_in}, r_out={r_out}")

@@ -3,7 +3,8 @@
 A backend is a package of :mod:`gradnorm_kernels.backends` with a :class:`Backend` named ``BACKEND`` and one function
 per operator, named after it:
 
-- ``fused_grad_norm(batch, plan)``, ``grad_gram(batch, plan)``, ``grad_dot(batch, v, plan)``;
+- ``fused_grad_norm(batch, plan)``, ``grad_gram(batch, plan)``, ``grad_dot(batch, v, plan)``,
+  ``grad_sketch(batch, c_in, c_out, plan)``;
 - ``embedding_grad_norm(batch, plan)``, ``tied_grad_gram(head, embedding, plan)``.
 
 A batch is a :class:`~gradnorm_kernels.batch.GradBatch`. :mod:`gradnorm_kernels.backends.torch` has all operators. A
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 #: The operators, as their functions are named in a backend's package.
-OPERATORS = ("fused_grad_norm", "grad_gram", "grad_dot", "embedding_grad_norm", "tied_grad_gram")
+OPERATORS = ("fused_grad_norm", "grad_gram", "grad_dot", "grad_sketch", "embedding_grad_norm", "tied_grad_gram")
 #: What most hand-written kernels take; they accumulate in float32.
 UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 # What a float64 call is told by the backends that accumulate in float32.

@@ -194,7 +194,7 @@ def task_moments(parts: Sequence[PairSums], num_tasks: int) -> TaskMoments:
     return moments(add_up(parts, range(num_tasks)))
 
 
-def moments(sums: StepSums, exact: Tensor | None = None) -> TaskMoments:
+def moments(sums: StepSums, exact: Tensor | None = None, variance: Tensor | None = None) -> TaskMoments:
     """Estimate every task's squared gradient norm and all cross-task inner products.
 
     ``U_k = sum_m sum_{p != q in k} <G_p, G_q> / sum_m sum_{p != q in k} w_p w_q``,
@@ -205,6 +205,9 @@ def moments(sums: StepSums, exact: Tensor | None = None) -> TaskMoments:
     ``exact`` [K, K] float64: inner products of the tasks' sums over *all* micro-batches, of whole samples; then every
     pair counts, ``U_k = (||S_k||^2 - sum ||G_p||^2) / (n (n - 1))``, and the standard errors, still those of the pairs
     inside micro-batches, are upper bounds.
+
+    ``variance`` [K, K] float64: that of the numerators by something besides the choice of samples (random projections);
+    it is added to the squared standard errors of U and of the inner products.
     """
     num_tasks = len(sums.tasks)
     inner, pairs, block_task = sums.inner, sums.pairs, sums.block_task
@@ -229,8 +232,9 @@ def moments(sums: StepSums, exact: Tensor | None = None) -> TaskMoments:
         return torch.where(blocks > 2, (blocks - 1) / blocks * _by_task(deviation, block_task, num_tasks), NAN)
 
     var_inner, var_cos = jackknife(loo), jackknife(loo_cos)
-    inner_se, cos_se = (var_inner + var_inner.T).sqrt(), (var_cos + var_cos.T).sqrt()
-    std_error = var_inner.diagonal().sqrt()
+    more = torch.zeros_like(den) if variance is None else ratio(variance, den**2)
+    inner_se, cos_se = (var_inner + var_inner.T + more).sqrt(), (var_cos + var_cos.T).sqrt()
+    std_error = (var_inner + more).diagonal().sqrt()
     inner_se.diagonal().copy_(std_error)
 
     plug_in, pair_weight = ratio(sums.whole, sums.whole_weight), den.diagonal().clone()

@@ -18,6 +18,7 @@ from .parameter_gram import Tokens, bias_rows, plain_weight_grad, tokens_of, vec
 from .quiet import quiet
 from .reconcile import Reconciliation
 from .rows import Rows, sum_by
+from .sketch import MicrobatchSketches
 from .skipped import Skipped
 
 
@@ -34,9 +35,13 @@ class Recorder:
         skipped: Skipped,
         exact: TaskSums | None = None,
         reconciliation: Reconciliation | None = None,
+        sketches: MicrobatchSketches | None = None,
+        *,
+        pairs: bool = True,
     ) -> None:
         """``exact``: where the tasks' sums are kept over micro-batches. ``reconciliation``: compares totals with
-        autograd's; then sums are kept per parameter, so that one that fails can be left out.
+        autograd's; then sums are kept per parameter, so that one that fails can be left out. ``sketches``: where the
+        micro-batch's sketches are kept. ``pairs``: whether its pairs are summed.
         """
         self.rows = rows
         self.calls: dict[str, int] = {}
@@ -44,6 +49,8 @@ class Recorder:
         self._parameters = parameters
         self._skipped = skipped
         self._exact = exact
+        self._sketches = sketches
+        self._pairs = pairs
         self._reconciliation = reconciliation
         self._done: set[str] = set()
         self._kept: dict[str, list[Tokens]] = {}
@@ -103,9 +110,13 @@ class Recorder:
         if self._exact is not None:
             tasks = [self.rows.tasks[sample] for sample in call.row_sample.tolist()]
             self._exact.add_weight(name, tokens, tasks, groups, weight.shape[0])
+        if self._sketches is not None:
+            self._sketches.add_weight(name, tokens, groups, weight.shape[0])
+        self._kinds.setdefault(name, {})[layer.name] = layer.kind
+        if not self._pairs:
+            return plain_weight_grad(call, dy) if weight_grad else None
         if layer.kind == "embedding" or self._parameters.tied(name) or self.calls.get(layer.name, 0) > 1:
             self._kept.setdefault(name, []).append(tokens)
-            self._kinds.setdefault(name, {})[layer.name] = layer.kind
             return plain_weight_grad(call, dy) if weight_grad else None
         self._done.add(name)
         sums = weight_sums([tokens], self.rows, weight_grad=weight_grad)
@@ -138,31 +149,36 @@ class Recorder:
         total = self._sums.get(key)
         self._sums[key] = (gram, self_sq) if total is None else (total[0] + gram, total[1] + self_sq)
 
-    def finish(self, task_index: Mapping[Hashable, int]) -> PairSums:
-        """Square what was kept, add everything up, and return the micro-batch's sums (on the CPU).
+    def finish(self, task_index: Mapping[Hashable, int]) -> PairSums | None:
+        """Square what was kept, add everything up, and return the micro-batch's sums (on the CPU), if pairs count.
 
         ``task_index``: the number of every task of the micro-batch. Skipped parameters are left out.
         """
         rows = self.rows
         if self._exact is not None:
             self._exact.discard(self._skipped.reasons)
-        for name, uses in self._kept.items():
-            if name in self._skipped:
-                continue
-            kinds = self._kinds[name]
-            if "conv1d" in kinds.values() and set(kinds.values()) != {"conv1d"}:
+        for name, kinds in self._kinds.items():
+            if name not in self._skipped and "conv1d" in kinds.values() and set(kinds.values()) != {"conv1d"}:
                 raise RuntimeError(
                     f"layers {sorted(kinds)} share one weight in two orientations, which is not supported"
                 )
-            self._add(name, *weight_sums(uses, rows)[:2])
+        for name, uses in self._kept.items():
+            if name not in self._skipped:
+                self._add(name, *weight_sums(uses, rows)[:2])
         for name, vector in self._vectors.items():
             if name in self._skipped:
                 continue
             if self._exact is not None:
                 self._exact.add_vectors(name, vector, rows.tasks, self._groups[name])
+            if self._sketches is not None:
+                self._sketches.add_vector(name, vector, self._groups[name])
+            if not self._pairs:
+                continue
             sums = sum_by(vector, rows.sample_block, rows.num_blocks)
             own = sum_by(vector.square().sum(1), rows.sample_block, rows.num_blocks)
             self._add(name, sums @ sums.T, own)
+        if not self._pairs:
+            return None
         gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64, device="cpu")
         self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device="cpu")
         for (name, _, groups), (part, own) in self._sums.items():

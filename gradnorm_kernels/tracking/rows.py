@@ -83,10 +83,13 @@ def _per_row(value: float | Sequence[float] | Tensor, batch: int, name: str) -> 
     return out
 
 
-def _blocks(
-    tasks: list[Hashable], samples: list[Hashable], max_blocks: int, serial: int
+def make_blocks(
+    tasks: Sequence[Hashable], samples: Sequence[Hashable], max_blocks: int, serial: int
 ) -> tuple[list[int], list[Hashable], list[Hashable]]:
-    """Samples to blocks: one each while they are at most ``max_blocks``, else equal folds inside each task."""
+    """(the block of each sample, the blocks' keys, the blocks' tasks).
+
+    A block is one sample while there are at most ``max_blocks``, else one of equal folds inside each task.
+    """
     if len(samples) <= max_blocks:
         return list(range(len(samples))), list(samples), list(tasks)
     names = list(dict.fromkeys(tasks))
@@ -157,7 +160,7 @@ def make_rows(
     factor = _per_row(batch if row_scale is None else row_scale, batch, "row_scale")
     scale = factor / whole
     same_inside = bool((scale == scale[first_row][row_sample]).all())
-    block, keys, block_tasks = _blocks(tasks, list(index), max_blocks, serial)
+    block, keys, block_tasks = make_blocks(tasks, list(index), max_blocks, serial)
     return Rows(
         batch=batch,
         samples=list(index),

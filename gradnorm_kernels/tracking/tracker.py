@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..estimation.estimator import RunningEstimate, TaskGradient
-from ..estimation.moments import PairSums, StepSums, add_up, merge, moments
+from ..estimation.estimator import RunningEstimate
+from ..estimation.moments import PairSums, add_up
 from . import distributed
+from .accumulate import ACCUMULATE, MEMORY_BUDGET, Accumulation, RankPart, StepPlan, StepResult
 from .calls import BatchDim, Placements
-from .exact import TaskSums
 from .hooks import Watcher
 from .layers import Layer, LayerChoice, Parameters, select_layers
 from .reconcile import Reconciliation
 from .recorder import Recorder
 from .rows import Ids, Rows, make_rows
+from .sketch import default_width
 from .skipped import Skipped, some
+from .stats import StepStats, step_stats
 
 MAX_BLOCKS = 512  # with more samples in one micro-batch the jackknife leaves out folds instead of samples
-ACCUMULATE = ("pairs", "exact")
 VERIFY = ("once", "always")
 UNVERIFIED = (None, "raise", "skip")
 
@@ -43,25 +44,6 @@ def _check_batch_dim(batch_dim: BatchDim) -> None:
             )
 
 
-class StepStats(dict[Hashable, TaskGradient]):
-    """``{task: TaskGradient}`` for one step, with the tasks' inner products beside it.
-
-    Attributes:
-        tasks: the K tasks, in the order of the matrices' rows.
-        inner_products: [K, K] float64, ``<E G_a, E G_b>`` unbiased; the diagonal is U. NaN where no pair was seen
-            together.
-        inner_products_se: [K, K] float64, jackknife standard errors.
-        cosines: [K, K] float64, ``M_ab / sqrt(U_a U_b)``; NaN where a U is not positive.
-        cosines_se: [K, K] float64, jackknife standard errors (0 on the diagonal).
-    """
-
-    tasks: list[Hashable]
-    inner_products: Tensor
-    inner_products_se: Tensor
-    cosines: Tensor
-    cosines_se: Tensor
-
-
 class GradNormTracker:
     """Measure ``U_k = sum_{p != q} <G_p, G_q> / sum_{p != q} w_p w_q`` over the samples p, q of each task k.
 
@@ -77,10 +59,18 @@ class GradNormTracker:
         fused: False only watches (training stays the same to the last bit). True swaps the chosen linears' backward
             for one that takes dW and the norms from one pass (the same up to rounding). All other parameters are
             watched.
-        accumulate: "pairs" (inside micro-batches), or "exact": the tasks' gradient sums are kept over the step's
-            micro-batches and added over ranks, so that every pair of samples counts,
+        accumulate: which pairs of samples count. "pairs": those inside a micro-batch. "exact": all; the tasks'
+            gradient sums are kept over the step's micro-batches and added over ranks,
             ``U_k = (||S_k||^2 - sum_p ||G_p||^2) / (n (n - 1))``. Costs a float32 copy of the measured parameters per
-            task, and samples must be whole in their micro-batch.
+            task, and samples must be whole in their micro-batch. "sketch": all; a random projection of each sample's
+            gradient is kept over micro-batches and added over ranks, also where a sample's rows are spread. U stays
+            unbiased, with an error of the projection's, which std_error contains. "auto": pairs where every task with
+            two samples has some; else exact sums (with errors from sketches), where samples are whole and
+            ``memory_budget`` allows; else sketches. It decides from ``plan``, or at the end of the first step.
+        sketch_width: r of the projections, at least 2. A side no wider than r is not projected. Default:
+            128 for up to four measured matrices, less for more (docs/mathematics.md).
+        memory_budget: the most bytes of exact sums that "auto" allows.
+        plan: what a step looks like, where that is known beforehand.
         process_group: the data-parallel ranks, whose samples make up a step: "auto" (all ranks of an initialised
             torch.distributed), None (this process alone) or a ProcessGroup. With several ranks :meth:`step` is a
             collective call: each rank makes it once per step and gets the same estimates.
@@ -99,6 +89,7 @@ class GradNormTracker:
         skipped: {parameter name: share of all trainable parameters} of what the choice holds and is not measured.
         skipped_reasons: {parameter name: why}.
         running: {task: RunningEstimate} pooled over all steps so far.
+        accumulation: what counts and why, as "mode: reason"; "undecided" before "auto" has decided.
 
     Raises:
         ValueError: nothing to measure, (fused) a linear with a forward of its own, or an unknown option.
@@ -111,7 +102,10 @@ class GradNormTracker:
         layers: LayerChoice = "last_attention",
         fused: bool = False,
         *,
-        accumulate: str = "pairs",
+        accumulate: str = "auto",
+        sketch_width: int | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+        plan: StepPlan | None = None,
         process_group: Any = "auto",
         frozen: bool = False,
         unverified: str | None = None,
@@ -125,6 +119,9 @@ class GradNormTracker:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        for name, number, low in (("sketch_width", sketch_width, 2), ("memory_budget", memory_budget, 0)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < low):
+                raise ValueError(f"{name} must be an int of at least {low}, got {number!r}")
         _check_batch_dim(batch_dim)
         distributed.resolve(process_group)
         if not isinstance(model, nn.Module):
@@ -139,7 +136,6 @@ class GradNormTracker:
         self._skipped = Skipped(model)
         self._skipped.add(selection.skipped, KINDS)
         self._skip_own_parameters(selection.layers)
-        self._exact = TaskSums() if accumulate == "exact" else None
         self._spoiled = False  # a micro-batch failed after adding to the exact sums
         self._placements = Placements(batch_dim)
         self._watcher = Watcher(
@@ -151,11 +147,19 @@ class GradNormTracker:
         self._watcher.layers = self._layers
         self.layers = [layer.name for layer in self._layers]
         self._warn_skipped(3)
+        measured = self._measured()
+        width = default_width(sum(p.dim() > 1 for p in measured.values())) if sketch_width is None else sketch_width
+        self._accumulation = Accumulation(
+            accumulate, memory_budget, width, 4 * sum(p.numel() for p in measured.values()), plan
+        )
         self.running: dict[Hashable, RunningEstimate] = {}
         self._unplaced = batch_dim is None or isinstance(batch_dim, Mapping)  # no micro-batch was probed yet
         self._unreconciled = {name for layer in self._layers for name in self._watcher.names_of(layer)}
         self._recorder: Recorder | None = None
         self._parts: list[PairSums] = []
+        self._microbatches = 0  # of this step
+        self._partial = False  # whether one of them had a part of a sample
+        self._sample_share: dict[Hashable, float] = {}
         self._task_index: dict[Hashable, int] = {}
         self._sample_task: dict[Hashable, Hashable] = {}
         self._sample_rows: dict[Hashable, int] = {}
@@ -172,6 +176,11 @@ class GradNormTracker:
             raise
 
     @property
+    def accumulation(self) -> str:
+        """Which pairs count and why: "mode: reason", or "undecided"."""
+        return "undecided" if self._accumulation.choice is None else str(self._accumulation.choice)
+
+    @property
     def skipped(self) -> dict[str, float]:
         """{parameter name: share of all trainable parameters} of what the choice holds and is not measured."""
         return dict(self._skipped.shares)
@@ -180,6 +189,16 @@ class GradNormTracker:
     def skipped_reasons(self) -> dict[str, str]:
         """{parameter name: why it is not measured}."""
         return dict(self._skipped.reasons)
+
+    def _measured(self) -> dict[str, Tensor]:
+        """{name: parameter} of what is measured."""
+        found: dict[str, Tensor] = {}
+        for layer in self._layers:
+            names = set(self._watcher.names_of(layer))
+            for leaf, parameter in layer.module._parameters.items():
+                if parameter is not None and (name := self._parameters.name(layer, leaf)) in names:
+                    found[name] = parameter
+        return found
 
     def _skip_own_parameters(self, layers: Sequence[Layer]) -> None:
         """Parameters of a linear or embedding for which the formula of its kind has no place."""
@@ -237,12 +256,7 @@ class GradNormTracker:
             task_ids, sample_ids, attention_mask, row_scale, rows_per_sample, serial=self._serial, max_blocks=MAX_BLOCKS
         )
         self._check_samples(rows, spread=rows_per_sample is not None)
-        if self._exact is not None and bool((rows.weight != 1).any()):
-            raise ValueError(
-                'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
-                f"{rows.samples[int((rows.weight != 1).nonzero()[0])]!r} are elsewhere: keep a sample's rows together, "
-                'or use accumulate="pairs"'
-            )
+        self._check_whole(rows)
         for layer in self._watcher.changed():
             self._unreconciled.update(self._watcher.names_of(layer))
         known = set(self._skipped.reasons)
@@ -250,7 +264,11 @@ class GradNormTracker:
         if (probing or self._watcher.shares_outputs) and self._stop_watching is None:
             self._stop_watching = self._watcher.watch_entries(self._model)
         reconciliation = self._reconciliation()
-        recorder = self._recorder = Recorder(rows, self._parameters, self._skipped, self._exact, reconciliation)
+        kept = self._accumulation
+        sketches = kept.microbatch(rows)
+        recorder = self._recorder = Recorder(
+            rows, self._parameters, self._skipped, kept.exact, reconciliation, sketches, pairs=kept.pairs
+        )
         self._watcher.begin(recorder, probing=probing)
         try:
             yield
@@ -267,7 +285,7 @@ class GradNormTracker:
                     self._task_index.setdefault(task, len(self._task_index))
                 part = recorder.finish(self._task_index)
         except BaseException:
-            self._spoiled = self._spoiled or (self._exact is not None and bool(recorder.reached))
+            self._spoiled = self._spoiled or (kept.exact is not None and bool(recorder.reached))
             raise
         finally:
             self._recorder = self._watcher.recorder = None
@@ -279,24 +297,51 @@ class GradNormTracker:
         self._warn_never_called(recorder)
         self._warn_skipped(4)
         if nothing:
-            self._reset()
+            self._reset(next_step=False)
             return
-        if self._parts and known != set(self._skipped.reasons):
+        if self._microbatches and known != set(self._skipped.reasons):
             # Earlier micro-batches of this step counted what this one leaves out: their sums do not belong together.
             warnings.warn(
-                f"the {len(self._parts) + 1} micro-batches of this step so far are dropped: they were measured with "
+                f"the {self._microbatches + 1} micro-batches of this step so far are dropped: they were measured with "
                 "parameters that are now left out, as were earlier steps",
                 stacklevel=3,
             )
-            self._reset()
+            self._reset(next_step=False)
             return
-        self._parts.append(part)
+        if part is not None:
+            self._parts.append(part)
+        if sketches is not None and kept.sketches is not None:
+            sketches.complete(kept.sketches, self._skipped.reasons)
+        self._microbatches += 1
         self._serial += 1
         if rows_per_sample is not None:
             self._spread.update(rows.samples)
         for sample, task, present in zip(rows.samples, rows.tasks, rows.rows_present, strict=True):
             self._sample_task[sample] = task
             self._sample_rows[sample] = self._sample_rows.get(sample, 0) + present
+        for sample, share in zip(rows.samples, rows.weight.tolist(), strict=True):
+            self._sample_share[sample] = self._sample_share.get(sample, 0.0) + share
+            self._partial |= share != 1.0
+
+    def _check_whole(self, rows: Rows) -> None:
+        """Exact sums need whole samples in a micro-batch. Where "auto" chose them, it chooses again."""
+        spread = self._accumulation.refuses(rows)
+        if spread is None:
+            return
+        if self._accumulation.automatic:
+            if self._microbatches:
+                warnings.warn(
+                    f"the {self._microbatches} micro-batches of this step so far are dropped: rows of {spread} are "
+                    "elsewhere, so that exact sums no longer serve",
+                    stacklevel=4,
+                )
+            self._reset(next_step=False)
+            self._accumulation.reconsider()
+            return
+        raise ValueError(
+            'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
+            f'{spread} are elsewhere: keep a sample\'s rows together, or use accumulate="sketch" or "pairs"'
+        )
 
     # Verification of the total gradients
 
@@ -408,26 +453,44 @@ class GradNormTracker:
         """
         group = distributed.resolve(self._process_group)
         try:
-            if any(distributed.gather(self._spoiled, group) if self._exact is not None else []):
-                raise RuntimeError(
-                    'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
-                )
-            mine = self._step_sums(distributed.rank(group) if group is not None else None)
-            gathered = distributed.gather((*mine, set(self._skipped.reasons)), group)
-            if self._ranks_differ([skipped for _, _, skipped in gathered]):
-                gathered = [(add_up([], []), False, set())]
-                self._exact = TaskSums() if self._exact is not None else None
-            sums = merge([part for part, _, _ in gathered]) if group is not None else gathered[0][0]
-            exact = self._exact.gram(sums.tasks, group) if self._exact is not None else None
+            rank = distributed.rank(group) if group is not None else None
+            parts = distributed.gather(self._part(rank), group)
+            if self._ranks_differ(parts):
+                return self._publish(StepResult(add_up([], []), None, None, "", False, False))
+            mine = {self._named(sample, rank): sample for sample in self._sample_task}
+            found = self._accumulation.combine(parts, mine, group, MAX_BLOCKS)
         finally:
-            self._reset()
-        return self._publish(sums, exact, any(folded for _, folded, _ in gathered))
+            self._reset(next_step=True)
+        return self._publish(found)
 
-    def _ranks_differ(self, skipped: Sequence[set[str]]) -> bool:
-        """Whether ranks left out different parameters in this step; from the next one on all leave out the same."""
-        every = set().union(*skipped)
-        if all(names == every for names in skipped):
+    def _ranks_differ(self, parts: Sequence[RankPart]) -> bool:
+        """Whether the ranks' parts of this step do not belong together; what differs is made the same from now on.
+
+        Raises:
+            RuntimeError: exact sums are spoiled, or ranks count steps or pairs in different ways.
+        """
+        if any(part.spoiled for part in parts):
+            raise RuntimeError(
+                'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
+            )
+        steps, modes = {part.step for part in parts}, {part.mode for part in parts}
+        if len(steps) > 1 or (len(modes) > 1 and not self._accumulation.automatic):
+            raise RuntimeError(
+                f"ranks are at different steps or accumulate differently (steps {sorted(steps)}, accumulate "
+                f"{sorted(map(str, modes))}): make every rank's tracker with the same options, restore the same state "
+                "on all, and call step() once per optimizer step on each"
+            )
+        skipped = [part.skipped for part in parts]
+        every = frozenset().union(*skipped)
+        if all(names == every for names in skipped) and len(modes) == 1:
             return False
+        if len(modes) > 1:
+            self._accumulation.reconsider()
+            warnings.warn(
+                "ranks accumulated pairs in different ways, so this step has no estimate; the next one decides again",
+                stacklevel=3,
+            )
+            return True
         self._skipped.add(sorted(every), "another rank could not measure it")
         warnings.warn(
             "ranks left out different parameters, so this step has no estimate; from the next one on all leave out "
@@ -436,55 +499,44 @@ class GradNormTracker:
         )
         return True
 
-    def _step_sums(self, rank: int | None) -> tuple[StepSums, bool]:
-        """This rank's share of the step, and whether its blocks are folds. Ids that only this rank knows get its
-        number.
-        """
-        folded = any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys)
-        samples = {sample: self._task_index[task] for sample, task in self._sample_task.items()}
-        sums = add_up(self._parts, list(self._task_index), samples)
-        if rank is None:
-            return sums, folded
+    def _named(self, key: Hashable, rank: int | None) -> Hashable:
+        """A sample or fold, named as among all ranks: ids that only this rank knows get its number."""
+        return key if rank is None or key in self._spread else ("rank", rank, key)
 
-        def known(key: Hashable) -> Hashable:
-            return key if key in self._spread else ("rank", rank, key)
+    def _part(self, rank: int | None) -> RankPart:
+        """This rank's share of the step."""
+        kept = self._accumulation
+        sums = add_up(self._parts, list(self._task_index))
+        return RankPart(
+            sums=replace(
+                sums,
+                keys=tuple(self._named(key, rank) for key in sums.keys),
+                sample_task={
+                    self._named(sample, rank): self._task_index[task] for sample, task in self._sample_task.items()
+                },
+            ),
+            folded=any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys),
+            skipped=frozenset(self._skipped.reasons),
+            spoiled=self._spoiled,
+            mode=None if kept.choice is None else kept.choice.mode,
+            step=kept.step,
+            shares={self._named(sample, rank): share for sample, share in self._sample_share.items()},
+            partial=self._partial,
+            layout={} if kept.sketches is None else kept.sketches.layout(),
+        )
 
-        keys, named = tuple(map(known, sums.keys)), {known(sample): task for sample, task in samples.items()}
-        return replace(sums, keys=keys, sample_task=named), folded
-
-    def _publish(self, sums: StepSums, exact: Tensor | None, folded: bool) -> StepStats:
+    def _publish(self, found: StepResult) -> StepStats:
         """The estimates of a step, which also enter ``running``."""
-        stats = StepStats()
-        tasks = stats.tasks = list(sums.tasks)
-        found = moments(sums, exact)
-        stats.inner_products, stats.inner_products_se = found.inner_products, found.inner_products_se
-        stats.cosines, stats.cosines_se = found.cosines, found.cosines_se
-        counts = [0] * len(tasks)
-        for k in sums.sample_task.values():
-            counts[k] += 1
-        known = "jackknife over folds" if folded else "jackknife over samples"
-        if exact is not None:
-            known += " inside micro-batches, an upper bound"
-        for k, task in enumerate(tasks):
-            error = float(found.std_error[k])
-            stats[task] = TaskGradient(
-                sq_norm=float(found.sq_norm[k]),
-                std_error=error,
-                noise_scale=float(found.noise_scale[k]),
-                plug_in=float(found.plug_in[k]),
-                n=counts[k],
-                mean_sq_norm=float(found.mean_sq_norm[k]),
-                pair_weight=float(found.pair_weight[k]),
-                std_error_method="none" if error != error else known,
-            )
-            self.running.setdefault(task, RunningEstimate()).update(stats[task])
+        stats = step_stats(found)
+        for task, gradient in stats.items():
+            self.running.setdefault(task, RunningEstimate()).update(gradient)
         return stats
 
-    def _reset(self) -> None:
-        self._parts, self._serial, self._spoiled = [], 0, False
+    def _reset(self, *, next_step: bool) -> None:
+        self._parts, self._serial, self._spoiled, self._microbatches, self._partial = [], 0, False, 0, False
         self._task_index, self._sample_task, self._sample_rows, self._spread = {}, {}, {}, set()
-        if self._exact is not None:
-            self._exact = TaskSums()
+        self._sample_share = {}
+        self._accumulation.reset(next_step=next_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The running estimates, for a checkpoint between steps.
@@ -492,9 +544,14 @@ class GradNormTracker:
         Raises:
             RuntimeError: micro-batches are waiting for :meth:`step`; they would be lost.
         """
-        if self._parts or self._recorder is not None:
-            raise RuntimeError(f"{len(self._parts)} micro-batches wait for tracker.step(): call it before state_dict()")
-        return {"running": [(task, estimate.state_dict()) for task, estimate in self.running.items()]}
+        if self._microbatches or self._recorder is not None:
+            raise RuntimeError(
+                f"{self._microbatches} micro-batches wait for tracker.step(): call it before state_dict()"
+            )
+        return {
+            "running": [(task, estimate.state_dict()) for task, estimate in self.running.items()],
+            "accumulation": self._accumulation.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
@@ -503,6 +560,7 @@ class GradNormTracker:
             running[task] = RunningEstimate()
             running[task].load_state_dict(entry)
         self.running = running
+        self._accumulation.load_state_dict(state.get("accumulation", {}))  # older states have none
 
     def _stop_entries(self) -> None:
         if self._stop_watching is not None:

@@ -27,6 +27,7 @@ _OURS: dict[str, Callable[..., Any]] = {
     "fused_grad_norm": ops._fused_grad_norm,
     "grad_gram": ops._grad_gram,
     "grad_dot": ops._grad_dot,
+    "grad_sketch": ops._grad_sketch,
     "embedding_grad_norm": ops._embedding_grad_norm,
     "tied_grad_gram": ops._tied_grad_gram,
 }

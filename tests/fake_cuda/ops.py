@@ -89,7 +89,7 @@ def everything(case: Case, backend: str, algorithm: str, **wanted: bool) -> list
     found = ops.fused_grad_norm(*call, group_ids=case.group_ids, algorithm=algorithm, **ids, **wanted, **_groups(case))
     v = torch.ones(case.dy.shape[-1], case.x.shape[-1], dtype=case.x.dtype, device=case.x.device)
     return [
-        *found,
+        *found[:4],
         ops.grad_gram(*call, algorithm=algorithm, **ids),
         ops.grad_dot(case.x, case.dy, v, **_dot(case, ids)),
     ]
@@ -131,6 +131,19 @@ def test_nothing_waits(fake: FakeCuda, backend: str, name: str, algorithm: str, 
     for weight_grad, group_gram in itertools.product((False, True), repeat=2):
         with fake.forbidding(waits=True, capture=ids != "cpu", any_order=True):
             everything(case, backend, algorithm, weight_grad=weight_grad, group_gram=group_gram)
+
+
+@pytest.mark.parametrize("ids", ["cuda:0", "cpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_sketch_does_not_wait(fake: FakeCuda, name: str, ids: str) -> None:
+    fake.silent = True
+    case = on(fake, CASES[name](FP16), ids=ids)
+    counts = {key: value for key, value in case.kwargs.items() if key == "num_samples"}
+    c_in, c_out = (fake.put(torch.ones(side.shape[-1], 5, dtype=FP16)) for side in (case.x, case.dy))
+    for projections in ((c_in, c_out), (None, c_out)):
+        with fake.forbidding(waits=True, capture=ids != "cpu", any_order=True):
+            call = (case.x, case.dy, *projections, case.cu_seqlens)
+            ops.grad_sketch(*call, sample_ids=case.sample_ids, backend="triton", **counts)
 
 
 @pytest.mark.parametrize(

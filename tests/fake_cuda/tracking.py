@@ -71,6 +71,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "all": ("llama", {"layers": "all"}),
     "all, fused, tied": ("llama_tied", {"layers": "all", "fused": True}),
     "all, exact": ("llama_tied", {"layers": "all", "accumulate": "exact"}),
+    "all, sketch": ("llama_tied", {"layers": "all", "accumulate": "sketch", "sketch_width": 8}),
     "all, fused, exact": ("gpt2", {"layers": "all", "fused": True, "accumulate": "exact"}),
 }
 
@@ -118,11 +119,12 @@ def test_nothing_waits(fake: FakeCuda, hooks: dict[str, set[Any]], name: str, dt
     # Autograd has a thread for each device; none of the hooks ran on this one.
     assert len(hooks["threads"]) == 1 and threading.get_ident() not in hooks["threads"]
     assert hooks["devices"] == {int(device[-1])} and torch.cuda.current_device() == 0
-    assert hooks["embedding"] == ({"triton"} if options["layers"] == "all" else set())
+    pairs = options.get("accumulate") != "sketch"
+    assert hooks["embedding"] == ({"triton"} if options["layers"] == "all" and pairs else set())
     assert {kernel[1:] for kernel in fake.launches} == {(int(device[-1]), int(device[-1]) + 1 << 16)}
 
 
-@pytest.mark.parametrize("name", ["all, fused, tied"])
+@pytest.mark.parametrize("name", ["all, fused, tied", "all, sketch"])
 def test_the_numbers(fake: FakeCuda, name: str) -> None:
     """Those of a CPU."""
     architecture, options = CASES[name]
@@ -135,7 +137,7 @@ def test_the_numbers(fake: FakeCuda, name: str) -> None:
         assert found[task].sq_norm == pytest.approx(value.sq_norm, abs=1e-4 * value.mean_sq_norm)
 
 
-@pytest.mark.parametrize("name", ["last attention, fused", "all", "all, exact"])
+@pytest.mark.parametrize("name", ["last attention, fused", "all", "all, exact", "all, sketch"])
 def test_whatever_the_defaults_are(fake: FakeCuda, name: str) -> None:
     """The caller's default device and default dtype are not those of our tables."""
     fake.silent = True

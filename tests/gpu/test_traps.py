@@ -7,7 +7,7 @@ import torch
 
 from gradnorm_kernels import backends, ops
 from tests import traps
-from tests.traps import ALGORITHMS, ALIGNED, ODD, TRAPS, Trap, check, check_pairs
+from tests.traps import ALGORITHMS, ALIGNED, ODD, TRAPS, Trap, check, check_pairs, check_sketches
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +36,11 @@ def test_traps(algorithm: str, trap: Trap, backend: str, dtype: torch.dtype, dev
 
 def test_traps_of_the_gram_and_the_dot(trap: Trap, backend: str, dtype: torch.dtype, device: torch.device) -> None:
     check_pairs(trap.build(dtype).to(device), backend, "auto")
+
+
+@pytest.mark.usefixtures("gpu_only")
+def test_traps_of_the_sketch(trap: Trap, dtype: torch.dtype, device: torch.device) -> None:
+    check_sketches(trap.build(dtype).to(device), "triton")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -7,7 +7,7 @@ import torch
 
 from gradnorm_kernels import backends, ops
 from tests import traps
-from tests.traps import ALGORITHMS, ODD, TRAPS, Trap, check, check_pairs
+from tests.traps import ALGORITHMS, ODD, TRAPS, Trap, check, check_pairs, check_sketches
 
 # The interpreter multiplies the bit patterns of bfloat16 operands: that dtype is tested on a GPU.
 DTYPES = [torch.float32, torch.float16]
@@ -34,6 +34,12 @@ def test_traps_of_the_gram_and_the_dot(trap: Trap, dtype: torch.dtype) -> None:
     check_pairs(trap.build(dtype), "triton", "auto", runs=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("trap", TRAPS, ids=str)
+def test_traps_of_the_sketch(trap: Trap, dtype: torch.dtype) -> None:
+    check_sketches(trap.build(dtype), "triton", runs=1, sketches=[(7, 5) if dtype == torch.float32 else (None, 5)])
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_combination_of_results_twice(algorithm: str) -> None:
     case = next(trap for trap in TRAPS if trap.name == "groups that take turns").build(torch.float32)
@@ -41,6 +47,7 @@ def test_every_combination_of_results_twice(algorithm: str) -> None:
         for group_gram in (False, True):
             check(case, "triton", algorithm, weight_grad=weight_grad, group_gram=group_gram)
     check_pairs(case, "triton", algorithm)
+    check_sketches(case, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -51,6 +58,8 @@ def test_dtypes_that_are_refused(dtype: torch.dtype) -> None:
             run(x, x, backend="triton")
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
         ops.grad_dot(x, x, torch.ones(2, 2), backend="triton")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: "):
+        ops.grad_sketch(x, x, None, None, backend="triton")
 
 
 def test_auto_does_not_interpret() -> None:

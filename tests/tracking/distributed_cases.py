@@ -164,6 +164,78 @@ def exact(rank: int, world: int) -> None:
     assert not tracker.step(), "the sums were reset"
 
 
+def sketch(rank: int, world: int) -> None:
+    """accumulate="sketch": one prompt per rank, a prompt spread over ranks, a rank without any: all pairs count."""
+    for width in (64, 4):  # without and with projections
+        options = {"accumulate": "sketch", "sketch_width": width}
+        model = build()
+        tracker = gk.GradNormTracker(model, "all", **options)
+        single = gk.GradNormTracker(build(), "all", process_group=None, **options)
+        prompt = list(range(rank * GROUP, (rank + 1) * GROUP))
+        measure(tracker, model, prompt)
+        for other in range(world):
+            measure(single, single._model, list(range(other * GROUP, (other + 1) * GROUP)))
+        same(tracker.step(), single.step(), 1e-8)
+        mine = [row for row in range(PROMPTS * GROUP) if row % world == rank]
+        if rank != 1:
+            measure(tracker, model, mine, rows_per_sample=GROUP)
+        for other in range(world):
+            if other != 1:
+                rows = [row for row in range(PROMPTS * GROUP) if row % world == other]
+                measure(single, single._model, rows, rows_per_sample=GROUP)
+        found = tracker.step()
+        same(found, single.step(), 1e-8)
+        assert found.accumulate == "sketch" and sum(gradient.n for gradient in found.values()) == PROMPTS
+    if world > 1:
+        said = ""
+        try:
+            measure(tracker, model, list(range(GROUP)), rows_per_sample=GROUP)  # the same whole prompt on every rank
+            tracker.step()
+        except ValueError as error:
+            said = str(error)
+        assert "times the rows of sample 0 were seen over all ranks" in said, said
+
+
+def automatic(rank: int, world: int) -> None:
+    """accumulate="auto": one prompt per rank is seen in the first step, and every rank chooses the same."""
+
+    def one_task(tracker: gk.GradNormTracker, model: nn.Module, rows: list[int]) -> None:
+        with tracker.microbatch(["add"] * len(rows), [row // GROUP for row in rows]):
+            loss_of(model, tokens()[rows]).backward()
+
+    alone, model = build(), build()
+    single = gk.GradNormTracker(alone, accumulate="pairs", process_group=None)
+    one_task(single, alone, list(range(world * GROUP)))
+    right = single.step()["add"]
+    tracker = gk.GradNormTracker(model, memory_budget=0 if world == 2 else 1 << 20)
+    for mode in ("sketch", "sketch" if world == 2 else "exact"):
+        one_task(tracker, model, list(range(rank * GROUP, (rank + 1) * GROUP)))
+        found = tracker.step()
+        assert found.accumulate == mode, found.accumulate
+        # No side of this model is wider than the projections.
+        assert found["add"].n == right.n == world
+        assert abs(found["add"].sq_norm - right.sq_norm) <= 1e-6 * abs(right.sq_norm), (found, right)
+
+
+def unbiased(rank: int, world: int) -> None:
+    """One prompt per rank, whose mean gradient is known: the mean of U over many steps within its error."""
+    torch.manual_seed(0)
+    model = nn.Linear(24, 20, bias=False)
+    mean = 0.3 * torch.randn(20, 24) / 24**0.5
+    tracker = gk.GradNormTracker(nn.Sequential(model), "all", accumulate="sketch", sketch_width=12)
+    generator = torch.Generator().manual_seed(rank)
+    found = []
+    for _ in range(300):
+        x = torch.randn(1, 24, generator=generator)
+        target = x @ mean.T + torch.randn(1, 20, generator=generator) / 4
+        with tracker.microbatch(["t"], [0]):
+            (model(x) * target).sum().backward()
+        found.append(tracker.step()["t"].sq_norm)
+    u = torch.tensor(found, dtype=torch.float64)
+    error = float(u.std()) / len(u) ** 0.5
+    assert abs(float(u.mean()) - float(mean.square().sum())) < 4 * error, (u.mean(), mean.square().sum(), error)
+
+
 def spread(rank: int, world: int) -> None:
     """A prompt's rows on two ranks: its pairs with itself do not count, and it is one prompt."""
     model = build()
@@ -204,7 +276,7 @@ def tensor_parallel(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     rows = list(range(PROMPTS * GROUP))
     half = len(rows) // 2
-    for accumulate in ("pairs", "exact"):
+    for accumulate in ("pairs", "exact", "sketch"):
         right = expected("last_attention", [rows[:half], rows[half:]], accumulate=accumulate)
         model = build()
         attention = model.model.layers[-1].self_attn
@@ -252,7 +324,22 @@ def dies(rank: int, world: int) -> None:
     tracker.step()
 
 
-CASES = {case.__name__: case for case in (ddp, fsdp, exact, spread, uneven, tensor_parallel, sequence_parallel, dies)}
+CASES = {
+    case.__name__: case
+    for case in (
+        ddp,
+        fsdp,
+        exact,
+        sketch,
+        automatic,
+        unbiased,
+        spread,
+        uneven,
+        tensor_parallel,
+        sequence_parallel,
+        dies,
+    )
+}
 
 
 def main() -> None:

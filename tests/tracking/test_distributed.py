@@ -51,6 +51,8 @@ def launch(folder: Path, world: int, *cases: str) -> list[subprocess.CompletedPr
     [
         (2, ("ddp", "fsdp", "exact", "spread", "uneven", "tensor_parallel", "sequence_parallel")),
         (4, ("ddp", "fsdp", "exact", "spread", "uneven")),
+        (2, ("sketch", "automatic", "unbiased")),
+        pytest.param(4, ("sketch", "automatic", "unbiased"), marks=pytest.mark.slow),
     ],
 )
 def test_ranks_agree_with_one_process(tmp_path: Path, world: int, cases: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -25,16 +26,28 @@ def example(name: str) -> str:
     return found.group(1)
 
 
-def test_grpo(tmp_path, capsys):
+def test_grpo(tmp_path, capsys, monkeypatch):
+    """TRL's own configuration but for the accumulation, and for what makes it small."""
+    monkeypatch.chdir(tmp_path)
     data = tiny.prompts()
-    data = data.map(lambda row: {"task": "gcd" if row["task"] == "up" else row["task"]})
-    trainer = tiny.grpo(tmp_path, data=data, max_steps=2)
-    trainer.reward_funcs = [lambda completion_ids, **_: [float(ids[0] % 5) for ids in completion_ids]]
-    exec(example("grpo"), space := {"trainer": trainer})
-    assert str(space["attached"].tracker.running["gcd"].value) in capsys.readouterr().out
-    assert "task_sampling" in (text := PAGE.read_text(encoding="utf-8"))
+    data = data.map(lambda row: {"task": "gcd" if row["task"] == "up" else "sum"})
+    small = "max_steps=3, max_completion_length=5, report_to=[], use_cpu=True, bf16=False, save_strategy='no'"
+    text = example("grpo")
+    assert text.count("gradient_accumulation_steps=4") == 1
+    space = {
+        "model": tiny.model(),
+        "reward": lambda completion_ids, **_: [float(ids[0] % 5) for ids in completion_ids],
+        "data": data,
+        "tokenizer": tiny.tokenizer(),
+    }
+    exec(text.replace("gradient_accumulation_steps=4", f"gradient_accumulation_steps=4, {small}"), space)
+    value = space["attached"].tracker.running["gcd"].value
+    out = capsys.readouterr().out
+    assert math.isfinite(value) and str(value) in out and space["attached"].tracker.accumulation in out
+    page = PAGE.read_text(encoding="utf-8")
+    assert "task_sampling" in page
     for key in space["attached"].metrics():
-        assert key.rsplit("/", 1)[-1] in text
+        assert key.rsplit("/", 1)[-1] in page
 
 
 def test_the_table_of_loss_types_is_that_of_the_code():

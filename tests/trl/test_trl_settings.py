@@ -94,7 +94,16 @@ def test_streams_losses_and_trainers_that_are_refused(tmp_path):
         ({"num_iterations": 3}, {}, "make 3 optimizer steps from one generation: only the first"),
         ({"steps_per_generation": 8}, {}, "make 4 optimizer steps from one generation"),
         ({"loss_type": "cispo"}, {}, "0.2 times, and U 0.04 times"),
-        ({"per_device_train_batch_size": 4}, {"keep_groups_together": True}, "U stays undefined"),
+        (
+            {"per_device_train_batch_size": 4},
+            {"keep_groups_together": True, "accumulate": "pairs"},
+            "U stays undefined",
+        ),
+        (
+            {"gradient_accumulation_steps": 1, "num_generations": 8},
+            {},
+            "U stays undefined: an optimizer step holds one",
+        ),
         ({}, {"layers": "all"}, "lm_head"),
     ],
 )

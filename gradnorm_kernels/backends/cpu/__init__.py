@@ -2,8 +2,8 @@
 
 :mod:`.wgrad` takes norms and sums from the weight-gradient GEMM: it reaches the end of a sample inside the registers,
 so that a norm costs a few percent of the GEMM and the GEMM itself is no slower than the BLAS library's. Pairs of tokens
-(the norms of short samples, everything in calls with few tokens) and ``grad_dot``, which is one product with a matrix,
-are BLAS in this backend too: there the code is the torch backend's.
+(the norms of short samples, everything in calls with few tokens), ``grad_dot`` and ``grad_sketch``, which are products
+with a matrix, are BLAS in this backend too: there the code is the torch backend's.
 
 Products accumulate in float32. The same call gives the same bits, whatever the number of threads; it runs on at most
 ``torch.get_num_threads()`` of them, which are torch's own.
@@ -18,11 +18,11 @@ from ...batch import GradBatch
 from .. import native
 from ..base import NO_FLOAT64, UP_TO_FLOAT32, Backend, Plan
 from ..torch import fused_grad_norm as blas_fused_grad_norm
-from ..torch import grad_dot
+from ..torch import grad_dot, grad_sketch
 from ..torch import grad_gram as blas_grad_gram
 from . import wgrad
 
-__all__ = ["BACKEND", "fused_grad_norm", "grad_dot", "grad_gram"]
+__all__ = ["BACKEND", "fused_grad_norm", "grad_dot", "grad_gram", "grad_sketch"]
 
 
 def _unsupported_reason(device_type: str, dtype: torch.dtype) -> str | None:

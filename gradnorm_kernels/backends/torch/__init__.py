@@ -3,7 +3,8 @@
 :mod:`.wgrad` takes norms and sums from the weight-gradient GEMM, with a norm at the end of each sample; :mod:`.gram`
 takes the norms of short samples from inner products of their tokens, so that the GEMM crosses them in one span, and in
 calls with few tokens everything. ``Plan.gram_tokens`` and ``Plan.group_sums`` decide which. :mod:`.dot` takes inner
-products with a given matrix, :mod:`.embedding` those of embeddings and of heads tied to them.
+products with a given matrix, :mod:`.sketch` random projections of the gradients, :mod:`.embedding` norms of embeddings
+and of heads tied to them.
 
 Products accumulate in float32 (float64 for float64 inputs), as do the squares within one block of rows; sums over
 blocks and tiles are float64. The squares of a gradient's elements between about 1e-19 and 1e16 fit float32.
@@ -27,9 +28,18 @@ from .dot import grad_dot
 from .embedding import embedding_grad_norm, tied_grad_gram
 from .gram import pair_gram, sample_norms
 from .numerics import block_sums, exact_matmuls, index, zeros
+from .sketch import grad_sketch
 from .wgrad import Span, SquaredNorms, segmented_wgrad, spans
 
-__all__ = ["BACKEND", "embedding_grad_norm", "fused_grad_norm", "grad_dot", "grad_gram", "tied_grad_gram"]
+__all__ = [
+    "BACKEND",
+    "embedding_grad_norm",
+    "fused_grad_norm",
+    "grad_dot",
+    "grad_gram",
+    "grad_sketch",
+    "tied_grad_gram",
+]
 
 BACKEND = Backend("torch", devices=None, dtypes=DTYPES, priority=0, why="runs everywhere")
 # Arguments and result of :func:`.wgrad.segmented_wgrad`. The cpu backend has a compiled one.

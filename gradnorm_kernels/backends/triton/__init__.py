@@ -23,10 +23,18 @@ from ... import segments as table
 from ...batch import GradBatch
 from ...segments import Segments, device_segments, one_sample_per_group
 from ..base import NO_FLOAT64, UP_TO_FLOAT32, Backend, Plan
-from . import dot, gram, wgrad
+from . import dot, gram, sketch, wgrad
 from .embedding import embedding_gram, embedding_norms, tied_gram
 
-__all__ = ["BACKEND", "embedding_grad_norm", "fused_grad_norm", "grad_dot", "grad_gram", "tied_grad_gram"]
+__all__ = [
+    "BACKEND",
+    "embedding_grad_norm",
+    "fused_grad_norm",
+    "grad_dot",
+    "grad_gram",
+    "grad_sketch",
+    "tied_grad_gram",
+]
 
 
 def _unavailable_reason() -> str | None:
@@ -135,6 +143,12 @@ def grad_dot(batch: GradBatch, v: Tensor, plan: Plan) -> Tensor:
     if _nothing(batch, segments):
         return segments.guard(_zeros(x, segments.samples))
     return segments.guard(dot.grad_dot(x, dy, v, segments))
+
+
+def grad_sketch(batch: GradBatch, c_in: Tensor | None, c_out: Tensor | None, plan: Plan) -> Tensor:
+    """``C_out^T G_i C_in`` [N, r_out, r_in] float32."""
+    segments = device_segments(batch)
+    return segments.guard(sketch.grad_sketch(table.rows(batch.x), table.rows(batch.dy), c_in, c_out, segments))
 
 
 def embedding_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:

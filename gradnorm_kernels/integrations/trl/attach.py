@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 import warnings
@@ -23,8 +24,17 @@ from ...tracking.layers import LayerChoice, select_layers
 from ...tracking.tracker import GradNormTracker, StepStats
 from .grpo import GrpoHooks
 from .sft import SftHooks
-from .validation import check_count, check_trainer, row_tasks, sampling_strategy
+from .validation import (
+    check_count,
+    check_trainer,
+    grpo_plan,
+    row_tasks,
+    sampling_strategy,
+    sft_plan,
+    undefined_remark,
+)
 
+_LOGGER = logging.getLogger(__name__)
 #: The file in a checkpoint's folder.
 STATE_FILE = "gradnorm_state.json"
 
@@ -46,6 +56,7 @@ def attach(
     row_scale: Callable[..., Any] | None = None,
     gain_window: int = 4,
     max_cosines: int | None = 100,
+    allow_undefined: bool = False,
     **tracker_options: Any,
 ) -> Attachment:
     """Measure ``U_k``, every task's squared gradient norm, at each optimizer step of a TRL trainer.
@@ -83,7 +94,11 @@ def attach(
         gain_window: generations on each side of ``learning_gain``.
         max_cosines: log the cosines of at most so many pairs of tasks per line: those measured on the most samples.
             None logs all. ``.last.cosines`` always has them all.
-        tracker_options: any other argument of :class:`GradNormTracker`.
+        allow_undefined: where no step can hold two samples, U stays undefined: attach warns with the arithmetic, and
+            task_sampling and correction that depend on U do not start: rows are drawn and weighted as TRL does. True
+            starts them all the same; they then go by no estimate.
+        tracker_options: any other argument of :class:`GradNormTracker`. ``accumulate="auto"``, the default, is decided
+            here from the trainer's batch sizes; ``.tracker.accumulation`` says what was chosen and why.
 
     Returns:
         the attachment: ``.tracker``, ``.sampler``, ``.balancer``, ``.last`` (the latest StepStats), ``.detach()``.
@@ -108,9 +123,17 @@ def attach(
     strategy = sampling_strategy(task_sampling)
     seed = trainer.args.seed if seed is None else seed
     rows = row_tasks(trainer, task_column)
+    accumulate = tracker_options.get("accumulate", "auto")
+    count = len(set(rows or ()))
+    plan = grpo_plan(trainer, keep_groups_together, count) if grpo else sft_plan(trainer, count)
+    undefined = undefined_remark(trainer, plan, accumulate)
+    idle: tuple[TaskSampler[Any] | None, TaskBalancer | None] = (None, None)
     hooks: GrpoHooks | SftHooks
     if grpo:
         sampler, balancer = _controls(rows, strategy, correction, task_sampling, exponent, floor, decay, seed)
+        if undefined is not None and not allow_undefined:
+            idle = (sampler if strategy not in (None, "uniform") else None, balancer)
+            sampler, balancer = (sampler if idle[0] is None else None), None
         hooks = GrpoHooks(
             trainer,
             task_column,
@@ -121,7 +144,7 @@ def attach(
             row_scale=row_scale,
             gain_window=gain_window,
             seed=seed,
-            accumulate=tracker_options.get("accumulate"),
+            accumulate=accumulate,
         )
     else:
         if strategy is not None or correction is not None or keep_groups_together:
@@ -133,11 +156,29 @@ def attach(
     chosen = layers_beside_the_head(trainer.model, layers, bool(tracker_options.get("frozen")))
     # A list of names stands for "all" here: what it picked up without being asked for is still left out, not refused.
     tracker_options.setdefault("unverified", "skip" if layers == "all" else "raise")
-    tracker = GradNormTracker(trainer.model, chosen, fused=fused, **tracker_options)
+    tracker = GradNormTracker(trainer.model, chosen, fused=fused, **{"plan": plan, **tracker_options})
     for remark in hooks.remarks:
         warnings.warn(remark, stacklevel=2)
+    if undefined is not None:
+        warnings.warn(undefined + _not_started(idle, task_sampling), stacklevel=2)
+    _LOGGER.info("accumulate=%s", tracker.accumulation)
     trainer._gradnorm = Attachment(trainer, hooks, tracker, every, max_cosines)
+    trainer._gradnorm.sampler = hooks.sampler or idle[0]
+    trainer._gradnorm.balancer = hooks.balancer or idle[1]
     return trainer._gradnorm
+
+
+def _not_started(idle: tuple[TaskSampler[Any] | None, TaskBalancer | None], task_sampling: str) -> str:
+    """What does not start because U is undefined, as the end of the warning."""
+    sampler, balancer = idle
+    names = [f"task_sampling={task_sampling!r}"] if sampler is not None else []
+    names += ["correction"] if balancer is not None else []
+    if not names:
+        return ""
+    return (
+        f". {' and '.join(names)} would go by no estimate and {'do' if len(names) > 1 else 'does'} not start: TRL "
+        "draws and weights the rows. attach(..., allow_undefined=True) starts them all the same"
+    )
 
 
 def _controls(
@@ -209,8 +250,8 @@ class Attachment:
 
     Attributes:
         tracker: the GradNormTracker; ``tracker.running`` pools all steps.
-        sampler: the TaskSampler that draws the tasks; None where the trainer's own sampler does.
-        balancer: the TaskBalancer; None without a correction.
+        sampler: the TaskSampler that draws the tasks; None where the trainer's own sampler was asked for.
+        balancer: the TaskBalancer; None without a correction. Where U is undefined both may be idle (allow_undefined).
         last: the StepStats of the latest measured optimizer step.
     """
 
@@ -283,7 +324,10 @@ class Attachment:
             self._stack = None
         if self.trainer.accelerator.sync_gradients:
             if self._opened:
+                before = self.tracker.accumulation
                 self.last = self.tracker.step()
+                if self.tracker.accumulation != before:
+                    _LOGGER.info("accumulate=%s", self.tracker.accumulation)
                 self._take_in(self.last)
             self._due, self._opened, self._has_news = None, False, True
         self._hooks.end_micro_batch()

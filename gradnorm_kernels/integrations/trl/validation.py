@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+from ...tracking.accumulate import StepPlan
 from .loss_scale import GRPO_LOSSES, LOSS_TYPES, SFT_LOSSES, own_grpo_loss, own_sft_loss
 
 #: What attach(task_sampling=...) takes -> TaskSampler's strategy; None leaves TRL's own sampler alone.
@@ -253,11 +254,6 @@ def grpo_remarks(trainer: Any, keep_groups_together: bool, correction: bool) -> 
             f"{-(-cycle // steps)} optimizer steps from one generation: only the first is measured, because later "
             "weights have seen these prompts"
         )
-    if keep_groups_together and args.per_device_train_batch_size == trainer.num_generations:
-        remarks.append(
-            "per_device_train_batch_size equals num_generations and groups are kept together: no micro-batch holds two "
-            "prompts, so U stays undefined; raise per_device_train_batch_size"
-        )
     if correction and trainer.beta != 0.0:
         remarks.append(
             f"beta={trainer.beta} with a correction: the weights scale advantages and not the KL term, and U counts "
@@ -273,8 +269,56 @@ def sft_remarks(trainer: Any) -> list[str]:
         remarks.append(
             "router_aux_loss_coef adds a load-balancing loss over all tokens: it couples the samples, and U counts it"
         )
-    if trainer.args.per_device_train_batch_size == 1:
-        remarks.append(
-            "per_device_train_batch_size=1: no micro-batch holds two samples, so U stays undefined; raise it"
-        )
     return remarks
+
+
+def grpo_plan(trainer: Any, keep_groups_together: bool, tasks: int) -> StepPlan:
+    """What an optimizer step of a GRPOTrainer holds. A sample is a prompt with its ``num_generations`` rows."""
+    args, group = trainer.args, trainer.num_generations
+    rows, ranks = args.per_device_train_batch_size, trainer.accelerator.num_processes
+    generated = rows * args.steps_per_generation  # on this rank
+    whole = rows % group == 0 and (keep_groups_together or args.steps_per_generation == 1)
+    return StepPlan(
+        samples=min(rows * args.gradient_accumulation_steps * ranks, max(1, generated * ranks // group)),
+        together=rows // group if whole else min(rows, -(-generated // group)),
+        whole=whole,
+        tasks=max(tasks, 1),
+    )
+
+
+def sft_plan(trainer: Any, tasks: int) -> StepPlan:
+    """What an optimizer step of an SFTTrainer holds. A sample is a row."""
+    args = trainer.args
+    rows = args.per_device_train_batch_size
+    return StepPlan(
+        samples=rows * args.gradient_accumulation_steps * trainer.accelerator.num_processes,
+        together=rows,
+        whole=True,
+        tasks=max(tasks, 1),
+    )
+
+
+def undefined_remark(trainer: Any, plan: StepPlan, accumulate: str) -> str | None:
+    """Why U cannot be defined in any step, with the arithmetic and what would mend it; None where it can."""
+    args, group = trainer.args, getattr(trainer, "num_generations", 1)
+    rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    ranks, kind = trainer.accelerator.num_processes, "prompt" if group > 1 else "sample"
+    if plan.samples < 2:
+        wanted = 2 * plan.tasks * group  # rows of a step with two samples of every task
+        counted = (
+            f"per_device_train_batch_size={rows} x gradient_accumulation_steps={steps} x {ranks} "
+            f"process{'es' if ranks > 1 else ''} = {rows * steps * ranks} rows"
+        )
+        counted += f", num_generations={group} rows per prompt" if group > 1 else ""
+        return (
+            f"U stays undefined: an optimizer step holds one {kind} ({counted}), and a task's U needs two of it. Two "
+            f"per task ({plan.tasks}) on average take gradient_accumulation_steps={-(-wanted // (rows * ranks))} or "
+            f"per_device_train_batch_size={-(-wanted // (steps * ranks))}"
+        )
+    if accumulate == "pairs" and plan.together < 2:
+        return (
+            f"U stays undefined under accumulate='pairs': no micro-batch of per_device_train_batch_size={rows} rows "
+            f"holds two {kind}s; raise it to {2 * group}, or leave accumulate at 'auto', which pairs the {kind}s of "
+            f"a whole step (up to {plan.samples})"
+        )
+    return None

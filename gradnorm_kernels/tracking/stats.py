@@ -1,0 +1,63 @@
+"""What a step returns: the tasks' estimates and their inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from ..estimation.estimator import TaskGradient
+from ..estimation.moments import moments
+from .accumulate import StepResult
+
+
+class StepStats(dict[Hashable, TaskGradient]):
+    """``{task: TaskGradient}`` for one step, with the tasks' inner products beside it.
+
+    Attributes:
+        tasks: the K tasks, in the order of the matrices' rows.
+        inner_products: [K, K] float64, ``<E G_a, E G_b>`` unbiased; the diagonal is U. NaN where no pair was seen
+            together.
+        inner_products_se: [K, K] float64, jackknife standard errors.
+        cosines: [K, K] float64, ``M_ab / sqrt(U_a U_b)``; NaN where a U is not positive.
+        cosines_se: [K, K] float64, jackknife standard errors (0 on the diagonal).
+        accumulate: which pairs the estimates are of: "pairs", "exact" or "sketch"; "" for a step without estimates.
+    """
+
+    tasks: list[Hashable]
+    inner_products: Tensor
+    inner_products_se: Tensor
+    cosines: Tensor
+    cosines_se: Tensor
+    accumulate: str = ""
+
+
+def step_stats(found: StepResult) -> StepStats:
+    """The estimates of one step."""
+    stats, sums = StepStats(), found.sums
+    tasks = stats.tasks = list(sums.tasks)
+    result = moments(sums, found.exact, found.variance)
+    stats.inner_products, stats.inner_products_se = result.inner_products, result.inner_products_se
+    stats.cosines, stats.cosines_se = result.cosines, result.cosines_se
+    stats.accumulate = found.mode if tasks else ""
+    counts = [0] * len(tasks)
+    for k in sums.sample_task.values():
+        counts[k] += 1
+    method = "jackknife over folds" if found.folded else "jackknife over samples"
+    if found.sketched:
+        method += ", sketched"
+    elif found.exact is not None:
+        method += " inside micro-batches, an upper bound"
+    for k, task in enumerate(tasks):
+        error = float(result.std_error[k])
+        stats[task] = TaskGradient(
+            sq_norm=float(result.sq_norm[k]),
+            std_error=error,
+            noise_scale=float(result.noise_scale[k]),
+            plug_in=float(result.plug_in[k]),
+            n=counts[k],
+            mean_sq_norm=float(result.mean_sq_norm[k]),
+            pair_weight=float(result.pair_weight[k]),
+            std_error_method="none" if error != error else method,
+        )
+    return stats
