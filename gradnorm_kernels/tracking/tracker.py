@@ -136,7 +136,6 @@ class GradNormTracker:
         self._skipped = Skipped(model)
         self._skipped.add(selection.skipped, KINDS)
         self._skip_own_parameters(selection.layers)
-        self._spoiled = False  # a micro-batch failed after adding to the exact sums
         self._placements = Placements(batch_dim)
         self._watcher = Watcher(
             selection.layers, self._parameters, self._skipped, self._placements, lenient=self._lenient
@@ -285,7 +284,7 @@ class GradNormTracker:
                     self._task_index.setdefault(task, len(self._task_index))
                 part = recorder.finish(self._task_index)
         except BaseException:
-            self._spoiled = self._spoiled or (kept.exact is not None and bool(recorder.reached))
+            kept.spoiled = kept.spoiled or (kept.exact is not None and bool(recorder.reached))
             raise
         finally:
             self._recorder = self._watcher.recorder = None
@@ -324,24 +323,13 @@ class GradNormTracker:
             self._partial |= share != 1.0
 
     def _check_whole(self, rows: Rows) -> None:
-        """Exact sums need whole samples in a micro-batch. Where "auto" chose them, it chooses again."""
-        spread = self._accumulation.refuses(rows)
-        if spread is None:
-            return
-        if self._accumulation.automatic:
-            if self._microbatches:
-                warnings.warn(
-                    f"the {self._microbatches} micro-batches of this step so far are dropped: rows of {spread} are "
-                    "elsewhere, so that exact sums no longer serve",
-                    stacklevel=4,
-                )
-            self._reset(next_step=False)
-            self._accumulation.reconsider()
-            return
-        raise ValueError(
-            'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
-            f'{spread} are elsewhere: keep a sample\'s rows together, or use accumulate="sketch" or "pairs"'
-        )
+        """Exact sums that were asked for need whole samples in a micro-batch."""
+        spread = self._accumulation.admit(rows, len({*self._task_index, *rows.block_tasks}))
+        if spread is not None:
+            raise ValueError(
+                'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
+                f'{spread} are elsewhere: keep a sample\'s rows together, or use accumulate="sketch" or "pairs"'
+            )
 
     # Verification of the total gradients
 
@@ -469,7 +457,7 @@ class GradNormTracker:
         Raises:
             RuntimeError: exact sums are spoiled, or ranks count steps or pairs in different ways.
         """
-        if any(part.spoiled for part in parts):
+        if any(part.spoiled for part in parts) and not self._accumulation.automatic:
             raise RuntimeError(
                 'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
             )
@@ -517,7 +505,7 @@ class GradNormTracker:
             ),
             folded=any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys),
             skipped=frozenset(self._skipped.reasons),
-            spoiled=self._spoiled,
+            spoiled=kept.spoiled,
             mode=None if kept.choice is None else kept.choice.mode,
             step=kept.step,
             shares={self._named(sample, rank): share for sample, share in self._sample_share.items()},
@@ -533,7 +521,7 @@ class GradNormTracker:
         return stats
 
     def _reset(self, *, next_step: bool) -> None:
-        self._parts, self._serial, self._spoiled, self._microbatches, self._partial = [], 0, False, 0, False
+        self._parts, self._serial, self._microbatches, self._partial = [], 0, 0, False
         self._task_index, self._sample_task, self._sample_rows, self._spread = {}, {}, {}, set()
         self._sample_share = {}
         self._accumulation.reset(next_step=next_step)
