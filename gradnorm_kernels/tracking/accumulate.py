@@ -86,6 +86,7 @@ class RankPart:
     ``skipped``: the parameters it leaves out. ``spoiled``: its exact sums are not those of its samples. ``mode``: of
     accumulation, None while undecided. ``step``: the step's number. ``shares``: {sample: share of its rows seen}.
     ``partial``: whether a micro-batch had only a part of a sample. ``layout``: of its sketches.
+    ``sharded``: {parameter: over how many groups it is sharded}, of those that are.
     """
 
     sums: StepSums
@@ -97,6 +98,7 @@ class RankPart:
     shares: Mapping[Hashable, float]
     partial: bool
     layout: Mapping[str, tuple[Any, ...]]
+    sharded: Mapping[str, int]
 
 
 class StepResult(NamedTuple):
@@ -203,11 +205,17 @@ class Accumulation:
         return None
 
     def combine(
-        self, parts: Sequence[RankPart], mine: Mapping[Hashable, Hashable], group: Any, max_blocks: int
+        self,
+        parts: Sequence[RankPart],
+        mine: Mapping[Hashable, Hashable],
+        group: Any,
+        shards: Mapping[str, tuple[Any, ...]],
+        max_blocks: int,
     ) -> StepResult:
         """All ranks' parts as one step; a collective call. Then "auto" may choose, the same on every rank.
 
-        ``mine``: {sample, named as in the parts: its name on this rank}.
+        ``mine``: {sample, named as in the parts: its name on this rank}. ``shards``: {parameter: the groups over which
+        it is sharded}.
 
         Raises:
             ValueError: more rows of a sample were seen than it has.
@@ -221,12 +229,12 @@ class Accumulation:
         if any(part.spoiled for part in parts):
             self.exact = None  # the sketches are those of the whole step
         self._decide(sums, any(part.partial for part in parts))
-        exact = None if self.exact is None else self.exact.gram(sums.tasks, group)
+        exact = None if self.exact is None else self.exact.gram(sums.tasks, group, shards)
         if self.sketches is None or not samples or (undecided and (self.choice is None or self.choice.mode == "pairs")):
             return StepResult(sums, exact, None, "pairs" if exact is None else "exact", folded, False)
         index, keys, _ = make_blocks(tasks, samples, max_blocks, 0)
         found = sketch_sums(
-            self.sketches.whole([part.layout for part in parts], samples, mine, group),
+            self.sketches.whole([part.layout for part in parts], samples, mine, group, shards),
             shares,
             tasks,
             len(sums.tasks),

@@ -155,6 +155,7 @@ class GradNormTracker:
         self._unplaced = batch_dim is None or isinstance(batch_dim, Mapping)  # no micro-batch was probed yet
         self._unreconciled = {name for layer in self._layers for name in self._watcher.names_of(layer)}
         self._recorder: Recorder | None = None
+        self._shards: dict[str, tuple[Any, ...]] = {}  # over which groups each parameter is sharded, as far as seen
         self._parts: list[PairSums] = []
         self._microbatches = 0  # of this step
         self._partial = False  # whether one of them had a part of a sample
@@ -311,6 +312,7 @@ class GradNormTracker:
             self._parts.append(part)
         if sketches is not None and kept.sketches is not None:
             sketches.complete(kept.sketches, self._skipped.reasons)
+        self._shards.update(recorder.groups)
         self._microbatches += 1
         self._serial += 1
         if rows_per_sample is not None:
@@ -446,7 +448,8 @@ class GradNormTracker:
             if self._ranks_differ(parts):
                 return self._publish(StepResult(add_up([], []), None, None, "", False, False))
             mine = {self._named(sample, rank): sample for sample in self._sample_task}
-            found = self._accumulation.combine(parts, mine, group, MAX_BLOCKS)
+            self._learn_shards(parts, group)
+            found = self._accumulation.combine(parts, mine, group, self._shards, MAX_BLOCKS)
         finally:
             self._reset(next_step=True)
         return self._publish(found)
@@ -487,6 +490,24 @@ class GradNormTracker:
         )
         return True
 
+    def _learn_shards(self, parts: Sequence[RankPart], group: Any) -> None:
+        """How parameters are sharded, where other ranks saw it in a micro-batch and this one had none so far.
+
+        Raises:
+            RuntimeError: this rank's parameter does not tell.
+        """
+        missing = {name: n for part in parts for name, n in part.sharded.items() if name not in self._shards}
+        measured = self._measured() if missing else {}
+        for name, count in missing.items():
+            # FSDP2 shards a parameter over the data-parallel ranks too, but not while its layer computes.
+            groups = distributed.shard_groups(measured[name], besides=group) if name in measured else ()
+            if len(groups) != count:
+                raise RuntimeError(
+                    f"{name!r} is sharded over {count} groups of ranks elsewhere, and this rank had no micro-batch so "
+                    "far that shows how: give every rank a micro-batch in the first step"
+                )
+            self._shards[name] = groups
+
     def _named(self, key: Hashable, rank: int | None) -> Hashable:
         """A sample or fold, named as among all ranks: ids that only this rank knows get its number."""
         return key if rank is None or key in self._spread else ("rank", rank, key)
@@ -511,6 +532,7 @@ class GradNormTracker:
             shares={self._named(sample, rank): share for sample, share in self._sample_share.items()},
             partial=self._partial,
             layout={} if kept.sketches is None else kept.sketches.layout(),
+            sharded={name: len(groups) for name, groups in self._shards.items() if groups},
         )
 
     def _publish(self, found: StepResult) -> StepStats:
