@@ -10,7 +10,7 @@ import torch
 
 from ...tracking.tracker import StepStats
 from .loss_scale import sft_row_scale
-from .validation import refuse_common, refuse_sft, sft_remarks
+from .validation import refuse_sft, sft_remarks
 
 TASK = "_gradnorm_task"  # the underscore keeps GOLDTrainer from passing it on to model.generate
 OFFSETS = "_gradnorm_cu_seqlens"  # a list of ints: what is not a tensor stays on the host
@@ -35,7 +35,6 @@ class SftHooks:
         *,
         row_scale: Callable[..., Any] | None,
     ) -> None:
-        refuse_common(trainer)
         refuse_sft(trainer, own_row_scale=row_scale is not None)
         if row_tasks is None:
             raise ValueError("an SFTTrainer needs a map-style training data set, whose tasks can be listed beforehand")
