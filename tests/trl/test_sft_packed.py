@@ -12,7 +12,8 @@ import torch
 from gradnorm_kernels.integrations.trl import attach, pack_train_dataset
 from gradnorm_kernels.integrations.trl.sft import OFFSETS, TASK
 from tests.trl import trl_tiny as tiny
-from tests.trl.test_sft_attach import own_gradient, sft
+from tests.trl.test_sft_attach import own_gradient, sft, texts
+from tests.trl.test_trl_docs import example
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -114,6 +115,14 @@ def test_wrapped_rows_hold_one_task_each(tmp_path):
     attached = attach(trainer)
     trainer.train()
     assert attached.last and all(gradient.n > 0 for gradient in attached.last.values())
+
+
+def test_the_example_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = example("sft-packed").replace("report_to=[]", "report_to=[], bf16=False, use_cpu=True, save_strategy='no'")
+    space: dict[str, Any] = {"model": tiny.model(), "tokenizer": tiny.tokenizer(), "data": texts()}
+    exec(f"from trl import SFTConfig, SFTTrainer\n{text}", space)
+    assert space["attached"].last["up"].n > 1
 
 
 @pytest.mark.parametrize(
