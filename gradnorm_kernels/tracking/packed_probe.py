@@ -31,6 +31,7 @@ class PackedProbe(Probe):
     """The probe of a call with packed rows."""
 
     shared = UNSEEN
+    unlucky = False  # no token could be exchanged for another one
 
     def _search(self) -> None:
         packing = self._rows.packing
@@ -56,6 +57,7 @@ class PackedProbe(Probe):
                     return
                 self._compare_tokens(seen, moved)
         if not moved_any:
+            self.unlucky = True
             raise Impossible("none of its arguments has tokens that could be exchanged")
         self._inject_tokens()
 
@@ -92,7 +94,9 @@ class PackedProbe(Probe):
     def _says_where(self, path: str, tensor: Tensor) -> bool:
         """Whether an argument is a mask, or the positions that restart in each sequence."""
         name = path.rpartition(".")[2]
-        if tensor.dtype == torch.bool or any(word in name for word in ("mask", "position", "seq", "label")):
+        if tensor.dtype == torch.bool or any(
+            word in name for word in ("mask", "position", "cu_seq", "seq_idx", "label")
+        ):
             return True
         if tensor.is_floating_point():
             return False

@@ -345,6 +345,34 @@ def test_a_model_that_mixes_sequences_is_refused(reason: str) -> None:
         tracker.close()
 
 
+@pytest.mark.parametrize("pad", [0, 2])
+def test_one_sequence_first(pad: int) -> None:
+    """Nothing can be probed with one sequence: its tokens are all there are. The next micro-batch is probed."""
+    model = small_packed("heads first")
+    tracker = gk.GradNormTracker(model, "all", accumulate="exact", unverified="raise")
+    gradients = []
+    for step, lengths in enumerate(([4], [3, 5])):
+        parts = sequences(lengths, step)
+        ids, _, offsets = packed(parts, pad)
+        with tracker.microbatch(["a"] * len(parts), cu_seqlens=offsets):
+            mean_loss(model(ids, offsets), parts, offsets).backward()
+        gradients += own_gradients(model, parts, measured_parameters(model, tracker))
+    agree(tracker.step(), gradients, ["a"] * 3, rel=1e-9)
+    assert tracker._watcher._probed_packed
+
+
+def test_tokens_that_are_all_the_same_are_probed_later() -> None:
+    model = small_packed("heads first")
+    tracker = gk.GradNormTracker(model, "all")
+    same = [torch.full((4,), 5), torch.full((3,), 5)]
+    for parts in (same, sequences([4, 3])):
+        ids, _, offsets = packed(parts)
+        with tracker.microbatch(["a", "a"], cu_seqlens=offsets):
+            mean_loss(model(ids, offsets), parts, offsets).backward()
+        assert bool(tracker._watcher._probed_packed) == (parts is not same)
+        tracker.step()
+
+
 class Pooled(nn.Module):
     """A head that gets one row per sequence."""
 
