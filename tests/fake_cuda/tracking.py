@@ -153,7 +153,7 @@ def test_nothing_waits(fake: FakeCuda, hooks: dict[str, set[Any]], name: str, dt
     assert {kernel[1:] for kernel in fake.launches} == {(int(device[-1]), int(device[-1]) + 1 << 16)}
 
 
-@pytest.mark.parametrize("name", ["all, fused, tied", "all, fused, exact", "all, sketch"])
+@pytest.mark.parametrize("name", ["all, fused, exact", "all, sketch"])
 def test_packed_rows_wait_for_nothing(fake: FakeCuda, name: str) -> None:
     fake.silent = True
     architecture, options = CASES[name]
