@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,14 @@ class Call:
         """[R, ...]: the tensor's rows, each in the layout in which the module sees it."""
         return self.placement.split(tensor, len(self.row_sample))
 
+    def token_rows(self) -> Tensor:
+        """[T] int64, CPU: which row each token of ``x`` belongs to, in the order of its flattened token dimensions."""
+        shape = token_shape(self.layer, self.x)
+        tokens = self.split(torch.arange(math.prod(shape), device="cpu").view(shape)).reshape(len(self.row_sample), -1)
+        rows = torch.empty(math.prod(shape), dtype=torch.int64, device="cpu")
+        rows[tokens] = torch.arange(len(self.row_sample), device="cpu")[:, None].expand_as(tokens)
+        return rows
+
 
 def token_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
     """The dimensions of a layer's input that run over tokens: all of an embedding's ids, else all but the last."""
@@ -149,6 +158,8 @@ class Placements:
         """Without a probe: the first dimension, where its size can mean nothing else."""
         sizes = {rows.batch: False, rows.num_samples: True} if rows.num_samples != rows.batch else {rows.batch: False}
         length = rows.length
+        if layer.kind == "experts" and len(shape) != 1:
+            raise Unreadable(f"{_got(layer, x)}: no probe showed its rows; {_ADVICE}")
         if shape and len(shape) == 1 and rows.mask is not None and shape[0] == rows.mask.numel() != rows.batch:
             return Placement(0, whole=False)
         if not shape or shape[0] not in sizes:

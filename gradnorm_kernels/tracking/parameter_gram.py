@@ -9,7 +9,7 @@ data (tokens without a gradient stay and add zeros), and copies to the device do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ class Tokens(NamedTuple):
     """T tokens of one use of a weight, row after row: x [T, d_in] (ids [T] for an embedding), dy [T, d_out].
 
     ``lengths`` [R] int64: tokens of each row, ``row_sample`` [R] int64 and ``scale`` [R] float64, all on the CPU. Ids
-    below 0 add nothing.
+    below 0 add nothing. ``expert`` [R] int64 on the CPU, ascending, where the parameter has a matrix per expert: whose
+    matrix the tokens met. A row of the batch then has an entry for every expert that got tokens of it.
     """
 
     x: Tensor
@@ -44,6 +45,26 @@ class Tokens(NamedTuple):
     row_sample: Tensor
     scale: Tensor
     embedding: bool
+    expert: Tensor | None = None
+
+    def by_expert(self) -> Iterator[tuple[int, Tokens]]:
+        """(expert, the tokens that met its matrix), in the order of experts."""
+        assert self.expert is not None
+        experts, counts = torch.unique_consecutive(self.expert, return_counts=True)
+        row = token = 0
+        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+            own = slice(row, row + count)
+            part = slice(token, token + int(self.lengths[own].sum()))
+            row, token = own.stop, part.stop
+            one = (
+                self.x[part],
+                self.dy[part],
+                self.lengths[own],
+                self.row_sample[own],
+                self.scale[own],
+                self.embedding,
+            )
+            yield expert, Tokens(*one)
 
 
 def tokens_of(call: Call, dy: Tensor) -> Tokens:
@@ -72,6 +93,8 @@ def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = Fals
 
     With ``weight_grad`` (one linear use only) also dW of the plain, unscaled gradient, which backward needs.
     """
+    if parts[0].expert is not None:
+        return _expert_sums(parts, rows)
     factors = _block_factors(parts, rows)
     scaled = parts if factors is not None else [_prescale(part) for part in parts]
 
@@ -84,6 +107,22 @@ def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = Fals
         return BlockSums(sums.gram * factor[:, None] * factor, sums.self_sq * factor**2, sums.weight_grad)
     plain = parts[0]
     return sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype) if weight_grad else None)
+
+
+def _expert_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
+    """The sums over the experts' matrices, each from the operator for its tokens in all uses."""
+    own: dict[int, list[Tokens]] = {}
+    for part in parts:
+        for expert, tokens in part.by_expert():
+            own.setdefault(expert, []).append(tokens)
+    device = parts[0].dy.device
+    gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64, device=device)
+    self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device=device)
+    for expert in sorted(own):
+        sums = weight_sums(own[expert], rows)
+        gram += sums.gram
+        self_sq += sums.self_sq
+    return BlockSums(gram, self_sq, None)
 
 
 def _block_factors(parts: Sequence[Tokens], rows: Rows) -> Tensor | None:
@@ -100,11 +139,11 @@ def _block_factors(parts: Sequence[Tokens], rows: Rows) -> Tensor | None:
 
 def _prescale(tokens: Tokens) -> Tokens:
     """Scale dy row by row without rounding it to its dtype again, which would lose digits of the estimate."""
-    dy, rows = tokens.dy, len(tokens.lengths)
-    factor = to_device(tokens.scale, dy.device).to(torch.promote_types(dy.dtype, torch.float32))
+    dy = tokens.dy
+    factor = tokens.scale.to(torch.promote_types(dy.dtype, torch.float32)).repeat_interleave(tokens.lengths)
+    wide = dy.to(factor.dtype) * to_device(factor, dy.device)[:, None]
     if not on_gpu(dy):
-        return tokens._replace(dy=dy.to(factor.dtype) * factor.repeat_interleave(tokens.lengths)[:, None])
-    wide = (dy.unflatten(0, (rows, -1)).to(factor.dtype) * factor[:, None, None]).flatten(0, 1)
+        return tokens._replace(dy=wide)
     if tokens.embedding or dy.dtype != torch.bfloat16:
         return tokens._replace(dy=wide)
     return split(tokens._replace(dy=wide))

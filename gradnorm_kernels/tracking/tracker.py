@@ -203,7 +203,7 @@ class GradNormTracker:
     def _skip_own_parameters(self, layers: Sequence[Layer]) -> None:
         """Parameters of a linear or embedding for which the formula of its kind has no place."""
         for layer in layers:
-            if layer.kind == "vector":
+            if layer.kind in ("vector", "experts"):
                 continue
             own = layer.module._parameters
             extra = [leaf for leaf, p in own.items() if p is not None and leaf not in ("weight", "bias")]
