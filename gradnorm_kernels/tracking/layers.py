@@ -61,11 +61,14 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Whether the module's own parameters are [E, a, b], with biases [E, b] that are called like them and "_bias"."""
+    """Whether the module's own parameters are [E, a, b], with biases [E, b] that are called like them and "_bias".
+
+    A lone ``weight`` [E, a, b] gets tokens that were routed elsewhere (JetMoE's): nothing tells whose they are.
+    """
     own = {name: p for name, p in module._parameters.items() if p is not None}
     matrices = {name for name, p in own.items() if p.dim() == 3}
     biases = {name for name, p in own.items() if p.dim() == 2 and name.removesuffix("_bias") in matrices - {name}}
-    named = re.search("expert|moe", type(module).__name__, re.I) is not None
+    named = re.search("expert|moe", type(module).__name__, re.I) is not None and "weight" not in own
     return named and bool(matrices) and matrices | biases == set(own) and len({p.shape[0] for p in own.values()}) == 1
 
 
