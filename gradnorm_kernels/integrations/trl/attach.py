@@ -28,6 +28,7 @@ from .validation import (
     check_count,
     check_trainer,
     grpo_plan,
+    refuse_common,
     row_tasks,
     sampling_strategy,
     sft_plan,
@@ -117,6 +118,7 @@ def attach(
         )
     grpo = isinstance(trainer, GRPOTrainer)
     check_trainer(trainer, (*Attachment.NEEDS, *(GrpoHooks.NEEDS if grpo else SftHooks.NEEDS)))
+    refuse_common(trainer)
     check_count("every", every, 1, "1 measures each step that can be measured")
     if max_cosines is not None:
         check_count("max_cosines", max_cosines, 0, "it is how many pairs of tasks a log line holds; None logs all")
