@@ -134,6 +134,7 @@ class ExpertsTrace(TorchFunctionMode):
         super().__init__()
         self.products: list[Product] = []
         self.unreadable: str | None = None
+        self.entered = False
         self.take: Callable[[Product, Tensor], None] | None = None
         self._layer, self._verify = layer, verify
         self._marks: Any = WeakIdKeyDictionary()
@@ -148,9 +149,16 @@ class ExpertsTrace(TorchFunctionMode):
         if getattr(layer.module, "_is_expert_parallel", False):
             self.unreadable = "its experts are spread over ranks"
 
+    def __enter__(self) -> ExpertsTrace:
+        self.entered = True
+        super().__enter__()
+        return self
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_compiling():  # a part that is compiled cannot be followed
+            return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name == "__get__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd.function import once_differentiable
 
 from .calls import Call, Placements, Unreadable, token_shape, whose_rows
@@ -71,6 +72,13 @@ class _Hook:
         return _ignoring, ()
 
 
+class _CompiledHook(_Hook):
+    """A hook that is told first whether torch.compile compiles the code that calls it, and so the module's forward."""
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(torch.compiler.is_compiling() or get_eval_frame_callback() is not None, *args)
+
+
 class Watcher:
     """The hooks of one tracker and what they know: which formula a layer follows, and where its rows lie."""
 
@@ -114,15 +122,15 @@ class Watcher:
     def _install_experts(self, layer: Layer) -> Callable[[], None]:
         """Follow the forward of a module of experts from its beginning to its end, also where it raises."""
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before(compiled: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is layer.module:
-                self._begin_experts(layer, args, kwargs)
+                self._begin_experts(layer, args, kwargs, compiled)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return self._end_experts(layer, args, kwargs, output) if module is layer.module else None
 
         removers = [
-            layer.module.register_forward_pre_hook(_Hook(before), with_kwargs=True).remove,
+            layer.module.register_forward_pre_hook(_CompiledHook(before), with_kwargs=True).remove,
             layer.module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True).remove,
         ]
 
@@ -273,18 +281,21 @@ class Watcher:
 
     # A call of experts
 
-    def _begin_experts(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_experts(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> None:
         if is_quiet() or self.recorder is None:
             return
         x = first_tensor(args, kwargs)
         if x is None or not torch.is_grad_enabled() or self.left_out(layer):
             return
         trace = self._traces[layer.name] = ExpertsTrace(layer, x, verify=layer.name not in self._formulas)
-        trace.__enter__()
+        if compiled:
+            trace.unreadable = "torch.compile compiles its forward, which cannot be followed"
+        else:
+            trace.__enter__()
 
     def _end_experts(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         trace = self._traces.pop(layer.name, None)
-        if trace is not None:
+        if trace is not None and trace.entered:
             trace.__exit__(None, None, None)
         if output is None:  # its forward raised
             return None
@@ -327,7 +338,9 @@ class Watcher:
         kept = [call.x, *(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor))]
         versions = [tensor._version for tensor in kept]
 
-        def output_hook(dy: Tensor) -> None:
+        def output_hook(dy: Tensor | None) -> None:
+            if dy is None:
+                return  # compiled code uses another copy of the output
             if [tensor._version for tensor in kept] != versions:
                 raise RuntimeError(
                     f"the input of layer {call.layer.name!r} was modified in place after the call, so its gradient "
