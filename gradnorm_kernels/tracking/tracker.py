@@ -31,7 +31,10 @@ UNVERIFIED = (None, "raise", "skip")
 
 
 #: Why a parameter of the choice has no formula.
-KINDS = "linears, embeddings, and norms and other leaf modules with parameters of one dimension are"
+KINDS = (
+    "linears, embeddings, routers and experts of mixtures, and norms and other leaf modules with parameters of one "
+    "dimension are"
+)
 
 
 def _check_batch_dim(batch_dim: BatchDim) -> None:
