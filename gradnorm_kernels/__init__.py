@@ -5,6 +5,7 @@ from __future__ import annotations
 from .control.sampler import TaskSampler
 from .estimation.estimator import CrossProduct, RunningEstimate, TaskGradient, cross_product
 from .ops import FusedGradNorm, fused_grad_norm, grad_dot, grad_gram, grad_sketch
+from .tracking.accumulate import StepPlan
 from .tracking.tracker import GradNormTracker, StepStats
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "FusedGradNorm",
     "GradNormTracker",
     "RunningEstimate",
+    "StepPlan",
     "StepStats",
     "TaskGradient",
     "TaskSampler",

@@ -162,5 +162,6 @@ def test_rows_alone_in_their_micro_batches_are_paired_over_the_step(tmp_path):
         attached = attach(trainer)
     trainer.train()
     assert attached.last.accumulate == "exact" and attached.tracker.accumulation.startswith("exact: no two samples")
+    assert [line["accumulate/exact"] for line in trainer.state.log_history if "loss" in line] == [1.0, 1.0]
     assert sum(gradient.n for gradient in attached.last.values()) == 8
     assert all(math.isfinite(gradient.sq_norm) == (gradient.n > 1) for gradient in attached.last.values())
