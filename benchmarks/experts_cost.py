@@ -19,11 +19,11 @@ CASES = {
     "8 experts": ({"num_experts": 8, "moe_intermediate_size": 256}, 16, 64),
     "128 experts": ({"num_experts": 128, "moe_intermediate_size": 64}, 16, 64),
 }
-SIZES = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+SIZES = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts_per_tok": 4}
 #: What is measured -> the tracker's layers; None: nothing.
 LAYERS = {"plain": None, "all but experts": "^(?!.*experts)(?=.)", "all": "all"}
-REPEATS = 7
+REPEATS = 5
 
 
 def measure(case: str, implementation: str, layers: str | None) -> tuple[float, float]:

@@ -32,8 +32,8 @@ UNVERIFIED = (None, "raise", "skip")
 
 #: Why a parameter of the choice has no formula.
 KINDS = (
-    "linears, embeddings, routers and experts of mixtures, and norms and other leaf modules with parameters of one "
-    "dimension are"
+    "linears, embeddings, routers, experts that get their tokens' routing, and norms and other leaf modules with "
+    "parameters of one dimension are"
 )
 
 
