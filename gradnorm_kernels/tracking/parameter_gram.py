@@ -10,7 +10,7 @@ data (tokens without a gradient stay and add zeros), and copies to the device do
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,10 @@ from ..segments import to_device
 from . import distributed
 from .calls import Call
 from .rows import Rows, on_gpu, sum_by
+
+#: The most tokens and blocks of several experts in one call of the operator: the inner products between different
+#: experts, which nobody needs, stay few. Not tuned.
+_TOKENS, _BLOCKS = 256, 512
 
 
 class BlockSums(NamedTuple):
@@ -110,7 +114,11 @@ def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = Fals
 
 
 def _expert_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
-    """The sums over the experts' matrices, each from the operator for its tokens in all uses."""
+    """The sums over the experts' matrices, from the operator.
+
+    Experts with few tokens share a call, in which each has samples and blocks of its own: what a call costs besides its
+    products would be most of the time. The inner products between different experts are left out of the result.
+    """
     own: dict[int, list[Tokens]] = {}
     for part in parts:
         for expert, tokens in part.by_expert():
@@ -118,11 +126,36 @@ def _expert_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
     device = parts[0].dy.device
     gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64, device=device)
     self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device=device)
-    for expert in sorted(own):
-        sums = weight_sums(own[expert], rows)
-        gram += sums.gram
-        self_sq += sums.self_sq
+    for uses in _calls([own[expert] for expert in sorted(own)], rows):
+        count = len(uses)
+        together = [
+            tokens._replace(row_sample=tokens.row_sample + at * rows.num_samples)
+            for at, several in enumerate(uses)
+            for tokens in several
+        ]
+        blocks = [rows.sample_block + at * rows.num_blocks for at in range(count)]
+        stacked = replace(
+            rows, samples=rows.samples * count, sample_block=torch.cat(blocks), block_keys=rows.block_keys * count
+        )
+        sums = weight_sums(together, stacked)
+        gram += sums.gram.view(count, rows.num_blocks, count, rows.num_blocks).diagonal(dim1=0, dim2=2).sum(-1)
+        self_sq += sums.self_sq.view(count, rows.num_blocks).sum(0)
     return BlockSums(gram, self_sq, None)
+
+
+def _calls(experts: Sequence[list[Tokens]], rows: Rows) -> Iterator[list[list[Tokens]]]:
+    """The tokens of experts, those of one call together: as many experts as ``_TOKENS`` and ``_BLOCKS`` allow."""
+    together: list[list[Tokens]] = []
+    size = 0
+    for uses in experts:
+        more = sum(len(tokens.dy) for tokens in uses)
+        if together and (size + more > _TOKENS or (len(together) + 1) * rows.num_blocks > _BLOCKS):
+            yield together
+            together, size = [], 0
+        together.append(uses)
+        size += more
+    if together:
+        yield together
 
 
 def _block_factors(parts: Sequence[Tokens], rows: Rows) -> Tensor | None:

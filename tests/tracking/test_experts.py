@@ -11,10 +11,13 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers.integrations import moe
 
 import gradnorm_kernels as gk
+from gradnorm_kernels.tracking import parameter_gram
 from gradnorm_kernels.tracking.calls import Call, Placement
 from gradnorm_kernels.tracking.experts import ExpertsTrace, Product, expert_tokens
 from gradnorm_kernels.tracking.formula import Mismatch
 from gradnorm_kernels.tracking.layers import Layer, kind_of
+from gradnorm_kernels.tracking.parameter_gram import Tokens, weight_sums
+from gradnorm_kernels.tracking.rows import make_rows
 from tests.tracking.brute_force import sample_gradients, u_statistic
 from tests.tracking.measured import TASKS, agree, features, next_token_losses, token_ids
 from tests.tracking.models.tiny import tiny_model
@@ -301,6 +304,38 @@ def test_a_forward_that_raises_leaves_nothing_behind() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     fail = False
     assert agree(model, losses) == {}
+
+
+def test_experts_share_calls_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums are those of one call per expert, with other factors for rows of one sample; NaN stays in its sample."""
+    rows = make_rows(
+        ["a", "b", "a", "b"], ["p", "q", "p", "r"], None, [1.0, 2.0, 3.0, 4.0], None, serial=0, max_blocks=9
+    )
+    torch.manual_seed(0)
+    expert, row, lengths = torch.tensor([0, 0, 2, 5, 5, 5]), torch.tensor([0, 3, 1, 0, 1, 2]), [2, 1, 3, 1, 1, 2]
+    x, dy = torch.randn(10, 5, dtype=torch.float64), torch.randn(10, 3, dtype=torch.float64)
+    scale = rows.scale[row]
+    tokens = Tokens(x, dy, torch.tensor(lengths), rows.row_sample[row], scale, False, expert)
+    grads = torch.zeros(3, 6, 3, 5, dtype=torch.float64)
+    at = 0
+    for e, sample, factor, length in zip(expert, rows.row_sample[row], scale, lengths, strict=True):
+        grads[sample, e] += factor * dy[at : at + length].T @ x[at : at + length]
+        at += length
+    flat = grads.flatten(1)
+    calls = []
+    inner = parameter_gram._linear_sums
+    monkeypatch.setattr(parameter_gram, "_linear_sums", lambda *args: calls.append(args) or inner(*args))
+    for most, count in ((256, 1), (6, 2), (1, 3)):
+        calls.clear()
+        monkeypatch.setattr(parameter_gram, "_TOKENS", most)
+        sums = weight_sums([tokens], rows)
+        assert len(calls) == count
+        torch.testing.assert_close(sums.gram, flat @ flat.T)
+        torch.testing.assert_close(sums.self_sq, flat.square().sum(1))
+    spoiled = dy.clone()
+    spoiled[2] = float("nan")  # of sample r
+    gram = weight_sums([tokens._replace(dy=spoiled)], rows).gram
+    assert gram[2, 2].isnan() and torch.equal(gram[:2, :2], weight_sums([tokens], rows).gram[:2, :2])
 
 
 def test_tokens_are_sorted_by_expert_and_row() -> None:
