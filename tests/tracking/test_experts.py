@@ -18,6 +18,7 @@ from gradnorm_kernels.tracking.formula import Mismatch
 from gradnorm_kernels.tracking.layers import Layer, kind_of
 from gradnorm_kernels.tracking.parameter_gram import Tokens, weight_sums
 from gradnorm_kernels.tracking.rows import make_rows
+from gradnorm_kernels.tracking.sketch import MicrobatchSketches, Projections
 from tests.tracking.brute_force import sample_gradients, u_statistic
 from tests.tracking.measured import TASKS, agree, features, next_token_losses, token_ids
 from tests.tracking.models.tiny import tiny_model
@@ -88,6 +89,31 @@ def test_several_micro_batches_accumulate_exactly() -> None:
             for number in ("sq_norm", "plug_in", "mean_sq_norm"):
                 got, want = (getattr(found[mode][task], number) for mode in ("exact", "pairs"))
                 assert got == pytest.approx(want, rel=1e-6), (name, number)
+
+
+@pytest.mark.filterwarnings("ignore:not measured:UserWarning")
+@pytest.mark.parametrize("width", [4, 16])
+def test_sketches_project_the_matrices_one_below_the_other(width: int) -> None:
+    """``C_rows^T G C_columns / sqrt(r_rows r_columns)`` of each sample's G [E d_out, d_in]; d_in of a bias is 1."""
+    model = model_of("gpt_oss")
+    losses = next_token_losses(model, IDS)
+    projections = Projections(width, 0)
+    sketches = MicrobatchSketches(make_rows(TASKS, None, None, None, None, serial=0, max_blocks=9), projections)
+    tracker = gk.GradNormTracker(model, "experts$", accumulate="sketch", sketch_width=width)
+    tracker._accumulation.microbatch = lambda rows: sketches  # type: ignore[method-assign]
+    with tracker.microbatch(TASKS):
+        losses(range(ROWS)).mean().backward()
+    tracker.close()
+    assert sketches._found.keys() == leaves(model)
+    for name, sketch in sketches._found.items():
+        parameter = model.get_parameter(name)
+        for row in range(ROWS):
+            grad = torch.autograd.grad(losses([row])[0], [parameter])[0]
+            matrix = grad.mT.flatten(0, 1) if grad.dim() == 3 else grad.reshape(-1, 1)
+            for of, along in zip(projections.of(name, tuple(matrix.shape), (), matrix), (0, 1), strict=True):
+                if of is not None:
+                    matrix = (of.T @ matrix if along == 0 else matrix @ of) / of.shape[1] ** 0.5
+            assert float((matrix - sketch.values[row]).norm()) <= 1e-6 * float(matrix.norm())
 
 
 @pytest.mark.parametrize("mode", ["pairs", "exact", "sketch"])
@@ -272,6 +298,19 @@ def test_the_formula_is_checked() -> None:
                 nn.functional.linear(x, model.experts.up_proj[2])
             trace.finish()
             assert [product.experts for product in trace.products] == [2]
+
+
+def test_compiled_experts_are_named() -> None:
+    """Compiled code cannot be followed: the experts are left out, and everything else is measured."""
+    torch._dynamo.reset()
+    model = Experts(loop)
+    run = torch.compile(model, backend="aot_eager")
+    tracker = gk.GradNormTracker(model, "all")
+    with pytest.warns(UserWarning, match="torch.compile compiles its forward"), tracker.microbatch(TASKS):
+        class_losses(run)(range(ROWS)).mean().backward()
+    assert set(tracker.skipped) == {"experts.up_proj"} and _get_current_function_mode_stack() == []
+    assert tracker.step()["a"].n == TASKS.count("a")
+    tracker.close()
 
 
 @pytest.mark.filterwarnings("ignore:not measured:UserWarning")
