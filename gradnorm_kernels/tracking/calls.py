@@ -271,6 +271,8 @@ class Placements:
         """Without a probe: the first dimension, where its size can mean nothing else."""
         sizes = {rows.batch: False, rows.num_samples: True} if rows.num_samples != rows.batch else {rows.batch: False}
         length = rows.length
+        if layer.kind == "experts" and len(shape) != 1:
+            raise Unreadable(f"{_got(layer, x)}: no probe showed its rows; {_ADVICE}")
         if shape and len(shape) == 1 and rows.mask is not None and shape[0] == rows.mask.numel() != rows.batch:
             return Placement(0, whole=False)
         if not shape or shape[0] not in sizes:

@@ -27,9 +27,13 @@ class TaskSums:
     def add_weight(self, name: str, tokens: Tokens, row_task: Sequence[Hashable], vocabulary: int) -> None:
         """Add one use of a weight: ``sum over the task's tokens of scale dy^T x``.
 
-        ``row_task``: [R] the task of each row. ``vocabulary``: rows of the matrix, where the tokens are an embedding's.
+        ``row_task``: [R] the task of each row. ``vocabulary``: rows of the matrix, where the tokens are an embedding's;
+        the number of matrices, where they are of experts.
         """
         wide = torch.promote_types(tokens.dy.dtype, torch.float32)
+        if tokens.expert is not None:
+            self._add_experts(name, tokens, row_task, vocabulary)
+            return
         row_of = torch.arange(len(row_task), device="cpu").repeat_interleave(tokens.lengths.cpu())
         for task in dict.fromkeys(row_task):
             rows = torch.tensor([other == task for other in row_task], device="cpu")
@@ -46,6 +50,23 @@ class TaskSums:
                 continue
             with exact_matmuls(dy.device):
                 self._slot(name, task, dy, (dy.shape[1], x.shape[1])).addmm_(dy.T, x.to(wide))
+
+    def _add_experts(self, name: str, tokens: Tokens, row_task: Sequence[Hashable], count: int) -> None:
+        """[E, d_out, d_in] a task, whichever way round the parameter is."""
+        wide = torch.promote_types(tokens.dy.dtype, torch.float32)
+        shape = (count, tokens.dy.shape[1], tokens.x.shape[1])
+        start = 0
+        for expert, own in tokens.by_expert():
+            tasks = row_task[start : start + len(own.lengths)]
+            start += len(own.lengths)
+            row_of = torch.arange(len(tasks), device="cpu").repeat_interleave(own.lengths)
+            for task in dict.fromkeys(tasks):
+                mine = torch.tensor([other == task for other in tasks], device="cpu")[row_of].nonzero()[:, 0]
+                at = to_device(mine, own.dy.device)
+                factor = to_device(own.scale[row_of[mine]].to(wide), own.dy.device)
+                dy, x = own.dy[at].to(wide) * factor[:, None], own.x[at].to(wide)
+                with exact_matmuls(dy.device):
+                    self._slot(name, task, dy, shape)[expert].addmm_(dy.T, x)
 
     def add_vectors(self, name: str, grads: Tensor, sample_task: Sequence[Hashable]) -> None:
         """Add a small parameter's gradients of N samples, [N, d]. ``sample_task``: the task of each sample."""

@@ -53,6 +53,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
         tuple(module._forward_hooks),
         tuple(module._forward_pre_hooks),
         "parametrizations" in module._modules,
+        getattr(getattr(module, "config", None), "_experts_implementation", None),
     )
 
 
@@ -107,6 +108,8 @@ def _evaluate(layer: Layer, x: Tensor) -> Tensor:
         raise Mismatch("it has no weight")
     if isinstance(module, nn.Embedding):
         return nn.functional.embedding(x, weight, module.padding_idx)
+    if layer.kind == "router":
+        x = x.reshape(-1, x.shape[-1])
     return nn.functional.linear(x, weight.T if layer.kind == "conv1d" else weight, bias)
 
 
@@ -137,11 +140,18 @@ def _matching(layer: Layer, x: Tensor, output: Any) -> Formula | None:
     """The formula of x that the output, or an element of it, agrees with."""
     wanted = _evaluate(layer, x)
     for index, value in enumerate(output) if isinstance(output, (tuple, list)) else [(None, output)]:
-        if isinstance(value, Tensor) and value.shape == wanted.shape and value.is_floating_point():
+        fits = isinstance(value, Tensor) and (value.shape == wanted.shape or _same_logits(layer, value, wanted))
+        if fits and value.is_floating_point():
+            value = value.reshape(wanted.shape)
             factor, distance = _compare(value, wanted)
             if distance <= relative(value.dtype, wanted.dtype) and factor != 0.0:
                 return Formula(factor, index)
     return None
+
+
+def _same_logits(layer: Layer, value: Tensor, wanted: Tensor) -> bool:
+    """Whether a router's output can be its logits, [T, E] or with more dimensions of tokens."""
+    return layer.kind == "router" and value.numel() == wanted.numel() and value.shape[-1:] == wanted.shape[-1:]
 
 
 def verify(layer: Layer, x: Tensor, output: Any) -> Formula:
@@ -169,6 +179,7 @@ def verify(layer: Layer, x: Tensor, output: Any) -> Formula:
 _FORMULAS = {
     "linear": "x W^T + b of its first argument, nor a constant times that",
     "conv1d": "x W + b of its first argument, nor a constant times that",
+    "router": "x W^T + b of its first argument, nor a constant times that, and no element of it is",
     "embedding": "the rows of its weight at its ids, nor a constant times them",
 }
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd.function import once_differentiable
 
 from .calls import Call, Placement, Placements, Unreadable, token_shape, whose_rows
 from .distributed import is_dtensor
+from .experts import ExpertsTrace, Product, experts_input
 from .formula import Formula, Mismatch, first_tensor, graph_ids, signature, verify, verify_rows
 from .layers import Layer, Parameters
 from .packed_probe import PackedProbe
@@ -72,6 +74,13 @@ class _Hook:
         return _ignoring, ()
 
 
+class _CompiledHook(_Hook):
+    """A hook that is told first whether torch.compile compiles the code that calls it, and so the module's forward."""
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(torch.compiler.is_compiling() or get_eval_frame_callback() is not None, *args)
+
+
 class Watcher:
     """The hooks of one tracker and what they know: which formula a layer follows, and where its rows lie."""
 
@@ -84,6 +93,7 @@ class Watcher:
         self._parameters, self._skipped, self._lenient = parameters, skipped, lenient
         self._formulas: dict[str, Formula] = {}
         self._signatures: dict[str, tuple[Any, ...]] = {}
+        self._traces: dict[str, ExpertsTrace] = {}  # of experts whose forward runs
         self._probe: Probe | None = None
         self._probed: set[Any] = set()
         self._probed_packed: set[Any] = set()  # unlike those of padded rows, of all micro-batches
@@ -108,7 +118,30 @@ class Watcher:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return self._called(layer, fused, args, kwargs, output) if module is layer.module else None
 
+        if layer.kind == "experts":
+            return self._install_experts(layer)
         return layer.module.register_forward_hook(_Hook(hook), with_kwargs=True).remove
+
+    def _install_experts(self, layer: Layer) -> Callable[[], None]:
+        """Follow the forward of a module of experts from its beginning to its end, also where it raises."""
+
+        def before(compiled: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is layer.module:
+                self._begin_experts(layer, args, kwargs, compiled)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return self._end_experts(layer, args, kwargs, output) if module is layer.module else None
+
+        removers = [
+            layer.module.register_forward_pre_hook(_CompiledHook(before), with_kwargs=True).remove,
+            layer.module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True).remove,
+        ]
+
+        def remove() -> None:
+            for undo in removers:
+                undo()
+
+        return remove
 
     def watch_entries(self, model: nn.Module) -> Callable[[], None]:
         """Look at the arguments of the outermost calls, until the returned function is called."""
@@ -289,6 +322,56 @@ class Watcher:
         call.padding_idx = getattr(layer.module, "padding_idx", None) if layer.kind == "embedding" else None
         return call, y
 
+    # A call of experts
+
+    def _begin_experts(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> None:
+        if is_quiet() or self.recorder is None:
+            return
+        x = first_tensor(args, kwargs)
+        if x is None or not torch.is_grad_enabled() or self.left_out(layer):
+            return
+        trace = self._traces[layer.name] = ExpertsTrace(layer, x, verify=layer.name not in self._formulas)
+        if compiled:
+            trace.unreadable = "torch.compile compiles its forward, which cannot be followed"
+        else:
+            trace.__enter__()
+
+    def _end_experts(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        trace = self._traces.pop(layer.name, None)
+        if trace is not None and trace.entered:
+            trace.__exit__(None, None, None)
+        if output is None:  # its forward raised
+            return None
+        if is_quiet():
+            return self._probe.saw(layer, args, kwargs, output) if self._probe is not None else None
+        recorder = self.recorder
+        if recorder is None:
+            return None
+        if not _in_backward():
+            recorder.called(layer)
+        x = experts_input(layer, args, kwargs)
+        if trace is None or x is None:
+            return None
+        try:
+            trace.finish()
+            placement = self.placements.of(layer, x, recorder.rows, self._entering and self._depth == 0)
+        except Mismatch as reason:
+            self._refuse(layer, str(reason), reason)
+            return None
+        except Unreadable as reason:
+            self._refuse_unread(layer, x, output, reason)
+            return None
+        self._learn(layer, Formula())
+        call = Call(layer, x.detach(), (), {}, placement, *whose_rows(layer, placement, recorder.rows))
+        overlapping = trace.overlapping()
+
+        def take(product: Product, dy: Tensor) -> None:
+            if self.recorder is recorder:
+                recorder.take_experts(call, product, dy, overlapping=overlapping)
+
+        trace.take = take
+        return None
+
     def _learn(self, layer: Layer, formula: Formula) -> Formula:
         self._formulas[layer.name], self._signatures[layer.name] = formula, signature(layer.module)
         return formula
@@ -298,7 +381,9 @@ class Watcher:
         kept = [call.x, *(value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor))]
         versions = [tensor._version for tensor in kept]
 
-        def output_hook(dy: Tensor) -> None:
+        def output_hook(dy: Tensor | None) -> None:
+            if dy is None:
+                return  # compiled code uses another copy of the output
             if [tensor._version for tensor in kept] != versions:
                 raise RuntimeError(
                     f"the input of layer {call.layer.name!r} was modified in place after the call, so its gradient "
@@ -333,7 +418,7 @@ class Watcher:
     def names_of(self, layer: Layer) -> list[str]:
         """The measured parameters of a layer."""
         own = layer.module._parameters
-        leaves = ("weight", "bias") if layer.kind != "vector" else tuple(own)
+        leaves = tuple(own) if layer.kind in ("vector", "experts") else ("weight", "bias")
         return [
             self._parameters.name(layer, leaf)
             for leaf in leaves

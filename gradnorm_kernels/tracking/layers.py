@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attention import last_attention, linear_kind
 
-Kind = Literal["linear", "conv1d", "embedding", "vector"]
+Kind = Literal["linear", "conv1d", "embedding", "vector", "router", "experts"]
 LayerChoice = str | Sequence[str]
 
 
@@ -39,11 +39,16 @@ def kind_of(module: nn.Module) -> Kind | None:
 
     A subclass of ``nn.Linear`` counts as a linear: its output is taken to be ``x W^T + b``. ``Conv1D`` is GPT-2's
     linear with a transposed weight. "vector" is any module without submodules whose own parameters have at most one
-    dimension (norms, gains, scales), other than a batch norm, which makes every row depend on all others.
+    dimension (norms, gains, scales), other than a batch norm, which makes every row depend on all others. "experts"
+    holds a matrix per expert in one parameter, "router" is a linear whose forward also chooses experts.
     """
     own = list(module.parameters(recurse=False))
     if not own:
         return None
+    if _is_experts(module):
+        return "experts"
+    if _is_router(module):
+        return "router"
     linear = linear_kind(module)
     if linear:
         return linear
@@ -53,6 +58,30 @@ def kind_of(module: nn.Module) -> Kind | None:
     if leaf and all(parameter.dim() <= 1 for parameter in own) and not isinstance(module, _BatchNorm):
         return "vector"
     return None
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether the module's own parameters are [E, a, b], with biases [E, b] that are called like them and "_bias".
+
+    A lone ``weight`` [E, a, b] gets tokens that were routed elsewhere (JetMoE's): nothing tells whose they are.
+    """
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    matrices = {name for name, p in own.items() if p.dim() == 3}
+    biases = {name for name, p in own.items() if p.dim() == 2 and name.removesuffix("_bias") in matrices - {name}}
+    named = re.search("expert|moe", type(module).__name__, re.I) is not None and "weight" not in own
+    return named and bool(matrices) and matrices | biases == set(own) and len({p.shape[0] for p in own.values()}) == 1
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether the module has a linear's parameters, the name of a router and a forward of its own."""
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or weight.dim() != 2 or not own.keys() <= {"weight", "bias"}:
+        return False
+    if (bias is not None and bias.shape != weight.shape[:1]) or type(module).forward is nn.Linear.forward:
+        return False
+    names = "router" if linear_kind(module) else "router|gate|top_?k"
+    return not isinstance(module, nn.Embedding) and re.search(names, type(module).__name__, re.I) is not None
 
 
 def _trains(module: nn.Module) -> bool:

@@ -10,8 +10,8 @@ data (tokens without a gradient stay and add zeros), and copies to the device do
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,10 @@ from ..segments import to_device
 from . import distributed
 from .calls import Call
 from .rows import Rows, on_gpu, sum_by
+
+#: The most tokens and blocks of several experts in one call of the operator: the inner products between different
+#: experts, which nobody needs, stay few. Not tuned.
+_TOKENS, _BLOCKS = 256, 512
 
 
 class BlockSums(NamedTuple):
@@ -36,7 +40,8 @@ class Tokens(NamedTuple):
     """T tokens of one use of a weight, row after row: x [T, d_in] (ids [T] for an embedding), dy [T, d_out].
 
     ``lengths`` [R] int64: tokens of each row, ``row_sample`` [R] int64 and ``scale`` [R] float64, all on the CPU. Ids
-    below 0 add nothing.
+    below 0 add nothing. ``expert`` [R] int64 on the CPU, ascending, where the parameter has a matrix per expert: whose
+    matrix the tokens met. A row of the batch then has an entry for every expert that got tokens of it.
     """
 
     x: Tensor
@@ -45,6 +50,26 @@ class Tokens(NamedTuple):
     row_sample: Tensor
     scale: Tensor
     embedding: bool
+    expert: Tensor | None = None
+
+    def by_expert(self) -> Iterator[tuple[int, Tokens]]:
+        """(expert, the tokens that met its matrix), in the order of experts."""
+        assert self.expert is not None
+        experts, counts = torch.unique_consecutive(self.expert, return_counts=True)
+        row = token = 0
+        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+            own = slice(row, row + count)
+            part = slice(token, token + int(self.lengths[own].sum()))
+            row, token = own.stop, part.stop
+            one = (
+                self.x[part],
+                self.dy[part],
+                self.lengths[own],
+                self.row_sample[own],
+                self.scale[own],
+                self.embedding,
+            )
+            yield expert, Tokens(*one)
 
 
 def tokens_of(call: Call, dy: Tensor) -> Tokens:
@@ -76,6 +101,8 @@ def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = Fals
 
     With ``weight_grad`` (one linear use only) also dW of the plain, unscaled gradient, which backward needs.
     """
+    if parts[0].expert is not None:
+        return _expert_sums(parts, rows)
     factors = _block_factors(parts, rows)
     scaled = parts if factors is not None else [_prescale(part) for part in parts]
 
@@ -88,6 +115,51 @@ def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = Fals
         return BlockSums(sums.gram * factor[:, None] * factor, sums.self_sq * factor**2, sums.weight_grad)
     plain = parts[0]
     return sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype) if weight_grad else None)
+
+
+def _expert_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
+    """The sums over the experts' matrices, from the operator.
+
+    Experts with few tokens share a call, in which each has samples and blocks of its own: what a call costs besides its
+    products would be most of the time. The inner products between different experts are left out of the result.
+    """
+    own: dict[int, list[Tokens]] = {}
+    for part in parts:
+        for expert, tokens in part.by_expert():
+            own.setdefault(expert, []).append(tokens)
+    device = parts[0].dy.device
+    gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64, device=device)
+    self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device=device)
+    for uses in _calls([own[expert] for expert in sorted(own)], rows):
+        count = len(uses)
+        together = [
+            tokens._replace(row_sample=tokens.row_sample + at * rows.num_samples)
+            for at, several in enumerate(uses)
+            for tokens in several
+        ]
+        blocks = [rows.sample_block + at * rows.num_blocks for at in range(count)]
+        stacked = replace(
+            rows, samples=rows.samples * count, sample_block=torch.cat(blocks), block_keys=rows.block_keys * count
+        )
+        sums = weight_sums(together, stacked)
+        gram += sums.gram.view(count, rows.num_blocks, count, rows.num_blocks).diagonal(dim1=0, dim2=2).sum(-1)
+        self_sq += sums.self_sq.view(count, rows.num_blocks).sum(0)
+    return BlockSums(gram, self_sq, None)
+
+
+def _calls(experts: Sequence[list[Tokens]], rows: Rows) -> Iterator[list[list[Tokens]]]:
+    """The tokens of experts, those of one call together: as many experts as ``_TOKENS`` and ``_BLOCKS`` allow."""
+    together: list[list[Tokens]] = []
+    size = 0
+    for uses in experts:
+        more = sum(len(tokens.dy) for tokens in uses)
+        if together and (size + more > _TOKENS or (len(together) + 1) * rows.num_blocks > _BLOCKS):
+            yield together
+            together, size = [], 0
+        together.append(uses)
+        size += more
+    if together:
+        yield together
 
 
 def _block_factors(parts: Sequence[Tokens], rows: Rows) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Placement, Placements, token_shape
-from .formula import first_tensor
+from .experts import experts_input
 from .layers import Layer
 from .packing import TokenPlacement
 from .replay import Impossible, copied, refuse_sharded, tensors_in, without_a_trace
@@ -104,7 +104,7 @@ class Probe:
 
     def saw(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A layer's call in a forward of the probe; returns its output, perturbed where that is asked for."""
-        x = first_tensor(args, kwargs)
+        x = experts_input(layer, args, kwargs)
         index = self._calls.get(layer.name, 0)
         self._calls[layer.name] = index + 1
         key = (layer.name, index)

@@ -36,6 +36,13 @@ class _Totals:
     dtypes: set[torch.dtype] = field(default_factory=set)
 
 
+def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    """(rows, columns): a parameter of one dimension is one row, the matrices of experts [E, a, b] are E a rows."""
+    if parameter.dim() <= 1:
+        return 1, parameter.numel()
+    return parameter.shape[:-1].numel(), parameter.shape[-1]
+
+
 class Reconciliation:
     """Both sides of the comparison for one micro-batch; :meth:`close` removes the hooks."""
 
@@ -75,7 +82,7 @@ class Reconciliation:
 
     def _add_theirs(self, name: str, grad: Tensor) -> None:
         totals = self._totals[name]
-        matrix = grad.reshape(grad.shape[0], -1) if totals.parameter.dim() > 1 else grad.reshape(1, -1)
+        matrix = grad.reshape(_matrix_shape(totals.parameter))
         wide = torch.promote_types(grad.dtype, torch.float32)
         u, v = self._pair(name, totals.parameter, matrix)
         seen = torch.zeros(PROJECTIONS, dtype=torch.float64, device=grad.device)
@@ -89,8 +96,8 @@ class Reconciliation:
         totals.dtypes.add(totals.parameter.dtype)
 
     def _pair(self, name: str, parameter: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions of a parameter's rows and columns; a parameter of one dimension is one row."""
-        rows, columns = (parameter.shape[0], parameter[0].numel()) if parameter.dim() > 1 else (1, parameter.numel())
+        """Directions of a parameter's rows and columns."""
+        rows, columns = _matrix_shape(parameter)
         u = self._directions(name, rows, "u", like)
         return (torch.ones_like(u) if parameter.dim() <= 1 else u), self._directions(name, columns, "v", like)
 
@@ -110,11 +117,25 @@ class Reconciliation:
         if tokens.embedding:
             along_x = torch.where(x >= 0, rows[:, x.clamp_min(0)], 0.0)
             along_dy = columns @ dy.to(wide).T
+        elif tokens.expert is not None:
+            inputs, outputs = (dy, x) if transposed else (x, dy)
+            along_x, along_dy = columns @ inputs.to(wide).T, self._along_rows(rows, tokens, outputs.to(wide))
         else:
             u, v = (columns, rows) if transposed else (rows, columns)
             along_x, along_dy = v @ x.to(wide).T, u @ dy.to(wide).T
         products = (along_x * along_dy).double() * factor
         self._add_mine(name, products.sum(1), 16 * rounding(wide) * products.abs().sum(1).mean(), dy.dtype)
+
+    def _along_rows(self, rows: Tensor, tokens: Tokens, values: Tensor) -> Tensor:
+        """[PROJECTIONS, T]: values [T, a] along the part of ``rows`` [PROJECTIONS, E a] of each token's expert."""
+        assert tokens.expert is not None
+        found = rows.new_empty(len(rows), len(values))
+        token, width = 0, values.shape[1]
+        for expert, own in tokens.by_expert():
+            part = slice(token, token + len(own.dy))
+            found[:, part] = rows[:, expert * width : (expert + 1) * width] @ values[part].T
+            token = part.stop
+        return found
 
     def add_vector(self, name: str, total: Tensor, dy: Tensor) -> None:
         """The recorded total gradient of a small parameter, and the output gradients of which it is a sum."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Container, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..segments import to_device
 from . import distributed
 from .calls import Call
 from .exact import TaskSums
+from .experts import Product, expert_tokens
 from .layers import Layer, Parameters
 from .parameter_gram import (
     Tokens,
@@ -28,6 +29,11 @@ from .reconcile import Reconciliation
 from .rows import Rows, sum_by
 from .sketch import MicrobatchSketches
 from .skipped import Skipped
+
+_SECOND = (
+    "{} got a second gradient in one micro-batch after its first was measured: run one forward and one backward inside "
+    "each tracker.microbatch(...)"
+)
 
 
 class Recorder:
@@ -89,6 +95,8 @@ class Recorder:
         distributed.rows_are_whole(layer.name, call.x, dy)
         dy = distributed.local(dy.detach())
         call.x = distributed.local(call.x.detach())
+        if layer.kind == "router":  # its logits may be [T, E] where its input is [B, L, d]
+            dy = dy.reshape(*call.x.shape[:-1], dy.shape[-1])
         if layer.kind == "vector":
             self._take_vector(call, dy)
             return None
@@ -107,23 +115,14 @@ class Recorder:
                 "leave it out of layers="
             )
         if name in self._done:
-            raise RuntimeError(
-                f"{name!r} got a second gradient in one micro-batch after its first was measured: "
-                "run one forward and one backward inside each tracker.microbatch(...)"
-            )
+            raise RuntimeError(_SECOND.format(repr(name)))
         self.groups[name] = groups
         tokens = tokens_of(call, dy)
-        if self._reconciliation is not None:
-            self._reconciliation.add_weight(name, tokens, call.factor, transposed=layer.kind == "conv1d")
-        if self._exact is not None:
-            tasks = [self.rows.tasks[sample] for sample in call.row_sample.tolist()]
-            self._exact.add_weight(name, tokens, tasks, weight.shape[0])
-        if self._sketches is not None:
-            self._sketches.add_weight(name, tokens, groups, weight.shape[0])
+        self._note(name, tokens, call, weight.shape[0], transposed=layer.kind == "conv1d")
         self._kinds.setdefault(name, {})[layer.name] = layer.kind
         if not self._pairs:
             return plain_weight_grad(call, dy) if weight_grad else None
-        if layer.kind == "embedding" or self._parameters.tied(name) or self.calls.get(layer.name, 0) > 1:
+        if layer.kind == "embedding" or self._used_again(name, layer):
             self._kept.setdefault(name, []).append(tokens)
             return plain_weight_grad(call, dy) if weight_grad else None
         self._done.add(name)
@@ -131,6 +130,53 @@ class Recorder:
         self._add(name, sums.gram, sums.self_sq)
         outside = padding_weight_grad(call, dy) if weight_grad else None
         return sums.weight_grad if outside is None or sums.weight_grad is None else sums.weight_grad + outside
+
+    def take_experts(self, call: Call, product: Product, dy: Tensor, *, overlapping: Container[str]) -> None:
+        """Record one product of routed tokens with matrices of experts, and the bias that was added to it.
+
+        ``overlapping``: parameters of which an expert's matrix is in several products of the call.
+
+        Raises:
+            RuntimeError: as :meth:`take`.
+        """
+        layer = call.layer
+        self.reached.add(layer.name)
+        for leaf in (product.leaf, product.bias):
+            if leaf is None or not layer.module.get_parameter(leaf).requires_grad:
+                continue
+            name = self._parameters.name(layer, leaf)
+            if name in self._skipped:
+                continue
+            tokens = expert_tokens(call, product, dy.detach(), leaf)
+            assert tokens.expert is not None
+            done = {f"{name}[{expert}]" for expert in tokens.expert.tolist()}
+            if name in self._done or done & self._done:
+                raise RuntimeError(_SECOND.format(repr(name)))
+            self.groups[name] = ()
+            count = layer.module.get_parameter(leaf).shape[0]
+            # A bias is a matrix [1, d_out] per expert, whose input is 1.
+            self._note(name, tokens, call, count, transposed=product.transposed or leaf == product.bias)
+            if not self._pairs:
+                continue
+            if leaf in overlapping or self._used_again(name, layer):
+                self._kept.setdefault(name, []).append(tokens)
+                continue
+            self._done |= done
+            self._add(name, *weight_sums([tokens], self.rows)[:2])
+
+    def _used_again(self, name: str, layer: Layer) -> bool:
+        """Whether a weight's uses are to be summed before they are squared."""
+        return self._parameters.tied(name) or self.calls.get(layer.name, 0) > 1
+
+    def _note(self, name: str, tokens: Tokens, call: Call, rows: int, *, transposed: bool) -> None:
+        """What is kept of a use besides its pairs. ``rows``: the first size of the parameter."""
+        if self._reconciliation is not None:
+            self._reconciliation.add_weight(name, tokens, call.factor, transposed=transposed)
+        if self._exact is not None:
+            tasks = [self.rows.tasks[sample] for sample in tokens.row_sample.tolist()]
+            self._exact.add_weight(name, tokens, tasks, rows)
+        if self._sketches is not None:
+            self._sketches.add_weight(name, tokens, self.groups[name], rows)
 
     def _take_vector(self, call: Call, dy: Tensor) -> None:
         with quiet():  # the module's forward runs again: no hook of a tracker may count it

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.torch.numerics import exact_matmuls
 from ..estimation.moments import PairSums
 from ..ops import grad_sketch
 from ..segments import to_device
@@ -97,10 +98,11 @@ class MicrobatchSketches:
         """Add one use of a weight: ``sum over the sample's tokens of scale (C_rows^T dy)(C_columns^T x)^T``.
 
         ``groups``: over which the weight is sharded. ``vocabulary``: rows of the matrix, where the tokens are an
-        embedding's.
+        embedding's. The matrices of experts, of which there are ``vocabulary``, are one below the other.
         """
         x, dy, width = tokens.x, tokens.dy, tokens.dy.shape[1]
-        shape = (vocabulary, width) if tokens.embedding else (width, x.shape[1])
+        matrices = 1 if tokens.expert is None else vocabulary
+        shape = (vocabulary, width) if tokens.embedding else (matrices * width, x.shape[1])
         shards = tuple(map(distributed.rank, groups))
         of_rows, of_columns = self._projections.of(name, shape, shards, dy)
         factors, owner, scale = self._owners(tokens)
@@ -111,6 +113,10 @@ class MicrobatchSketches:
             ids = x.clamp_min(0)
             x = torch.nn.functional.one_hot(ids, vocabulary).to(dy.dtype) if of_rows is None else of_rows[ids]
             found = grad_sketch(x, dy, None, of_columns, cu_seqlens, sample_ids=owner, num_samples=len(factors)).mT
+        elif tokens.expert is not None:
+            dy = _along_experts(tokens, of_rows, matrices)
+            x = x.to(dy.dtype)
+            found = grad_sketch(x, dy, of_columns, None, cu_seqlens, sample_ids=owner, num_samples=len(factors))
         else:
             x = x.to(dy.dtype)
             found = grad_sketch(x, dy, of_columns, of_rows, cu_seqlens, sample_ids=owner, num_samples=len(factors))
@@ -146,6 +152,23 @@ class MicrobatchSketches:
                 step.add(name, sketch, self._rows.samples)
         for sample, share in zip(self._rows.samples, self._rows.weight.tolist(), strict=True):
             step.shares[sample] = step.shares.get(sample, 0.0) + share
+
+
+def _along_experts(tokens: Tokens, of_rows: Tensor | None, count: int) -> Tensor:
+    """[T, r_rows] float32 or wider: each token's dy, at the rows of its expert's matrix, projected."""
+    wide, width = torch.promote_types(tokens.dy.dtype, torch.float32), tokens.dy.shape[1]
+    rows = count * width if of_rows is None else of_rows.shape[1]
+    found = torch.zeros(len(tokens.dy), rows, dtype=wide, device=tokens.dy.device)
+    token = 0
+    for expert, own in tokens.by_expert():
+        part, own_rows = slice(token, token + len(own.dy)), slice(expert * width, (expert + 1) * width)
+        if of_rows is None:
+            found[part, own_rows] = own.dy.to(wide)
+        else:
+            with exact_matmuls(found.device):
+                found[part] = own.dy.to(wide) @ of_rows[own_rows].to(wide)
+        token = part.stop
+    return found
 
 
 @dataclass

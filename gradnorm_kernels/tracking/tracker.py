@@ -32,7 +32,10 @@ UNVERIFIED = (None, "raise", "skip")
 
 
 #: Why a parameter of the choice has no formula.
-KINDS = "linears, embeddings, and norms and other leaf modules with parameters of one dimension are"
+KINDS = (
+    "linears, embeddings, routers, experts that get their tokens' routing, and norms and other leaf modules with "
+    "parameters of one dimension are"
+)
 
 
 def _check_batch_dim(batch_dim: BatchDim) -> None:
@@ -205,7 +208,7 @@ class GradNormTracker:
     def _skip_own_parameters(self, layers: Sequence[Layer]) -> None:
         """Parameters of a linear or embedding for which the formula of its kind has no place."""
         for layer in layers:
-            if layer.kind == "vector":
+            if layer.kind in ("vector", "experts"):
                 continue
             own = layer.module._parameters
             extra = [leaf for leaf, p in own.items() if p is not None and leaf not in ("weight", "bias")]

@@ -3,6 +3,7 @@ and sums kept over micro-batches."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -127,26 +128,44 @@ def test_the_frozen_matrix_under_an_adapter(lower: bool) -> None:
     check(stats, truth(model, ids, mask, [base.weight]))
 
 
-def test_grouped_experts_are_named_with_their_share() -> None:
+def test_experts_that_cannot_be_followed_are_named_with_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def by_einsum(self: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        up = torch.einsum("td,tkod->tko", x, self.gate_up_proj[index])
+        return torch.einsum("tko,tkdo,tk->td", self._apply_gate(up), self.down_proj[index], weights)
+
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         **DECODER, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1
     )
     model = transformers.AutoModelForCausalLM.from_config(config)  # its experts take no float64
-    with pytest.warns(UserWarning, match="not measured"):
-        tracker = gk.GradNormTracker(model, "all")
-    experts = [name for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3]
-    assert experts and set(experts) <= set(tracker.skipped)
-    total = sum(p.numel() for p in model.parameters())
-    size = sum(p.numel() for name, p in model.named_parameters() if name in tracker.skipped)
-    assert sum(tracker.skipped.values()) == pytest.approx(size / total)
-    tracker.close()
     ids, mask = batch(ROWS, 8, "none")
-    tracker = gk.GradNormTracker(model)
-    with tracker.microbatch(TASKS, attention_mask=mask):
-        row_losses(model, ids, mask).mean().backward()
-    check(tracker.step(), truth(model, ids, mask, last_attention(model)), rel=1e-4)
+    experts = [name for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3]
+    for followed in (True, False):
+        if not followed:
+            monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "by_einsum", by_einsum)
+            model.config._experts_implementation = "by_einsum"
+        tracker = gk.GradNormTracker(model, "all")
+        with warnings.catch_warnings(record=True) as caught, tracker.microbatch(TASKS, attention_mask=mask):
+            warnings.simplefilter("always")
+            row_losses(model, ids, mask).mean().backward()
+        stats = tracker.step()
+        assert experts and set(tracker.skipped) == (set() if followed else set(experts))
+        assert followed or "'by_einsum'" in tracker.skipped_reasons[experts[0]]
+        assert followed or any("not measured" in str(warning.message) for warning in caught)
+        total = sum(p.numel() for p in model.parameters())
+        size = sum(p.numel() for name, p in model.named_parameters() if name in tracker.skipped)
+        assert sum(tracker.skipped.values()) == pytest.approx(size / total)
+        tracker.close()
+        rest = [p for name, p in model.named_parameters() if name not in tracker.skipped]
+        check(stats, truth(model, ids, mask, rest), rel=1e-4)
+        tracker = gk.GradNormTracker(model)
+        with tracker.microbatch(TASKS, attention_mask=mask):
+            row_losses(model, ids, mask).mean().backward()
+        check(tracker.step(), truth(model, ids, mask, last_attention(model)), rel=1e-4)
+        tracker.close()
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "qwen2"])

@@ -74,6 +74,15 @@ add(
     n_routed_experts=4,
     first_k_dense_replace=1,
 )
+add(
+    "llama4_text",
+    "Llama4ForCausalLM",
+    "Llama4TextConfig",
+    head_dim=6,
+    intermediate_size_mlp=32,
+    num_local_experts=4,
+    interleave_moe_layer_step=1,
+)
 DEEPSEEK = {
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
