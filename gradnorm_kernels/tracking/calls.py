@@ -24,6 +24,17 @@ _COLUMNS = 256
 Key = tuple[str, int, str]
 
 
+def check_batch_dim(batch_dim: BatchDim) -> None:
+    """Raises ValueError where it is neither None, a dimension nor dimensions by layer."""
+    values = list(batch_dim.values()) if isinstance(batch_dim, Mapping) else [batch_dim]
+    for value in values:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(
+                f"batch_dim must be None, a dimension (0, 1, ...) or {{layer name or pattern: dimension}}, got "
+                f"{batch_dim!r}"
+            )
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the R rows lie in a tensor: dimension ``dim`` has size R k, as [R, k] (row after row) or as [k, R].

@@ -16,6 +16,13 @@ Kind = Literal["linear", "conv1d", "embedding", "vector", "router", "experts"]
 LayerChoice = str | Sequence[str]
 
 
+#: Why a parameter of the choice has no formula.
+KINDS = (
+    "linears, embeddings, routers, experts that get their tokens' routing, and norms and other leaf modules with "
+    "parameters of one dimension are"
+)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One measured module; which of its own parameters train is read at every micro-batch."""

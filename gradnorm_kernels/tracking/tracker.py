@@ -15,9 +15,9 @@ from ..estimation.estimator import RunningEstimate
 from ..estimation.moments import PairSums, add_up
 from . import distributed
 from .accumulate import ACCUMULATE, MEMORY_BUDGET, Accumulation, RankPart, StepPlan, StepResult
-from .calls import BatchDim, Placements
+from .calls import BatchDim, Placements, check_batch_dim
 from .hooks import Watcher
-from .layers import Layer, LayerChoice, Parameters, select_layers
+from .layers import KINDS, Layer, LayerChoice, Parameters, select_layers
 from .packing import CuSeqlens
 from .reconcile import Reconciliation
 from .recorder import Recorder
@@ -29,23 +29,6 @@ from .stats import StepStats, step_stats
 MAX_BLOCKS = 512  # with more samples in one micro-batch the jackknife leaves out folds instead of samples
 VERIFY = ("once", "always")
 UNVERIFIED = (None, "raise", "skip")
-
-
-#: Why a parameter of the choice has no formula.
-KINDS = (
-    "linears, embeddings, routers, experts that get their tokens' routing, and norms and other leaf modules with "
-    "parameters of one dimension are"
-)
-
-
-def _check_batch_dim(batch_dim: BatchDim) -> None:
-    values = list(batch_dim.values()) if isinstance(batch_dim, Mapping) else [batch_dim]
-    for value in values:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(
-                f"batch_dim must be None, a dimension (0, 1, ...) or {{layer name or pattern: dimension}}, got "
-                f"{batch_dim!r}"
-            )
 
 
 class GradNormTracker:
@@ -126,7 +109,7 @@ class GradNormTracker:
         for name, number, low in (("sketch_width", sketch_width, 2), ("memory_budget", memory_budget, 0)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < low):
                 raise ValueError(f"{name} must be an int of at least {low}, got {number!r}")
-        _check_batch_dim(batch_dim)
+        check_batch_dim(batch_dim)
         distributed.resolve(process_group)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

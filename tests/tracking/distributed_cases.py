@@ -341,15 +341,15 @@ def tensor_and_data_parallel(rank: int, world: int) -> None:
 
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
     rows = list(range(PROMPTS * GROUP))
-    for accumulate in ("pairs", "exact", "sketch"):
+    for mode in ("pairs", "exact", "sketch"):
         model = build()
         plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")} | {"o_proj": RowwiseParallel()}
         parallelize_module(model.model.layers[-1].self_attn, mesh["tensor"], plan)
-        tracker = gk.GradNormTracker(model, accumulate=accumulate, process_group=mesh["data"].get_group())
+        tracker = gk.GradNormTracker(model, accumulate=mode, process_group=mesh["data"].get_group())
         for _ in range(2):
             if mesh["data"].get_local_rank() == 0:
                 measure(tracker, model, rows)
-            same(tracker.step(), expected("last_attention", [rows], accumulate=accumulate))
+            same(tracker.step(), expected("last_attention", [rows], accumulate=mode))
 
 
 def sequence_parallel(rank: int, world: int) -> None:

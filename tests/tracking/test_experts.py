@@ -384,7 +384,7 @@ def test_tokens_are_sorted_by_expert_and_row() -> None:
     placement = Placement(0, whole=False)
     scale = torch.tensor([2.0, 3.0], dtype=torch.float64)
     call = Call(Layer("experts", module, "experts"), x, (), {}, placement, torch.tensor([1, 0]), scale)
-    assert call.token_rows().tolist() == [0, 0, 0, 1, 1, 1]
+    assert call.row_of_tokens().tolist() == [0, 0, 0, 1, 1, 1]
     tokens = torch.tensor([5, 0, 3, 1, 4, 2])
     dy = torch.ones(6, 7)
     dy[3] = 0
