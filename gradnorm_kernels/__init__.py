@@ -5,6 +5,7 @@ from __future__ import annotations
 from .control.sampler import TaskSampler
 from .estimation.estimator import CrossProduct, RunningEstimate, TaskGradient, cross_product
 from .ops import FusedGradNorm, fused_grad_norm, grad_dot, grad_gram, grad_sketch
+from .tracking.packing import cu_seqlens_from_position_ids
 from .tracking.tracker import GradNormTracker, StepStats
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "TaskGradient",
     "TaskSampler",
     "cross_product",
+    "cu_seqlens_from_position_ids",
     "fused_grad_norm",
     "grad_dot",
     "grad_gram",

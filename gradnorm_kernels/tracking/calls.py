@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..segments import to_device
 from .layers import Layer
-from .rows import Rows
+from .packing import Packing, TokenPlacement, leading, readings
+from .rows import Rows, on_gpu, sum_by
 
 BatchDim = int | Mapping[str, int] | None
+#: Columns that are added up in float64 at a time.
+_COLUMNS = 256
+#: A layer's name, the number of its input's token dimensions, and whether rows are padded or how they are packed.
+Key = tuple[str, int, str]
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,12 @@ class Placement:
             return tensor.unflatten(self.dim, (-1, count)).movedim(self.dim + 1, 0)
         return tensor.unflatten(self.dim, (count, -1)).movedim(self.dim, 0)
 
+    def holds(self, shape: Sequence[int], like: Sequence[int]) -> bool:
+        """Whether an argument of this shape has the rows where the input, of shape ``like``, has them."""
+        return tuple(shape) == tuple(like) or (
+            self.dim is not None and tuple(shape[: self.dim + 1]) == tuple(like[: self.dim + 1])
+        )
+
     def __str__(self) -> str:
         if self.dim is None:
             return "one row"
@@ -70,15 +84,58 @@ class Call:
     x: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    placement: Placement
+    placement: Placement | TokenPlacement
     row_sample: Tensor  # [R] int64, CPU
     scale: Tensor  # [R] float64, CPU: row_scale over the sample's number of rows
     factor: float = 1.0
     padding_idx: int | None = None
+    packing: Packing | None = None  # where the R sequences lie, if ``placement`` is that of packed tokens
 
     def split(self, tensor: Tensor) -> Tensor:
-        """[R, ...]: the tensor's rows, each in the layout in which the module sees it."""
-        return self.placement.split(tensor, len(self.row_sample))
+        """[U, ...]: the parts of the tensor that the module sees alone, in its layout: R rows, or the tokens of R
+        packed sequences without padding, sequence after sequence.
+        """
+        if self.packing is None:
+            return self.placement.split(tensor, len(self.row_sample))
+        tokens = self.placement.split(tensor, self.packing.tokens)
+        return self.packing.inside(tokens, partial(to_device, device=tensor.device))
+
+    def padding(self, tensor: Tensor) -> Tensor | None:
+        """The tokens that belong to no sequence, [P, ...]; None where there are none."""
+        if self.packing is None:
+            return None
+        tokens = self.placement.split(tensor, self.packing.tokens)
+        return self.packing.outside(tokens, partial(to_device, device=tensor.device))
+
+    @property
+    def parts(self) -> Tensor:
+        """[R] int64 on the CPU: how many parts of :meth:`split` each row has."""
+        return torch.ones_like(self.row_sample) if self.packing is None else self.packing.lengths
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """[R, ...] float64: ``values`` [U, ...] of the parts added up by row, in a fixed order."""
+        if self.packing is None:
+            return values.to(torch.float64)
+        flat = values.reshape(len(values), -1)
+        if not on_gpu(values):
+            sums = [part.sum(0, dtype=torch.float64) for part in flat.split(self.packing.lengths.tolist())]
+            return torch.stack(sums).reshape(-1, *values.shape[1:])
+        row = torch.arange(len(self.row_sample), device="cpu").repeat_interleave(self.packing.lengths)
+        sums = [sum_by(part.to(torch.float64), row, len(self.row_sample)) for part in flat.split(_COLUMNS, 1)]
+        return torch.cat(sums, 1).reshape(-1, *values.shape[1:])
+
+    def row_of_tokens(self) -> Tensor:
+        """[T] int64 on the CPU: the row of each token of the input, flattened; -1 for a token of no packed sequence."""
+        shape = token_shape(self.layer, self.x)
+        index = torch.arange(math.prod(shape), device="cpu").view(shape)
+        if self.packing is None:
+            count, owner = len(self.row_sample), torch.arange(len(self.row_sample), device="cpu")
+        else:
+            count, owner = self.packing.tokens, self.packing.sequence_of_tokens()
+        at = self.placement.split(index, count)
+        found = torch.empty(index.numel(), dtype=torch.long, device="cpu")
+        found[at.reshape(count, -1)] = owner[:, None]
+        return found
 
 
 def token_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
@@ -99,10 +156,22 @@ class Placements:
     """
 
     given: BatchDim = None
-    seen: dict[tuple[str, int], set[Placement]] = field(default_factory=dict)
-    unclear: dict[tuple[str, int], str] = field(default_factory=dict)
+    seen: dict[Key, set[Placement | TokenPlacement]] = field(default_factory=dict)
+    unclear: dict[Key, str] = field(default_factory=dict)
 
-    def of(self, layer: Layer, x: Tensor, rows: Rows, outermost: bool) -> Placement:
+    @staticmethod
+    def key(layer: Layer, dims: int, rows: Rows) -> Key:
+        """Under which what is known of such a call is kept."""
+        packing = rows.packing
+        if packing is None or packing.grid is None:
+            return layer.name, dims, "padded" if packing is None else "packed"
+        return layer.name, dims, "one packed row" if packing.grid[0] == 1 else "packed rows"
+
+    def knows(self, layer: Layer) -> bool:
+        """Whether some call of the layer was placed."""
+        return any(key[0] == layer.name for key in self.seen)
+
+    def of(self, layer: Layer, x: Tensor, rows: Rows, outermost: bool) -> Placement | TokenPlacement:
         """Where the call's rows lie.
 
         ``outermost``: the caller itself passed ``x``, so that its first dimension is the batch by convention.
@@ -111,13 +180,15 @@ class Placements:
             Unreadable: two readings are possible, or none.
         """
         shape = token_shape(layer, x)
+        if rows.packing is not None:
+            return self._of_tokens(layer, x, shape, rows, rows.packing)
         if rows.batch == 1:
             return Placement(None)
         dim = self._given(layer)
         if dim is not None:
             return self._at(layer, x, shape, rows, dim)
-        key = (layer.name, len(shape))
-        known = {placement for placement in self.seen.get(key, ()) if placement.fits(shape, rows)}
+        key = self.key(layer, len(shape), rows)
+        known = {place for place in self.seen.get(key, ()) if isinstance(place, Placement) and place.fits(shape, rows)}
         if len(known) == 1:
             return known.pop()
         if known:
@@ -126,6 +197,51 @@ class Placements:
         if key in self.unclear:
             raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_ADVICE}")
         return self._by_shape(layer, x, shape, rows, outermost)
+
+    def _of_tokens(
+        self, layer: Layer, x: Tensor, shape: tuple[int, ...], rows: Rows, packing: Packing
+    ) -> Placement | TokenPlacement:
+        """Where the tokens of packed sequences lie."""
+        if packing.grid is None:
+            packing.settle(_grid_of(layer, x, shape, packing))
+        assert packing.grid is not None
+        dim = self._given(layer)
+        if dim is not None:
+            return self._tokens_at(layer, x, shape, rows, packing, dim)
+        key = self.key(layer, len(shape), rows)
+        known = {
+            place
+            for place in self.seen.get(key, ())
+            if isinstance(place, TokenPlacement) and place.fits(shape, packing.grid)
+        }
+        if len(known) == 1:
+            return known.pop()
+        if known:
+            raise Unreadable(f"{_got(layer, x)}: its calls differ ({' or '.join(sorted(map(str, known)))}); {_APART}")
+        if key in self.unclear:
+            raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_APART}")
+        found = leading(shape, packing.grid)
+        if len(found) != 1:
+            raise Unreadable(f"{_got(layer, x)}: {not_tokens(packing)}; {_APART}")
+        return found[0]
+
+    def _tokens_at(
+        self, layer: Layer, x: Tensor, shape: tuple[int, ...], rows: Rows, packing: Packing, dim: int
+    ) -> Placement | TokenPlacement:
+        """What ``batch_dim`` asks for: the packed rows (or the tokens of the only row) at ``dim``, else one row of the
+        input per sequence.
+        """
+        assert packing.grid is not None
+        every = readings(shape, packing.grid)
+        tokens = [place for place in every if dim in (place.dims[0], *_ones_before(place, shape))]
+        if len(tokens) == 1:
+            return tokens[0]
+        if not tokens and dim < len(shape) and shape[dim] == rows.batch:
+            return Placement(dim)
+        raise Unreadable(
+            f"{_got(layer, x)}: batch_dim={dim} does not say where the {packing.tokens} tokens of the packed rows or "
+            f"the {rows.batch} sequences are"
+        )
 
     def _given(self, layer: Layer) -> int | None:
         if isinstance(self.given, Mapping):
@@ -176,13 +292,48 @@ def _got(layer: Layer, x: Tensor) -> str:
     return f"layer {layer.name!r} ({type(layer.module).__name__}) got an input of shape {tuple(x.shape)}"
 
 
-def whose_rows(layer: Layer, placement: Placement, rows: Rows) -> tuple[Tensor, Tensor]:
+_APART = (
+    "leave the layer out of layers=, or where its input has one row per sequence (a pooled head) say which dimension "
+    "holds them with batch_dim="
+)
+
+
+def not_tokens(packing: Packing) -> str:
+    """Why an input of other sizes is not read."""
+    return (
+        f"no dimension holds the {packing.tokens} tokens of the packed rows in their order (tokens were selected, "
+        "pooled or moved)"
+    )
+
+
+def _ones_before(placement: TokenPlacement, shape: Sequence[int]) -> range:
+    """The dimensions of size 1 in front of the tokens, which ``batch_dim`` may mean."""
+    first = placement.dims[0]
+    return range(first) if all(size == 1 for size in shape[:first]) else range(0)
+
+
+def _grid_of(layer: Layer, x: Tensor, shape: tuple[int, ...], packing: Packing) -> tuple[int, int]:
+    """(B, L) where the model's arguments did not show them: the only sizes that this input allows."""
+    long = [size for size in shape if size != 1]
+    if len(long) <= 1:
+        return 1, math.prod(shape)
+    grids = [grid for grid in ((1, shape[0]), (shape[0], shape[1])) if packing.why_not(grid) is None]
+    exact = [grid for grid in grids if math.prod(grid) == packing.covered]
+    if len(exact) != 1:
+        raise Unreadable(
+            f"{_got(layer, x)}: nothing says which of its dimensions hold the tokens of the packed rows; pass "
+            "attention_mask= to microbatch (its shape [B, L] says how many tokens the model gets)"
+        )
+    return exact[0]
+
+
+def whose_rows(layer: Layer, placement: Placement | TokenPlacement, rows: Rows) -> tuple[Tensor, Tensor]:
     """([R] samples, [R] factors) of a call's rows.
 
     Raises:
         ValueError: one row stands for all rows of a sample, but their factors differ.
     """
-    if not placement.per_sample:
+    if isinstance(placement, TokenPlacement) or not placement.per_sample:
         return rows.row_sample, rows.scale
     if rows.sample_scale is None:
         raise ValueError(

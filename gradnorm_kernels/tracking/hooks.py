@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .calls import Call, Placements, Unreadable, token_shape, whose_rows
+from .calls import Call, Placement, Placements, Unreadable, token_shape, whose_rows
 from .distributed import is_dtensor
 from .formula import Formula, Mismatch, first_tensor, graph_ids, signature, verify, verify_rows
 from .layers import Layer, Parameters
+from .packed_probe import PackedProbe
+from .packing import Packing, TokenPlacement, token_arguments
 from .probe import Probe
 from .quiet import is_quiet
 from .recorder import Recorder
-from .replay import Impossible, tensors_in
+from .replay import Impossible, copied, tensors_in
 from .shared import SharedOutput, watch_rows
 from .skipped import Skipped
 
@@ -84,6 +86,7 @@ class Watcher:
         self._signatures: dict[str, tuple[Any, ...]] = {}
         self._probe: Probe | None = None
         self._probed: set[Any] = set()
+        self._probed_packed: set[Any] = set()  # unlike those of padded rows, of all micro-batches
         self._depth = 0
         self._entering = False  # calls of containers are watched
         self._probing = False
@@ -117,7 +120,9 @@ class Watcher:
             if self.recorder is None or is_quiet() or _in_backward():
                 return
             self._depth += 1
-            if self._depth == 1 and self._probing:
+            if self._depth == 1 and self.recorder.rows.packing is not None:
+                self._enter_packed(module, args, kwargs, self.recorder.rows.packing)
+            elif self._depth == 1 and self._probing:
                 self._enter(module, args, kwargs)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -171,6 +176,38 @@ class Watcher:
         self._probed.add(key)
         try:
             Probe(module, args, kwargs, recorder.rows).run(self.placements, self._set_probe)
+        except Impossible as reason:
+            self.unprobed = str(reason)
+
+    def _enter_packed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], packing: Packing) -> None:
+        """Before the caller's forward: how many tokens there are, and where the layers see them.
+
+        Each kind of call (of one row or several, with the same arguments) is probed once.
+
+        Raises:
+            ValueError: the sequences do not lie in the tokens.
+        """
+        assert self.recorder is not None
+        leaves: dict[str, Tensor] = {}
+
+        def remember(path: str, tensor: Tensor) -> Tensor:
+            leaves[path] = tensor
+            return tensor
+
+        try:
+            copied((args, kwargs), remember)
+        except Impossible as reason:
+            self.unprobed = str(reason)
+        grids = [grid for _, grid in token_arguments(leaves)]
+        if packing.grid is None and grids:
+            packing.settle(next((grid for grid in grids if packing.why_not(grid) is None), grids[0]))
+        several = packing.grid is not None and packing.grid[0] > 1
+        key = (id(module), several, tuple((path, tensor.dim()) for path, tensor in leaves.items()))
+        if not self._probing or key in self._probed_packed or int((packing.lengths > 0).sum()) < 2 or self.unprobed:
+            return
+        self._probed_packed.add(key)
+        try:
+            PackedProbe(module, args, kwargs, self.recorder.rows).run(self.placements, self._set_probe)
         except Impossible as reason:
             self.unprobed = str(reason)
 
@@ -235,11 +272,13 @@ class Watcher:
             x = ids
         outermost = self._entering and self._depth == 0
         placement = self.placements.of(layer, x, recorder.rows, outermost)
-        if outermost and placement.dim is not None:
-            self.placements.seen.setdefault((layer.name, len(token_shape(layer, x))), set()).add(placement)
+        if outermost and isinstance(placement, Placement) and placement.dim is not None:
+            key = self.placements.key(layer, len(token_shape(layer, x)), recorder.rows)
+            self.placements.seen.setdefault(key, set()).add(placement)
         row_sample, scale = whose_rows(layer, placement, recorder.rows)
         whole = layer.kind == "vector"
         call = Call(layer, x, args if whole else (), kwargs if whole else {}, placement, row_sample, scale)
+        call.packing = recorder.rows.packing if isinstance(placement, TokenPlacement) else None
         if formula is None:
             formula = self._learn(layer, verify_rows(call, output))
         call.factor = formula.factor
@@ -337,7 +376,9 @@ class Watcher:
         layer may not need: what a layer computes from a table, detached, is none of the micro-batch's rows.
         """
         formula = self._formulas.get(layer.name)
-        if layer.kind == "embedding" and self._depth > 0 and isinstance(output, Tensor) and formula is not None:
+        padded = self.recorder is not None and self.recorder.rows.packing is None
+        shareable = layer.kind == "embedding" and padded and self._depth > 0
+        if shareable and isinstance(output, Tensor) and formula is not None:
             ids = graph_ids(output) if formula.ids_from_graph else x
             if ids is not None and not _in_backward():
                 self._shared.append(SharedOutput(layer, ids, output, formula.factor, reason))
@@ -350,8 +391,7 @@ class Watcher:
         self._skipped.add(self.names_of(layer), str(reason))
 
     def _refuse_dy(self, layer: Layer, output: Any, reason: Unreadable) -> None:
-        placed = any(name == layer.name for name, _ in self.placements.seen)
-        if not self._lenient and not placed:
+        if not self._lenient and not self.placements.knows(layer):
             raise reason
 
         def output_hook(dy: Tensor) -> None:

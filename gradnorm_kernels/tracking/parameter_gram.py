@@ -9,6 +9,7 @@ data (tokens without a gradient stay and add zeros), and copies to the device do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,18 +54,21 @@ def tokens_of(call: Call, dy: Tensor) -> Tokens:
     """
     embedding = call.layer.kind == "embedding"
     dy, x = call.split(dy), call.split(call.x)
-    rows, scale = dy.shape[0], call.scale * call.factor
-    dy = dy.reshape(rows, -1, dy.shape[-1])
-    x = x.reshape(rows, -1) if embedding else x.reshape(rows, -1, x.shape[-1])
+    scale = call.scale * call.factor
+    each = math.prod(dy.shape[1:-1])  # tokens of each part that the call is split into
+    lengths = call.parts * each
+    dy = dy.reshape(-1, dy.shape[-1])
+    x = x.reshape(-1) if embedding else x.reshape(-1, x.shape[-1])
     if embedding and call.padding_idx is not None:
         x = torch.where(x == call.padding_idx, -1, x)
     if on_gpu(dy):
-        lengths = torch.full((rows,), dy.shape[1], device="cpu")
-        return Tokens(x.flatten(0, 1), dy.flatten(0, 1), lengths, call.row_sample, scale, embedding)
+        return Tokens(x, dy, lengths, call.row_sample, scale, embedding)
     keep = (dy != 0).any(-1)
     if embedding:
         keep &= x >= 0
-    return Tokens(x[keep], dy[keep], keep.sum(1), call.row_sample, scale, embedding)
+    row = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+    kept = torch.bincount(row[keep], minlength=len(lengths))
+    return Tokens(x[keep], dy[keep], kept, call.row_sample, scale, embedding)
 
 
 def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = False) -> BlockSums:
@@ -100,12 +104,10 @@ def _block_factors(parts: Sequence[Tokens], rows: Rows) -> Tensor | None:
 
 def _prescale(tokens: Tokens) -> Tokens:
     """Scale dy row by row without rounding it to its dtype again, which would lose digits of the estimate."""
-    dy, rows = tokens.dy, len(tokens.lengths)
-    factor = to_device(tokens.scale, dy.device).to(torch.promote_types(dy.dtype, torch.float32))
-    if not on_gpu(dy):
-        return tokens._replace(dy=dy.to(factor.dtype) * factor.repeat_interleave(tokens.lengths)[:, None])
-    wide = (dy.unflatten(0, (rows, -1)).to(factor.dtype) * factor[:, None, None]).flatten(0, 1)
-    if tokens.embedding or dy.dtype != torch.bfloat16:
+    dy = tokens.dy
+    factor = tokens.scale.to(torch.promote_types(dy.dtype, torch.float32)).repeat_interleave(tokens.lengths)
+    wide = dy.to(factor.dtype) * to_device(factor, dy.device)[:, None]
+    if not on_gpu(dy) or tokens.embedding or dy.dtype != torch.bfloat16:
         return tokens._replace(dy=wide)
     return split(tokens._replace(dy=wide))
 
@@ -201,11 +203,19 @@ def plain_weight_grad(call: Call, dy: Tensor) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).T @ x
 
 
+def padding_weight_grad(call: Call, dy: Tensor) -> Tensor | None:
+    """dW [d_out, d_in] through the tokens of no packed sequence, a part of what backward needs; None without any."""
+    outside, x = call.padding(dy), call.padding(call.x)
+    if outside is None or x is None or (not on_gpu(dy) and not bool((outside != 0).any())):
+        return None
+    return outside.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
+
+
 def bias_rows(call: Call, dy: Tensor) -> Tensor:
     """[R, d_out] float64: the gradient of a bias through each row, ``sum_t dy_t``, unscaled."""
     dy = call.split(dy)
-    dy = dy.reshape(dy.shape[0], -1, dy.shape[-1])
-    return dy.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)).to(torch.float64)
+    dy = dy.reshape(len(dy), math.prod(dy.shape[1:-1]), dy.shape[-1])
+    return call.row_sums(dy.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32)))
 
 
 class RowReplay:
@@ -230,8 +240,7 @@ class RowReplay:
             return value
         value = distributed.local(value.detach())
         value = value.to(self._wide) if value.is_floating_point() else value
-        dim, x = self._call.placement.dim, self._call.x
-        if value.shape == x.shape or (dim is not None and value.shape[: dim + 1] == x.shape[: dim + 1]):
+        if self._call.placement.holds(value.shape, self._call.x.shape):
             leaves.append(self._call.split(value))
             return _Row(len(leaves) - 1)
         return value
@@ -284,4 +293,4 @@ def vector_rows(call: Call, dy: Tensor) -> dict[str, Tensor]:
             f"layer {call.layer.name!r} ({type(module).__name__}) cannot be measured: its forward does not run row by "
             f"row ({error}); leave it out of layers="
         ) from error
-    return {name: grad.to(torch.float64) for name, grad in grads.items()}
+    return {name: call.row_sums(grad) for name, grad in grads.items()}

@@ -8,7 +8,7 @@ at its own output instead, and the rows of the model's output are looked at.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .calls import Placement, Placements, token_shape
 from .formula import first_tensor
 from .layers import Layer
+from .packing import TokenPlacement
 from .replay import Impossible, copied, refuse_sharded, tensors_in, without_a_trace
 from .rows import Rows
 
@@ -31,6 +32,7 @@ MIXED = "its input changes in other rows too when some rows of the batch change"
 VARYING = "how often it is called, or with how many tokens, depends on the data"
 
 _Key = tuple[str, int]  # a layer's name and the index of its call
+Place = Placement | TokenPlacement
 
 
 class _Subset:
@@ -44,7 +46,7 @@ class _Subset:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What one forward showed: each call's token fingerprints, and the model's output."""
 
     inputs: dict[_Key, Tensor] = field(default_factory=dict)
@@ -57,15 +59,17 @@ class _Seen:
 class Probe:
     """The probe of one call of the model (or of a part of it that the caller called itself)."""
 
+    shared = SHARED  # why a call is not placed whose input never changes
+
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> None:
         self._module, self._args, self._kwargs, self._rows = module, args, kwargs, rows
-        self._seen = _Seen()
+        self._seen = Seen()
         self._calls: dict[str, int] = {}
-        self._inject: tuple[_Key, int, Tensor] | None = None
+        self._inject: tuple[_Key, Tensor] | None = None  # a call, and where its output is perturbed (broadcasts)
         self._leaves: dict[str, Tensor] = {}
         self._random = random.Random(0)
-        self._possible: dict[_Key, set[Placement]] = {}  # what no perturbation has ruled out
-        self._exact: dict[_Key, set[Placement]] = {}  # what a perturbation has shown: exactly its rows changed
+        self._possible: dict[_Key, set[Place]] = {}  # what no perturbation has ruled out
+        self._exact: dict[_Key, set[Place]] = {}  # what a perturbation has shown: exactly its rows changed
         self._why: dict[_Key, str] = {}
 
     def run(self, placements: Placements, set_running: Callable[[Probe | None], None]) -> None:
@@ -83,14 +87,14 @@ class Probe:
         finally:
             set_running(None)
         for key, layer in self._base.layers.items():
-            place = (layer.name, len(self._base.inputs[key].shape))
+            place = placements.key(layer, self._base.inputs[key].dim(), self._rows)
             found = self._found(key)
             if len(found) == 1:
                 placements.seen.setdefault(place, set()).update(found)
             elif len(found) > 1:
                 placements.unclear[place] = "several of its dimensions could hold the rows of the batch"
             else:
-                placements.unclear[place] = self._why.get(key, MIXED if key in self._possible else SHARED)
+                placements.unclear[place] = self._why.get(key, MIXED if key in self._possible else self.shared)
 
     def _remember(self, path: str, tensor: Tensor) -> Tensor:
         self._leaves[path] = tensor.detach()
@@ -116,20 +120,17 @@ class Probe:
 
     def _injected(self, output: Tensor) -> Tensor:
         assert self._inject is not None
-        _, dim, rows = self._inject
+        at = self._inject[1].to(output.device)
         self._seen.injected = True
-        shape = [1] * output.dim()
-        shape[dim] = -1
-        at = rows.to(output.device).view(shape)
         noise = torch.randn(output.shape, device=output.device, dtype=torch.float32).to(output.dtype)
         return torch.where(at, output + noise * output.abs().mean().clamp_min(0.1), output)
 
     # Forwards
 
-    def _forward(self, changed: dict[str, Tensor] | None = None) -> _Seen:
+    def _forward(self, changed: dict[str, Tensor] | None = None) -> Seen:
         """One forward; ``changed``: {path: tensor} in the place of arguments."""
         changed = changed or {}
-        self._seen, self._calls = _Seen(), {}
+        self._seen, self._calls = Seen(), {}
         # The same random numbers in every forward; the caller's state is put back at the end.
         torch.manual_seed(0)
         random.seed(0)
@@ -143,7 +144,7 @@ class Probe:
         self._seen.result = [t for t in tensors_in(result) if t.is_floating_point() and t.dim() > 0]
         return self._seen
 
-    def _perturbed(self, subset: _Subset, level: str) -> tuple[_Seen, Tensor] | None:
+    def _perturbed(self, subset: _Subset, level: str) -> tuple[Seen, Tensor] | None:
         """(what a perturbed forward showed, the rows that changed); None where nothing could be perturbed."""
         for _ in range(ATTEMPTS):
             changed, rows = self._perturb(subset, level)
@@ -180,7 +181,7 @@ class Probe:
             raise Impossible("none of its arguments has the rows of the micro-batch")
         self._inject_outputs()
 
-    def _found(self, key: _Key) -> set[Placement]:
+    def _found(self, key: _Key) -> set[Place]:
         return self._possible.get(key, set()) & self._exact.get(key, set())
 
     def _open(self) -> list[_Key]:
@@ -211,13 +212,15 @@ class Probe:
                 self._why[key] = VARYING
                 continue
             shown = _candidates(before, after, rows, subset.per_sample)
-            if shown is None:
-                continue
-            exact, possible = shown
-            self._exact.setdefault(key, set()).update(exact)
-            self._possible[key] = self._possible[key] & possible if key in self._possible else possible
-            if not self._possible[key]:
-                self._why[key] = MIXED
+            if shown is not None:
+                self._narrow(key, *shown, MIXED)
+
+    def _narrow(self, key: _Key, exact: Set[Place], possible: Set[Place], why: str) -> None:
+        """Take in what one perturbation showed of a call. ``why``: the reason where no placement is left."""
+        self._exact.setdefault(key, set()).update(exact)
+        self._possible[key] = self._possible.get(key, set(possible)) & possible
+        if not self._possible[key]:
+            self._why[key] = why
 
     def _check_square(self, subset: _Subset) -> None:
         """Where an argument has B rows of B tokens: refuse if its second dimension could be the rows as well."""
@@ -232,7 +235,7 @@ class Probe:
         for before, after in zip(self._base.result, seen.result, strict=False):
             if before.shape != after.shape:
                 return
-            moved = _changed(before, after).cpu()
+            moved = differing(before, after).cpu()
             if bool(moved.any()) and moved.dim() > 1 and moved.shape[0] == count:
                 parts = moved.any(-1) if moved.dim() > 2 else moved
                 along = [parts.movedim(dim, 0).reshape(size, -1).any(1) for dim, size in enumerate(parts.shape)]
@@ -267,7 +270,7 @@ class Probe:
                 if budget == 0:
                     return
                 budget -= 1
-                self._inject = (key, dim, rows)
+                self._inject = (key, rows.view([-1 if other == dim else 1 for other in range(len(shape))]))
                 try:
                     seen = self._forward()
                 except Impossible:
@@ -279,7 +282,7 @@ class Probe:
                     moved = torch.zeros(count, dtype=torch.bool, device="cpu")
                     for a, b in zip(results, after, strict=True):
                         if a.shape == b.shape:
-                            moved |= _changed(a, b).reshape(count, -1).any(1).cpu()
+                            moved |= differing(a, b).reshape(count, -1).any(1).cpu()
                     if torch.equal(moved, rows):
                         self._possible.setdefault(key, set()).add(Placement(dim))
                         self._exact.setdefault(key, set()).add(Placement(dim))
@@ -303,7 +306,7 @@ class Probe:
             new = self._perturb_leaf(path, rows_first, subset.rows, level)
             if new is None:
                 continue
-            moved |= _changed(rows_first, new).reshape(len(subset), -1).any(1).cpu()
+            moved |= differing(rows_first, new).reshape(len(subset), -1).any(1).cpu()
             changed[path] = new.flatten(0, 1) if level == "blocks" else new.movedim(0, subset.dim)
         return changed, moved
 
@@ -370,7 +373,7 @@ def _fingerprint(layer: Layer, x: Tensor) -> Tensor:
     return (x.reshape(-1, x.shape[-1]).to(wide) @ weights.to(x.device, wide)).reshape(shape)
 
 
-def _changed(a: Tensor, b: Tensor) -> Tensor:
+def differing(a: Tensor, b: Tensor) -> Tensor:
     """Where two tensors differ by more than rounding.
 
     A row's rounding may depend on other rows: products over the tokens of one expert have a shape that the data decide,
@@ -387,7 +390,7 @@ def _candidates(
     before: Tensor, after: Tensor, rows: Tensor, per_sample: bool
 ) -> tuple[set[Placement], set[Placement]] | None:
     """Placements under which two inputs differ (in exactly these rows, in no other rows); None: they do not differ."""
-    changed = _changed(before, after).cpu()
+    changed = differing(before, after).cpu()
     if not bool(changed.any()):
         return None
     exact: set[Placement] = set()

@@ -14,7 +14,15 @@ from . import distributed
 from .calls import Call
 from .exact import TaskSums
 from .layers import Layer, Parameters
-from .parameter_gram import Tokens, bias_rows, plain_weight_grad, tokens_of, vector_rows, weight_sums
+from .parameter_gram import (
+    Tokens,
+    bias_rows,
+    padding_weight_grad,
+    plain_weight_grad,
+    tokens_of,
+    vector_rows,
+    weight_sums,
+)
 from .quiet import quiet
 from .reconcile import Reconciliation
 from .rows import Rows, sum_by
@@ -121,7 +129,8 @@ class Recorder:
         self._done.add(name)
         sums = weight_sums([tokens], self.rows, weight_grad=weight_grad)
         self._add(name, sums.gram, sums.self_sq)
-        return sums.weight_grad
+        outside = padding_weight_grad(call, dy) if weight_grad else None
+        return sums.weight_grad if outside is None or sums.weight_grad is None else sums.weight_grad + outside
 
     def _take_vector(self, call: Call, dy: Tensor) -> None:
         with quiet():  # the module's forward runs again: no hook of a tracker may count it

@@ -1,4 +1,7 @@
-"""The rows of one micro-batch: their tasks, samples, weights and scales, checked before anything runs."""
+"""The rows of one micro-batch: their tasks, samples, weights and scales, checked before anything runs.
+
+A row is one sequence: a row of a padded batch, or one of several sequences packed one after another.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..segments import to_device
+from .packing import CuSeqlens, Packing, make_packing
 
 Ids = Sequence[Hashable] | Tensor
 
@@ -32,7 +36,8 @@ class Rows:
     sample_scale: Tensor | None  # [N] float64: the rows' common factor; None when rows of one sample differ
     weight: Tensor  # [N] float64: share of the sample's rows present here
     rows_present: list[int]  # [N]
-    mask: Tensor | None  # [B, L] bool
+    mask: Tensor | None  # [B, L] bool; None for packed rows
+    packing: Packing | None = None  # where B packed sequences lie
 
     @property
     def num_samples(self) -> int:
@@ -83,6 +88,22 @@ def _per_row(value: float | Sequence[float] | Tensor, batch: int, name: str) -> 
     return out
 
 
+def _packed(cu_seqlens: CuSeqlens, batch: int, attention_mask: Tensor | None) -> Packing:
+    """The packing of ``batch`` sequences. A mask's values are not read: only its shape [B, L] counts."""
+    packing = make_packing(cu_seqlens)
+    if len(packing) != batch:
+        raise ValueError(
+            f"task_ids must have one entry per sequence: cu_seqlens describes {len(packing)} sequences, task_ids has "
+            f"{batch} entries"
+        )
+    if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+            raise ValueError(f"attention_mask must be a [B, L] tensor of the packed rows, got {given}")
+        packing.settle((attention_mask.shape[0], attention_mask.shape[1]))
+    return packing
+
+
 def make_blocks(
     tasks: Sequence[Hashable], samples: Sequence[Hashable], max_blocks: int, serial: int
 ) -> tuple[list[int], list[Hashable], list[Hashable]]:
@@ -111,6 +132,7 @@ def make_rows(
     row_scale: float | Sequence[float] | Tensor | None,
     rows_per_sample: int | Sequence[int] | Tensor | None,
     *,
+    cu_seqlens: CuSeqlens | None = None,
     serial: int,
     max_blocks: int,
 ) -> Rows:
@@ -119,13 +141,14 @@ def make_rows(
     batch = len(tasks_of_rows)
     if not batch:
         raise ValueError("task_ids is empty: a micro-batch needs at least one row")
+    packing = None if cu_seqlens is None else _packed(cu_seqlens, batch, attention_mask)
     rows: list[Hashable] = (
         [("row", serial, r) for r in range(batch)] if sample_ids is None else _as_list(sample_ids, "sample_ids")
     )
     if len(rows) != batch:
         raise ValueError(f"sample_ids must have one entry per row like task_ids: got {len(rows)} for {batch} rows")
     mask = None
-    if attention_mask is not None:
+    if attention_mask is not None and packing is None:
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
             given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
             raise ValueError(
@@ -174,6 +197,7 @@ def make_rows(
         weight=present.to(torch.float64) / whole[first_row],
         rows_present=present.tolist(),
         mask=mask,
+        packing=packing,
     )
 
 

@@ -18,6 +18,7 @@ from .accumulate import ACCUMULATE, MEMORY_BUDGET, Accumulation, RankPart, StepP
 from .calls import BatchDim, Placements
 from .hooks import Watcher
 from .layers import Layer, LayerChoice, Parameters, select_layers
+from .packing import CuSeqlens
 from .reconcile import Reconciliation
 from .recorder import Recorder
 from .rows import Ids, Rows, make_rows
@@ -153,7 +154,8 @@ class GradNormTracker:
             accumulate, memory_budget, width, 4 * sum(p.numel() for p in measured.values()), plan
         )
         self.running: dict[Hashable, RunningEstimate] = {}
-        self._unplaced = batch_dim is None or isinstance(batch_dim, Mapping)  # no micro-batch was probed yet
+        self._probes = batch_dim is None or isinstance(batch_dim, Mapping)
+        self._unplaced = self._probes  # no micro-batch of padded rows was probed yet
         self._unreconciled = {name for layer in self._layers for name in self._watcher.names_of(layer)}
         self._recorder: Recorder | None = None
         self._parts: list[PairSums] = []
@@ -225,8 +227,13 @@ class GradNormTracker:
         attention_mask: Tensor | None = None,
         row_scale: float | Sequence[float] | Tensor | None = None,
         rows_per_sample: int | Sequence[int] | Tensor | None = None,
+        cu_seqlens: CuSeqlens | None = None,
     ) -> Iterator[None]:
         """Measure the one forward and backward that run inside. An exception inside leaves the micro-batch out.
+
+        ``G_p = sum over rows r of p of row_scale_r / rows_p * sum over tokens t of r of dy_t x_t^T``. With cu_seqlens a
+        row is a packed sequence, and B below is their number S: the model gets [1, T] or [T] tokens of S sequences one
+        after another, or several such packed rows.
 
         Args:
             task_ids: [B] ints or strings, the task of each row (sequence) of the batch.
@@ -240,6 +247,12 @@ class GradNormTracker:
                 micro-batches or ranks; then one id means one sample on all ranks.
                 Default: the rows seen here are all. Without it a sample may not come back within a step, and ids tell
                 the samples of one rank apart.
+            cu_seqlens: [S+1] ints from 0, ascending: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1] of all
+                rows flattened. Or a list of such lists, one per packed row, each from 0. Tokens behind the last
+                sequence are padding and belong to none. Sequences may be empty: they are samples with a zero gradient.
+                From a GPU it is copied once, which waits. attention_mask then gives nothing but the shape [B, L] of the
+                packed rows, and is needed only where the model's arguments do not show it.
+                :func:`cu_seqlens_from_position_ids` makes it from positions that restart.
 
         Raises:
             ValueError, TypeError: ids that do not fit, before anything runs.
@@ -253,15 +266,23 @@ class GradNormTracker:
         if not self._undo:
             raise RuntimeError("this tracker was closed: make a new GradNormTracker")
         rows = make_rows(
-            task_ids, sample_ids, attention_mask, row_scale, rows_per_sample, serial=self._serial, max_blocks=MAX_BLOCKS
+            task_ids,
+            sample_ids,
+            attention_mask,
+            row_scale,
+            rows_per_sample,
+            cu_seqlens=cu_seqlens,
+            serial=self._serial,
+            max_blocks=MAX_BLOCKS,
         )
         self._check_samples(rows, spread=rows_per_sample is not None)
         self._check_whole(rows)
         for layer in self._watcher.changed():
             self._unreconciled.update(self._watcher.names_of(layer))
         known = set(self._skipped.reasons)
-        probing = self._unplaced and rows.batch > 1
-        if (probing or self._watcher.shares_outputs) and self._stop_watching is None:
+        packed = rows.packing is not None
+        probing = (self._probes if packed else self._unplaced) and rows.batch > 1
+        if (probing or packed or self._watcher.shares_outputs) and self._stop_watching is None:
             self._stop_watching = self._watcher.watch_entries(self._model)
         reconciliation = self._reconciliation()
         kept = self._accumulation
@@ -291,9 +312,10 @@ class GradNormTracker:
             self._recorder = self._watcher.recorder = None
             if reconciliation is not None:
                 reconciliation.close()
-            if not self._watcher.shares_outputs:
+            # The arguments of every packed micro-batch are looked at: they say how many tokens there are.
+            if not self._watcher.shares_outputs and not packed:
                 self._stop_entries()
-        self._unplaced = self._unplaced and not probing
+        self._unplaced = self._unplaced and (packed or not probing)
         self._warn_never_called(recorder)
         self._warn_skipped(4)
         if nothing:
