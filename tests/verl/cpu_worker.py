@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-import tempfile
+import socket
 import types
 from functools import partial
 from pathlib import Path
@@ -133,6 +132,16 @@ def join(rank: int = 0, ranks: int = 1, port: str = "29611") -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
 
 
+def start() -> None:
+    """:func:`register_cpu` and a group of this process alone, once."""
+    if not torch.distributed.is_initialized():
+        register_cpu()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        join(port=port)
+
+
 def saved_model(folder: Path) -> Path:
     """A random tiny Qwen2 with its configuration in ``folder``."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -199,9 +208,10 @@ def training_worker(folder: Path, *, kind: Any = None, **changes: Any) -> Any:
 
 def actor_loss(**changes: Any) -> Any:
     """verl's own actor loss, ``partial(ppo_loss, config=...)``, and its configuration as ``.keywords["config"]``."""
-    from verl.workers.config import FSDPActorConfig
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
 
+    changes["policy_loss"] = PolicyLossConfig(**changes.get("policy_loss", {}))
     config = FSDPActorConfig(
         **{"rollout_n": 3, "strategy": "fsdp2", "ppo_micro_batch_size_per_gpu": 6, **changes},
     )
@@ -290,12 +300,3 @@ def update(worker: Any, data: Any, *, mini_batch: int | None = None, epochs: int
     output = worker.train_mini_batch(data=data)
     return reduce_metrics(rename_dict(output["metrics"], "actor/"))
 
-
-if __name__ == "__main__":
-    register_cpu()
-    join()
-    folder = saved_model(Path(tempfile.mkdtemp()))
-    padding = "packed" in sys.argv
-    worker = training_worker(folder, remove_padding=padding)
-    worker.set_loss_fn(actor_loss())
-    print(update(worker, rollouts()))
