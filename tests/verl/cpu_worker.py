@@ -278,14 +278,11 @@ def rollouts(prompts: int = 8, completions: int = 3, seed: int = 1, padding: int
     return tu.get_tensordict({k: v for k, v in fields.items()})
 
 
-def update(worker: Any, data: Any, *, mini_batch: int | None = None, epochs: int = 1, shuffle: bool = False) -> dict:
-    """One actor update through ``train_mini_batch``, as ``update_actor`` calls it: the metrics of the trainer's log."""
+def prepared(data: Any, *, size: int, epochs: int = 1, shuffle: bool = False) -> Any:
+    """``data`` with what verl's trainer adds for ``update_actor``; ``size`` rows of all ranks are a mini-batch."""
     from verl.utils import tensordict_utils as tu
-    from verl.utils.metric import reduce_metrics
-    from verl.utils.py_functional import rename_dict
 
-    size = len(data) * worker.engine.get_data_parallel_size() if mini_batch is None else mini_batch
-    tu.assign_non_tensor(
+    return tu.assign_non_tensor(
         data,
         calculate_entropy=False,
         distillation_use_topk=False,
@@ -297,6 +294,17 @@ def update(worker: Any, data: Any, *, mini_batch: int | None = None, epochs: int
         dataloader_kwargs={"shuffle": shuffle},
         temperature=1.0,
     )
-    output = worker.train_mini_batch(data=data)
+
+
+def reduced(output: Any) -> dict[str, Any]:
+    """The metrics of an update as verl's trainer logs them."""
+    from verl.utils.metric import reduce_metrics
+    from verl.utils.py_functional import rename_dict
+
     return reduce_metrics(rename_dict(output["metrics"], "actor/"))
 
+
+def update(worker: Any, data: Any, *, mini_batch: int | None = None, epochs: int = 1) -> dict[str, Any]:
+    """One actor update of this process alone, as ``update_actor`` makes it: the metrics of the trainer's log."""
+    size = len(data) if mini_batch is None else mini_batch
+    return reduced(worker.train_mini_batch(data=prepared(data, size=size, epochs=epochs)))
