@@ -224,7 +224,6 @@ def rollouts(prompts: int = 8, completions: int = 3, seed: int = 1, padding: int
     Prompts alternate between the tasks; lengths differ from row to row. ``padding`` rows are such as verl adds until
     mini-batches divide the batch.
     """
-    from tensordict import TensorDict
     from verl.utils import tensordict_utils as tu
 
     generator = torch.Generator().manual_seed(seed)
@@ -275,7 +274,7 @@ def rollouts(prompts: int = 8, completions: int = 3, seed: int = 1, padding: int
         fields[name] = (
             torch.nested.as_nested_tensor(values, layout=torch.jagged) if torch.is_tensor(values[0]) else values
         )
-    return tu.get_tensordict({k: v for k, v in fields.items()})
+    return tu.get_tensordict(fields)
 
 
 def prepared(data: Any, *, size: int, epochs: int = 1, shuffle: bool = False) -> Any:

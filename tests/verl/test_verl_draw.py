@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("verl.workers", reason="verl is not installed: make test-verl runs these tests in a venv of its own")
+pytest.importorskip("verl.workers", reason="verl is not installed: make test-verl runs these tests")
 pytest.importorskip("transfer_queue", reason="verl's V1 trainer needs TransferQueue")
 
 from datasets import Dataset
@@ -53,9 +53,7 @@ def settings(**changes: Any) -> Any:
 
 
 def loader(rows: DrawnRows, batch_size: int = 6) -> StatefulDataLoader:
-    return StatefulDataLoader(
-        DATA, batch_size=batch_size, num_workers=0, drop_last=True, collate_fn=list, sampler=rows
-    )
+    return StatefulDataLoader(DATA, batch_size=batch_size, num_workers=0, drop_last=True, collate_fn=list, sampler=rows)
 
 
 def estimates(**values: float) -> dict[str, float]:
@@ -75,7 +73,7 @@ def test_draws_follow_the_estimates_of_earlier_updates(trainer_base: Any) -> Non
     draw_tasks("proportional_sq", floor=0.0)
     rows = trainer_base.create_rl_sampler(settings(), DATA)
     batches = iter(loader(rows, batch_size=15))
-    assert set(row["data_source"] for row in next(batches)) == set(cpu.TASKS)
+    assert {row["data_source"] for row in next(batches)} == set(cpu.TASKS)
     rows.update(estimates(sums=0.0, facts=0.0, loud=2.0))
     drawn = next(batches)
     assert Counter(row["data_source"] for row in drawn) == {"loud": 15}, "drawn when the loader asks, not before"

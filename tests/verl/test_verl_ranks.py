@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("verl.workers", reason="verl is not installed: make test-verl runs these tests in a venv of its own")
+pytest.importorskip("verl.workers", reason="verl is not installed: make test-verl runs these tests")
 
 from gradnorm_kernels.integrations.verl import attach
 from tests.verl import cpu_worker as cpu
@@ -47,9 +47,7 @@ def test_two_ranks_give_the_u_of_one(tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     command = [sys.executable, "-W", "ignore", "-m", "tests.verl.test_verl_ranks", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([*command, str(rank), port], cwd=ROOT, env=environment) for rank in range(2)
-    ]
+    ranks = [subprocess.Popen([*command, str(rank), port], cwd=ROOT, env=environment) for rank in range(2)]
     assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("verl.workers", reason="verl is not installed: make test-verl runs these tests in a venv of its own")
+pytest.importorskip("verl.workers", reason="verl is not installed: make test-verl runs these tests")
 
 import verl
 from hydra import compose, initialize_config_dir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("verl.workers", reason="verl is not installed: make test-verl runs these tests in a venv of its own")
+pytest.importorskip("verl.workers", reason="verl is not installed: make test-verl runs these tests")
 
 from gradnorm_kernels.integrations.verl import attach
 from gradnorm_kernels.integrations.verl.attach import PADDING
@@ -72,7 +73,8 @@ LAST = ("model.layers.1.self_attn",)
 
 def by_task(prompts: dict[str, Tensor], tasks: dict[str, str]) -> dict[str, Tensor]:
     return {
-        task: torch.stack([prompts[uid] for uid in prompts if tasks[uid] == task]) for task in dict.fromkeys(tasks.values())
+        task: torch.stack([prompts[uid] for uid in prompts if tasks[uid] == task])
+        for task in dict.fromkeys(tasks.values())
     }
 
 
@@ -142,11 +144,10 @@ def test_a_prompt_spread_over_micro_batches_counts_by_its_shares(folder: Path, r
             parts[uids[i]] = parts.get(uids[i], 0.0) + rows[i] / 3
             shares[uids[i]] = shares.get(uids[i], 0.0) + 1 / 3
             owner[uids[i]] = tasks[i]
-        for a in parts:
-            for b in parts:
-                if a != b and owner[a] == owner[b]:
-                    numerator[owner[a]] += float(parts[a] @ parts[b])
-                    denominator[owner[a]] += shares[a] * shares[b]
+        for a, b in itertools.permutations(parts, 2):
+            if owner[a] == owner[b]:
+                numerator[owner[a]] += float(parts[a] @ parts[b])
+                denominator[owner[a]] += shares[a] * shares[b]
     for task in cpu.TASKS:
         expected = numerator[task] / denominator[task]
         assert attachment.last[task].sq_norm == pytest.approx(expected, rel=1e-4), task

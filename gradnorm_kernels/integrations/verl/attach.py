@@ -46,8 +46,8 @@ def attach(
 
     A sample is a prompt with all its rows in the mini-batch, over all ranks. A row's loss is the mean over its response
     tokens, whatever ``loss_agg_mode`` makes of it. Only the first mini-batch of an update is measured: later ones, and
-    later epochs, use weights that may have been trained on the same prompts. With ``fused=False`` training is verl's own
-    to the last bit.
+    later epochs, use weights that may have been trained on the same prompts. With ``fused=False`` training is
+    verl's own to the last bit.
 
     The update's metrics get, per task, ``tasks/<task>/grad_norm_sq`` (U), ``.../grad_norm_sq_se``, ``.../noise_scale``,
     ``.../n`` (prompts), ``.../plug_in``, ``.../mean_sq_norm`` and ``.../pair_weight``, with "actor/" in front in
@@ -83,8 +83,8 @@ def attach(
 def measure_actor(task_key: str = "data_source", **options: Any) -> type:
     """Have every actor that verl builds from now on in this process measured by :func:`attach`.
 
-    Call it in a module of your own that ``actor_rollout_ref.model.external_lib`` names: verl imports this module in each
-    process before it builds the actor. It sets ``ActorRolloutRefWorker.actor_worker_cls`` to a subclass whose
+    Call it in a module of your own that ``actor_rollout_ref.model.external_lib`` names: verl imports this module in
+    each process before it builds the actor. It sets ``ActorRolloutRefWorker.actor_worker_cls`` to a subclass whose
     ``reset()`` ends with ``attach(self, task_key, **options)``. A second call replaces the first.
 
     Args:
@@ -169,9 +169,10 @@ def _refuse_head(model: Any, layers: LayerChoice, frozen: bool) -> None:
 
 def _ids(batch: Any, key: str) -> list[Hashable]:
     """A field of one string or int per row."""
-    if key not in batch.keys():
+    fields = sorted(map(str, batch.keys()))
+    if key not in fields:
         raise ValueError(
-            f"the batch has no field {key!r}, it has {sorted(map(str, batch.keys()))}: name the fields of the task and "
+            f"the batch has no field {key!r}, it has {fields}: name the fields of the task and "
             "of the prompt with task_key= and sample_key="
         )
     values = batch[key]
@@ -299,7 +300,8 @@ class Attachment:
             PADDING if PADDING_UID.fullmatch(str(sample)) else task
             for sample, task in zip(samples, _ids(micro_batch, self._task_key), strict=True)
         ]
-        scale = row_scale(micro_batch, self._config) if self._own_row_scale is None else self._own_row_scale(micro_batch)
+        own = self._own_row_scale
+        scale = row_scale(micro_batch, self._config) if own is None else own(micro_batch)
         scaler = getattr(self.worker.engine, "scaler", None)
         offsets = micro_batch["input_ids"].offsets().cpu()
         rows: dict[str, Any] = {

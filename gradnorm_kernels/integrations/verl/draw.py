@@ -89,9 +89,10 @@ def draw_tasks(
 ) -> None:
     """Have verl's V1 trainer draw the task of each prompt by its running U.
 
-    Call it beside :func:`measure_actor`, in the module that ``actor_rollout_ref.model.external_lib`` names: verl imports
-    this module in the trainer's process before it builds the data loader. A draw happens when the loader asks for a row,
-    so in ``trainer.v1.trainer_mode=sync`` it uses every update before it; the asynchronous modes ask earlier.
+    Call it beside :func:`measure_actor`, in the module that ``actor_rollout_ref.model.external_lib`` names: verl
+    imports this module in the trainer's process before it builds the data loader. A draw happens when the loader asks
+    for a row, so in
+    ``trainer.v1.trainer_mode=sync`` it uses every update before it; the asynchronous modes ask earlier.
 
     Args:
         strategy, exponent, floor, decay: of :class:`TaskSampler`.
@@ -134,8 +135,8 @@ def draw_tasks(
         if isinstance(rows, DrawnRows):
             if not rows.fed and not any(key.startswith(ACTOR + "tasks/") for key in metrics):
                 raise ValueError(
-                    "the actor's metrics hold no estimates to draw tasks by: call measure_actor(...) in the module that "
-                    "actor_rollout_ref.model.external_lib names"
+                    "the actor's metrics hold no estimates to draw tasks by: call measure_actor(...) in the module "
+                    "that actor_rollout_ref.model.external_lib names"
                 )
             rows.fed = True
             rows.update(metrics)
@@ -153,7 +154,7 @@ def _row_tasks(dataset: Any, column: str) -> list[Hashable]:
     Raises:
         ValueError: it has no such column.
     """
-    table = getattr(dataset, "dataframe", None)
+    table: Any = getattr(dataset, "dataframe", None)
     names = getattr(table, "column_names", None)
     if names is None or column not in names:
         raise ValueError(
