@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,29 @@ def test_a_second_measure_actor_replaces_the_first(restored: Any) -> None:
     measure_actor()
     second = measure_actor(layers="all")
     assert restored.actor_worker_cls is second and second.__base__ is plain
+
+
+def test_the_page_has_the_codes_formulas_policy_losses_and_examples() -> None:
+    from gradnorm_kernels.integrations.verl.loss_scale import FORMULAS, POLICY_LOSSES
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "verl.md").read_text(encoding="utf-8")
+    for mode, formula in FORMULAS.items():
+        assert f"| `{mode}` | `{formula}` |" in page
+    assert all(f"`{loss}`" in page for loss in POLICY_LOSSES)
+
+
+@pytest.mark.parametrize("example", ["measure", "draw"])
+def test_the_examples_of_the_page_run(example: str, restored: Any) -> None:
+    pytest.importorskip("transfer_queue", reason="verl's V1 trainer needs TransferQueue")
+    from verl.trainer.ppo.v1 import trainer_base
+
+    before = trainer_base.create_rl_sampler, trainer_base.PPOTrainer._update_actor
+    page = (Path(__file__).resolve().parents[2] / "docs" / "verl.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {example} -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    try:
+        exec(found.group(1), {})
+        assert restored.actor_worker_cls.measured_by_gradnorm
+        assert (trainer_base.create_rl_sampler is not before[0]) == (example == "draw")
+    finally:
+        trainer_base.create_rl_sampler, trainer_base.PPOTrainer._update_actor = before
