@@ -12,7 +12,8 @@ ARGS ?=
 OUT ?=
 PROFILE ?=
 
-.PHONY: help setup train study test test-interpreted test-versions test-verl kernels-report gpu-check lint format bench clean
+.PHONY: help setup train study test test-slow test-interpreted test-versions test-verl kernels-report gpu-check lint format \
+	bench clean
 
 help:
 	@echo "make setup    install everything into $(VENV) (PYTHON=python3.12 picks the interpreter)"
@@ -20,6 +21,7 @@ help:
 	@echo "make study    four ways to draw and weigh tasks, three seeds each, on the tiny model: every question of the paper"
 	@echo "              with a figure and a verdict, in under forty minutes on two cores; continues where it stopped"
 	@echo "make test     ruff, mypy and the test suite"
+	@echo "make test-slow         the further forms that make test leaves out: all architectures, kernel forms and traps"
 	@echo "make test-interpreted  the Triton kernels in Triton's interpreter"
 	@echo "make test-versions     the Triton kernels interpreted and compiled under the oldest and newest supported Triton"
 	@echo "make test-verl         the integration with verl on verl's own update on a CPU, in a venv of its own (build/verl)"
@@ -65,8 +67,13 @@ lint: setup
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test: lint
-	@$(PYTEST) --dist loadfile $(ARGS)
+	@$(PYTEST) --dist loadfile -m "not slow" $(ARGS)
 	@TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)
+
+# The many further forms of what `make test` covers by examples: all architectures and auto classes, every compiled
+# form, every trap under every algorithm.
+test-slow: setup
+	@$(PYTEST) --dist loadfile -m slow $(ARGS)
 
 test-interpreted: setup
 	@TRITON_INTERPRET=1 $(PYTEST) tests/interpreted $(ARGS)

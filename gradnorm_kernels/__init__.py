@@ -5,6 +5,7 @@ from __future__ import annotations
 from .control.sampler import TaskSampler
 from .estimation.estimator import CrossProduct, RunningEstimate, TaskGradient, cross_product
 from .ops import FusedGradNorm, fused_grad_norm, grad_dot, grad_gram, grad_sketch
+from .tracking.accumulate import StepPlan
 from .tracking.packing import cu_seqlens_from_position_ids
 from .tracking.tracker import GradNormTracker, StepStats
 
@@ -15,6 +16,7 @@ __all__ = [
     "FusedGradNorm",
     "GradNormTracker",
     "RunningEstimate",
+    "StepPlan",
     "StepStats",
     "TaskGradient",
     "TaskSampler",

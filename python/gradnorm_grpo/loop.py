@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from gradnorm_kernels import GradNormTracker, StepStats, TaskSampler
+from gradnorm_kernels import GradNormTracker, StepPlan, StepStats, TaskSampler
 from gradnorm_kernels.control.balancer import TaskBalancer
 from gradnorm_kernels.estimation.metrics import gradient_metrics, task_key
 
@@ -73,11 +73,15 @@ class Grpo:
                 num_warmup_steps=settings.warmup_steps,
                 num_training_steps=max(1, settings.max_steps * settings.num_iterations),
             )
+            together = min(settings.per_device_train_batch_size // settings.num_generations, settings.prompts_per_step)
+            plan = StepPlan(settings.prompts_per_step, together, whole=True, tasks=len(tasks))
             self.tracker = (
-                GradNormTracker(model, settings.tracker_layers, settings.tracker_fused) if settings.track else None
+                GradNormTracker(model, settings.tracker_layers, settings.tracker_fused, plan=plan)
+                if settings.track
+                else None
             )
             # Beside the first one, for the question whether a few layers stand for all of them.
-            self.full_tracker = GradNormTracker(model, "all") if settings.full_steps else None
+            self.full_tracker = GradNormTracker(model, "all", plan=plan) if settings.full_steps else None
             self.sampler: TaskSampler[str] = TaskSampler(
                 list(self.tasks),
                 settings.sampling_strategy,

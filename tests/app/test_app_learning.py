@@ -71,7 +71,6 @@ def test_warm_start_and_its_cache(tmp_path: Path) -> None:
     assert cache_file(_settings("--cache_dir="), model) is None
 
 
-@pytest.mark.slow
 def test_the_tiny_model_learns_under_grpo() -> None:
     """Sampled reward at the end against the start. Its standard error is about 0.03; two seeds rose 0.10 and 0.14."""
     settings = _settings(

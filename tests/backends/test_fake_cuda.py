@@ -42,13 +42,19 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", ["harness", "ops", "tracking", "application"])
-def test_in_a_process_of_its_own(name: str, guard: Path, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize(
+    ("name", "marked"),
+    [
+        *((name, "not slow") for name in ("harness", "ops", "tracking", "application")),
+        *(pytest.param(name, "slow", marks=pytest.mark.slow) for name in ("tracking", "application")),
+    ],
+)
+def test_in_a_process_of_its_own(name: str, marked: str, guard: Path, pytestconfig: pytest.Config) -> None:
     objects = pytestconfig.cache.mkdir("cuda_host")  # type: ignore[union-attr]
     command = [sys.executable, str(FOLDER / "run.py"), str(guard), str(objects), str(FOLDER / f"{name}.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-q", "-x", "-p", "no:cacheprovider", "--tb=short"],
+        [*command, "-m", marked, "-q", "-x", "-p", "no:cacheprovider", "--tb=short"],
         check=False,
         capture_output=True,
         text=True,

@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
@@ -230,16 +230,21 @@ def _compile_numbered(number: int) -> dict[str, Any]:
         return line | {"error": f"{type(error).__name__}: {error}"}
 
 
-def triton_lines(processes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of :func:`jobs`, in order, compiled afresh by several processes."""
-    count = len(_all_jobs())
+def representative() -> list[int]:
+    """Places in :func:`jobs` of one form per kernel, architecture and element: the last, which does the most."""
+    return list({(job.kernel.fn.__name__, job.arch, job.element): i for i, job in enumerate(_all_jobs())}.values())
+
+
+def triton_lines(processes: int | None = None, places: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of :func:`jobs`, in order, or of those at ``places``, compiled afresh by several processes."""
+    chosen = range(len(_all_jobs())) if places is None else places
     with tempfile.TemporaryDirectory() as cache:
         before = os.environ.get("TRITON_CACHE_DIR")
         os.environ["TRITON_CACHE_DIR"] = cache  # inherited by the processes: nothing comes from an earlier run
         try:
             workers = processes or min(4, os.cpu_count() or 1)
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                yield from pool.map(_compile_numbered, range(count))
+                yield from pool.map(_compile_numbered, chosen)
         finally:
             os.environ.pop("TRITON_CACHE_DIR")
             if before is not None:

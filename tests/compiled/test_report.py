@@ -1,6 +1,7 @@
 """Every shipped kernel, compiled for sm_80 and sm_90 without a GPU: no spills, no stack, tensor cores where due.
 
-The whole report is compiled once for this file, by several processes.
+The report is compiled for this file by several processes: one form per kernel, architecture and element, and all forms
+in the slow tests.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ KERNELS = Path(report.tuning.__file__).parents[1] / "backends" / "triton"
 Lines = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def lines() -> Lines:
-    return list(report.triton_lines())
+@pytest.fixture(scope="module", params=["representative", pytest.param("all", marks=pytest.mark.slow)])
+def lines(request: pytest.FixtureRequest) -> Lines:
+    return list(report.triton_lines(places=report.representative() if request.param == "representative" else None))
 
 
 def complaints(line: dict[str, Any]) -> list[str]:

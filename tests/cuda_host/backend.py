@@ -52,5 +52,5 @@ def install(monkeypatch: pytest.MonkeyPatch, context: HostContext) -> None:
     before = backends._process_reason
     monkeypatch.setattr(backends, "_process_reason", lambda name: None if name == "cuda" else before(name))
     # The registry keeps the functions that it has given out: those of this launch context end with it.
-    monkeypatch.setattr(backends, "operator", backends.operator.__wrapped__)
+    monkeypatch.setattr(backends, "operator", getattr(backends.operator, "__wrapped__", backends.operator))
     monkeypatch.setattr(cuda, "launch_context", here)

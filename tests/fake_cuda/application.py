@@ -49,6 +49,7 @@ CASES: dict[str, list[str]] = {
     "reference, iterations, full": ["--num_iterations", "2", "--full_steps", "1", "--beta", "0.1"],
     "weights": ["--task_weighting", "equal_pull", "--gradient_accumulation_steps", "2", "--few_shot", "1"],
 }
+SLOW = ("last attention", "no shared prompt, fused", "weights")
 MEASURED = ("tokens", "loss", "grad_norm", "tasks/copy/reward", "tasks/copy/mean_sq_norm", "tasks/maximum/mean_sq_norm")
 
 
@@ -124,7 +125,7 @@ def same(found: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_a_run(case: str, fake: FakeCuda, on_gpu: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Training, "_save", lambda self: None)  # files take no tensors that are nowhere
     runs: dict[str, Training] = {}

@@ -99,7 +99,11 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device"), [(torch.bfloat16, "cuda:0"), (torch.float32, "cuda:1")], ids=["bf16", "fp32 on cuda:1"]
+    ("dtype", "device"),
+    [
+        pytest.param(torch.bfloat16, "cuda:0", id="bf16", marks=pytest.mark.slow),
+        pytest.param(torch.float32, "cuda:1", id="fp32 on cuda:1"),
+    ],
 )
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_waits(fake: FakeCuda, hooks: dict[str, set[Any]], name: str, dtype: torch.dtype, device: str) -> None:

@@ -188,7 +188,6 @@ def test_a_folder_keeps_to_the_study_it_was_begun_with(tmp_path: Path) -> None:
         run.describe(settings, StudySpec(), name, tmp_path / "other")
 
 
-@pytest.mark.slow
 def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:
     """Killed in its second run; the same command goes on, and ends with every answer, figure and the page."""
     config = yaml.safe_load((PRESETS / "tiny.yaml").read_text())

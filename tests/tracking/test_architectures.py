@@ -6,11 +6,12 @@ parameter that is not in ``tracker.skipped`` must be measured right, and what is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
@@ -121,7 +122,15 @@ def faults_of(stats: gk.StepStats, gram: Tensor, dtype: torch.dtype) -> list[str
     return found
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * a.slow) for n, a in MODELS.items()])
+def marked(fast: Collection[str]) -> list[ParameterSet]:
+    """All models, those outside ``fast`` as slow tests."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in MODELS]
+
+
+FAST = [name for name, architecture in MODELS.items() if not architecture.slow]
+
+
+@pytest.fixture(scope="module", params=marked(FAST))
 def case(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module, Truth]]:
     name = request.param
     model = tiny_model(name)
@@ -183,6 +192,7 @@ def test_the_page_has_every_model() -> None:
 
 @pytest.mark.filterwarnings("ignore:not measured:UserWarning")
 @pytest.mark.filterwarnings("ignore:these measured layers were never called:UserWarning")
+@pytest.mark.parametrize("case", marked(FAST[::4]), indirect=True, scope="module")
 def test_gradient_checkpointing(case: tuple[str, nn.Module, Truth]) -> None:
     name, model, truth = case
     if not model.supports_gradient_checkpointing:

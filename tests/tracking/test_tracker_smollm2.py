@@ -46,8 +46,8 @@ def brute_gram(losses: Tensor, parameters: list[Tensor]) -> Tensor:
     ("layers", "fused", "padding"),
     [
         ("last_attention", False, "left"),
-        ("last_attention", True, "right"),
-        ("all", False, "right"),
+        pytest.param("last_attention", True, "right", marks=pytest.mark.slow),
+        pytest.param("all", False, "right", marks=pytest.mark.slow),
         ("all", True, "none"),
     ],
 )

@@ -192,7 +192,7 @@ def test_exact_sums_carry_an_upper_bound_of_their_error() -> None:
 def test_exact_sums_refuse_what_would_bend_them() -> None:
     model = small_model("llama")
     ids, mask = batch(ROWS, 8, "right")
-    with pytest.raises(ValueError, match="accumulate must be one of 'pairs', 'exact', got 'sum'"):
+    with pytest.raises(ValueError, match="accumulate must be one of 'auto', 'pairs', 'exact', 'sketch', got 'sum'"):
         gk.GradNormTracker(model, accumulate="sum")
     tracker = gk.GradNormTracker(model, accumulate="exact")
     with (

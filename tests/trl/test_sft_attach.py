@@ -150,6 +150,18 @@ def test_settings_that_are_refused(tmp_path, changes, options, message):
         attach(trainer, **options)
 
 
-def test_rows_alone_have_no_pairs(tmp_path):
-    with pytest.warns(UserWarning, match="per_device_train_batch_size=1"):
-        attach(sft(tmp_path, per_device_train_batch_size=1))
+def test_one_row_in_a_step_is_said_to_be_undefined(tmp_path):
+    with pytest.warns(UserWarning, match="U stays undefined: an optimizer step holds one sample .*batch_size=1 x"):
+        attach(sft(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=1))
+
+
+def test_rows_alone_in_their_micro_batches_are_paired_over_the_step(tmp_path):
+    trainer = sft(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        attached = attach(trainer)
+    trainer.train()
+    assert attached.last.accumulate == "exact" and attached.tracker.accumulation.startswith("exact: no two samples")
+    assert [line["accumulate/exact"] for line in trainer.state.log_history if "loss" in line] == [1.0, 1.0]
+    assert sum(gradient.n for gradient in attached.last.values()) == 8
+    assert all(math.isfinite(gradient.sq_norm) == (gradient.n > 1) for gradient in attached.last.values())

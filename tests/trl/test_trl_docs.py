@@ -32,7 +32,7 @@ def test_grpo(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = tiny.prompts()
     data = data.map(lambda row: {"task": "gcd" if row["task"] == "up" else "sum"})
-    small = "max_steps=3, max_completion_length=5, report_to=[], use_cpu=True, bf16=False, save_strategy='no'"
+    small = "max_steps=6, max_completion_length=5, report_to=[], use_cpu=True, bf16=False, save_strategy='no'"
     text = example("grpo")
     assert text.count("gradient_accumulation_steps=4") == 1
     space = {

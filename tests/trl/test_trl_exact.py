@@ -152,7 +152,9 @@ def test_u_is_that_of_the_trainers_own_loss(tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize(
+    "loss_type", ["grpo", "dapo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bnpo", "dr_grpo"))]
+)
 def test_fused_measures_the_same_and_trains_to_rounding(tmp_path, loss_type):
     watched = Watched(stand_still(tmp_path, loss_type=loss_type), fused=True)
     watched.trainer.train()

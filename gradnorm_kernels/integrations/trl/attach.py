@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -28,6 +29,7 @@ from .validation import (
     check_count,
     check_trainer,
     grpo_plan,
+    refuse_common,
     row_tasks,
     sampling_strategy,
     sft_plan,
@@ -117,6 +119,7 @@ def attach(
         )
     grpo = isinstance(trainer, GRPOTrainer)
     check_trainer(trainer, (*Attachment.NEEDS, *(GrpoHooks.NEEDS if grpo else SftHooks.NEEDS)))
+    refuse_common(trainer)
     check_count("every", every, 1, "1 measures each step that can be measured")
     if max_cosines is not None:
         check_count("max_cosines", max_cosines, 0, "it is how many pairs of tasks a log line holds; None logs all")
@@ -278,6 +281,7 @@ class Attachment:
         self._has_news = False  # since the last log, as the two below
         self._window: dict[Hashable, RunningEstimate] = {}
         self._window_gram: RunningGram | None = None
+        self._window_modes: Counter[str] = Counter()
         self._warned_of_cosines = False
         self._before: dict[str, Any] = {}  # what the instance had under the names put on it
         for name, wrapper in {
@@ -360,6 +364,8 @@ class Attachment:
             if earlier is not None:
                 self._window_gram.adopt(earlier)
         self._window_gram.update(stats)
+        if stats.accumulate:
+            self._window_modes[stats.accumulate] += 1
         self._hooks.update(stats)
 
     # The log
@@ -368,7 +374,7 @@ class Attachment:
         if self.trainer.model.training and self._has_news:
             self._has_news = False
             logs.update({key: value for key, value in self.metrics().items() if math.isfinite(value)})
-            self._window, self._window_gram = {}, None
+            self._window, self._window_gram, self._window_modes = {}, None, Counter()
         return inner(logs, *args, **kwargs)
 
     def metrics(self) -> dict[str, float]:
@@ -378,6 +384,8 @@ class Attachment:
             metrics |= pooled_metrics(task, estimate)
         if self._window_gram is not None:
             metrics |= self._cosines(self._window_gram)
+        steps = self._window_modes.total()
+        metrics |= {f"accumulate/{mode}": count / steps for mode, count in self._window_modes.items()}
         return metrics | self._hooks.metrics()
 
     def _cosines(self, gram: RunningGram) -> dict[str, float]:

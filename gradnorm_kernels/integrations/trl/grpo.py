@@ -21,7 +21,7 @@ from ...control.sampler import TaskSampler
 from ...estimation.metrics import task_key
 from ...tracking.tracker import StepStats
 from .loss_scale import grpo_row_scale
-from .validation import grpo_remarks, refuse_common, refuse_grpo
+from .validation import grpo_remarks, refuse_grpo
 
 PROMPT, TASK, WEIGHT = "_gradnorm_prompt", "_gradnorm_task", "_gradnorm_weight"
 
@@ -83,7 +83,6 @@ class GrpoHooks:
         seed: int,
         accumulate: str | None,
     ) -> None:
-        refuse_common(trainer)
         refuse_grpo(
             trainer,
             task_column,

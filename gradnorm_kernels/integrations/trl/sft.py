@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...tracking.tracker import StepStats
 from .loss_scale import sft_row_scale
-from .validation import refuse_common, refuse_sft, sft_remarks
+from .validation import refuse_sft, sft_remarks
 
 TASK = "_gradnorm_task"  # the underscore keeps GOLDTrainer from passing it on to model.generate
 
@@ -34,7 +34,6 @@ class SftHooks:
         *,
         row_scale: Callable[..., Any] | None,
     ) -> None:
-        refuse_common(trainer)
         refuse_sft(trainer, own_row_scale=row_scale is not None)
         if row_tasks is None:
             raise ValueError("an SFTTrainer needs a map-style training data set, whose tasks can be listed beforehand")
