@@ -217,12 +217,18 @@ class Placements:
         if len(known) == 1:
             return known.pop()
         if known:
-            raise Unreadable(f"{_got(layer, x)}: its calls differ ({' or '.join(sorted(map(str, known)))}); {_APART}")
+            raise Unreadable(
+                f"{_got(layer, x)}: its calls differ ({' or '.join(sorted(map(str, known)))}); {_TOKEN_ADVICE}"
+            )
         if key in self.unclear:
-            raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_APART}")
+            raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_TOKEN_ADVICE}")
         found = leading(shape, packing.grid)
+        if len(found) != 1 and packing.filled == 1:
+            # Nothing to confuse: without padding every reading gives all tokens to the one sequence.
+            found = readings(shape, packing.grid)
+            found = found[:1] if packing.covered == packing.tokens else found
         if len(found) != 1:
-            raise Unreadable(f"{_got(layer, x)}: {not_tokens(packing)}; {_APART}")
+            raise Unreadable(f"{_got(layer, x)}: {not_tokens(packing)}; {_TOKEN_ADVICE}")
         return found[0]
 
     def _tokens_at(
@@ -292,7 +298,7 @@ def _got(layer: Layer, x: Tensor) -> str:
     return f"layer {layer.name!r} ({type(layer.module).__name__}) got an input of shape {tuple(x.shape)}"
 
 
-_APART = (
+_TOKEN_ADVICE = (
     "leave the layer out of layers=, or where its input has one row per sequence (a pooled head) say which dimension "
     "holds them with batch_dim="
 )

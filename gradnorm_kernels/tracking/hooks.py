@@ -194,22 +194,26 @@ class Watcher:
             leaves[path] = tensor
             return tensor
 
+        complete = True
         try:
             copied((args, kwargs), remember)
         except Impossible as reason:
-            self.unprobed = str(reason)
+            complete, self.unprobed = False, str(reason)
         grids = [grid for _, grid in token_arguments(leaves)]
         if packing.grid is None and grids:
             packing.settle(next((grid for grid in grids if packing.why_not(grid) is None), grids[0]))
         several = packing.grid is not None and packing.grid[0] > 1
         key = (id(module), several, tuple((path, tensor.dim()) for path, tensor in leaves.items()))
-        if not self._probing or key in self._probed_packed or int((packing.lengths > 0).sum()) < 2 or self.unprobed:
+        if not complete or not self._probing or key in self._probed_packed or packing.filled < 2:
             return
-        self._probed_packed.add(key)
+        probe = PackedProbe(module, args, kwargs, self.recorder.rows)
         try:
-            PackedProbe(module, args, kwargs, self.recorder.rows).run(self.placements, self._set_probe)
+            probe.run(self.placements, self._set_probe)
         except Impossible as reason:
             self.unprobed = str(reason)
+            if probe.unlucky:  # these tokens showed nothing; other ones may
+                return
+        self._probed_packed.add(key)
 
     def _set_probe(self, probe: Probe | None) -> None:
         self._probe = probe

@@ -31,6 +31,7 @@ class PackedProbe(Probe):
     """The probe of a call with packed rows."""
 
     shared = UNSEEN
+    unlucky = False  # no token could be exchanged for another one
 
     def _search(self) -> None:
         packing = self._rows.packing
@@ -41,9 +42,10 @@ class PackedProbe(Probe):
         for key, inputs in self._base.inputs.items():
             if not readings(inputs.shape, self._grid):
                 self._why[key] = not_tokens(packing)
-        some, moved_any = self._subset_of_sequences(), False
+        filled, moved_any = self._packing.lengths > 0, False
+        some = self._some(filled)
         for level in ("swap", "replace"):
-            for rows in (some, ~some):
+            for rows in (some, filled & ~some):
                 done = self._perturbed_sequences(rows, level)
                 if done is None:
                     continue
@@ -55,14 +57,15 @@ class PackedProbe(Probe):
                     return
                 self._compare_tokens(seen, moved)
         if not moved_any:
+            self.unlucky = True
             raise Impossible("none of its arguments has tokens that could be exchanged")
         self._inject_tokens()
 
-    def _subset_of_sequences(self) -> Tensor:
-        """[S] a random half of the sequences that have tokens, with the first and without the last."""
-        rows = torch.tensor([self._random.random() < 0.5 for _ in range(len(self._packing))], device="cpu")
-        filled = (self._packing.lengths > 0).nonzero()[:, 0]
-        rows[filled[0]], rows[filled[-1]] = True, False
+    def _some(self, filled: Tensor) -> Tensor:
+        """[S] a random half of the sequences that have tokens (``filled``), with the first and without the last."""
+        rows = torch.tensor([self._random.random() < 0.5 for _ in range(len(filled))], device="cpu") & filled
+        at = filled.nonzero()[:, 0]
+        rows[at[0]], rows[at[-1]] = True, False
         return rows
 
     # Perturbations
@@ -91,7 +94,9 @@ class PackedProbe(Probe):
     def _says_where(self, path: str, tensor: Tensor) -> bool:
         """Whether an argument is a mask, or the positions that restart in each sequence."""
         name = path.rpartition(".")[2]
-        if tensor.dtype == torch.bool or any(word in name for word in ("mask", "position", "seq", "label")):
+        if tensor.dtype == torch.bool or any(
+            word in name for word in ("mask", "position", "cu_seq", "seq_idx", "label")
+        ):
             return True
         if tensor.is_floating_point():
             return False
@@ -187,7 +192,7 @@ class PackedProbe(Probe):
             shape = self._base.outputs.get(key)
             if shape is None:
                 continue
-            rows = self._subset_of_sequences()
+            rows = self._some(self._packing.lengths > 0)
             here = rows[self._sequence.clamp_min(0)] & (self._sequence >= 0)
             for place in readings(shape[:-1], self._grid):
                 if budget == 0:

@@ -36,6 +36,11 @@ class Packing:
         return int(self.lengths.sum())
 
     @property
+    def filled(self) -> int:
+        """The number of sequences that have tokens."""
+        return int((self.lengths > 0).sum())
+
+    @property
     def tokens(self) -> int:
         """N.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.tracking import brute_force
 
 TASKS = ["a", "b", "a", "b", "a", "a", "b"]
 SAMPLES = ["a0", "b0", "a0", "b1", "a1", "a2", "b2"]
+LENGTHS = [3, 1, 4, 2, 5, 1, 2]
 
 
 def put(fake: FakeCuda, model: nn.Module, device: str = "cuda:0") -> nn.Module:
@@ -76,6 +78,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def measured_packed(
+    model: nn.Module, ids: Any, positions: Any, watched: Callable[[], Any], row_scale: Any = None, **options: Any
+) -> gk.StepStats:
+    """One step of two micro-batches of seven packed sequences with padding behind them."""
+    offsets = [0, *accumulate(LENGTHS)]
+    tracker = gk.GradNormTracker(model, **options)
+    for part in range(2):
+        names = [f"{sample}.{part}" for sample in SAMPLES]
+        with tracker.microbatch(TASKS, names, row_scale=row_scale, cu_seqlens=offsets):
+            logits = model(input_ids=ids.roll(part, 1), position_ids=positions, use_cache=False).logits[0]
+            loss = torch.stack([logits[a:b].square().mean() for a, b in pairwise(offsets)]).mean()
+            with watched():
+                loss.backward()
+    stats = tracker.step()
+    tracker.close()
+    return stats
+
+
+def packed_row(padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids, positions) [1, T]."""
+    ids = torch.randint(
+        1, brute_force.VOCABULARY, (1, sum(LENGTHS) + padding), generator=torch.Generator().manual_seed(4)
+    )
+    positions = torch.cat([*(torch.arange(length) for length in LENGTHS), torch.zeros(padding, dtype=torch.long)])
+    return ids, positions[None]
+
+
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
     """The threads and devices of hooks, and the backends that took an embedding's tokens."""
@@ -122,6 +151,36 @@ def test_nothing_waits(fake: FakeCuda, hooks: dict[str, set[Any]], name: str, dt
     pairs = options.get("accumulate") != "sketch"
     assert hooks["embedding"] == ({"triton"} if options["layers"] == "all" and pairs else set())
     assert {kernel[1:] for kernel in fake.launches} == {(int(device[-1]), int(device[-1]) + 1 << 16)}
+
+
+@pytest.mark.parametrize("name", ["all, fused, tied", "all, fused, exact", "all, sketch"])
+def test_packed_rows_wait_for_nothing(fake: FakeCuda, name: str) -> None:
+    fake.silent = True
+    architecture, options = CASES[name]
+    model = put(fake, model_of(architecture))
+    ids, positions = map(fake.put, packed_row(3))
+    for scale in (None, torch.arange(1.0, 8.0)):
+        measured_packed(
+            model,
+            ids,
+            positions,
+            lambda: fake.forbidding(waits=True, any_order=True),
+            scale,
+            unverified="raise",
+            **options,
+        )
+
+
+def test_the_numbers_of_packed_rows(fake: FakeCuda) -> None:
+    """Those of a CPU."""
+    ids, positions = packed_row(3)
+    options = {"layers": "all", "accumulate": "exact"}
+    expected = measured_packed(model_of("llama"), ids, positions, contextlib.nullcontext, **options)
+    model, ids, positions = put(fake, model_of("llama")), fake.put(ids), fake.put(positions)
+    found = measured_packed(model, ids, positions, contextlib.nullcontext, **options)
+    for task, value in expected.items():
+        assert found[task].mean_sq_norm == pytest.approx(value.mean_sq_norm, rel=1e-4)
+        assert found[task].sq_norm == pytest.approx(value.sq_norm, abs=1e-4 * value.mean_sq_norm)
 
 
 @pytest.mark.parametrize("name", ["all, fused, tied", "all, sketch"])

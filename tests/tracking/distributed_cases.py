@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from datetime import timedelta
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,43 @@ def fsdp(rank: int, world: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def measure_packed(tracker: gk.GradNormTracker, model: nn.Module, rows: list[int]) -> None:
+    """One micro-batch of the first 3 to 7 tokens of these rows, packed into one row with two tokens of padding."""
+    parts = [tokens()[row][: 3 + row % 5] for row in rows]
+    offsets = [0, *accumulate(map(len, parts))]
+    ids = torch.cat([*parts, torch.zeros(2, dtype=torch.long)])
+    positions = torch.cat([*(torch.arange(len(part)) for part in parts), torch.zeros(2, dtype=torch.long)])
+    prompts = [row // GROUP for row in rows]
+    with tracker.microbatch([TASKS[p] for p in prompts], prompts, cu_seqlens=offsets):
+        logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
+        losses = [nn.functional.cross_entropy(logits[a : b - 1], ids[a + 1 : b]) for a, b in pairwise(offsets)]
+        torch.stack(losses).mean().backward()
+
+
+def packed(rank: int, world: int) -> None:
+    """Packed rows under DistributedDataParallel and FSDP2; the ranks' sequences differ in lengths and number."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = build()
+    single = gk.GradNormTracker(model, "all", process_group=None)
+    for other in range(world):
+        measure_packed(single, model, share(other, world))
+    right = single.step()
+    for mode in ("ddp", "fsdp", "fsdp, fused"):
+        model = build()
+        if mode == "ddp":
+            wrapped: nn.Module = DistributedDataParallel(model)
+        else:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            wrapped = fully_shard(model)
+        tracker = gk.GradNormTracker(wrapped, "all", fused=mode == "fsdp, fused")
+        measure_packed(tracker, wrapped, share(rank, world))
+        same(tracker.step(), right)
+        assert not tracker.skipped
+
+
 def exact(rank: int, world: int) -> None:
     """accumulate="exact": micro-batches of one prompt on every rank, unequally many, and all pairs count."""
     right = expected("all", [list(range(PROMPTS * GROUP))])
@@ -276,13 +314,13 @@ def tensor_parallel(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     rows = list(range(PROMPTS * GROUP))
     half = len(rows) // 2
-    for accumulate in ("pairs", "exact", "sketch"):
-        right = expected("last_attention", [rows[:half], rows[half:]], accumulate=accumulate)
+    for mode in ("pairs", "exact", "sketch"):
+        right = expected("last_attention", [rows[:half], rows[half:]], accumulate=mode)
         model = build()
         attention = model.model.layers[-1].self_attn
         plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")} | {"o_proj": RowwiseParallel()}
         parallelize_module(attention, mesh, plan)
-        tracker = gk.GradNormTracker(model, accumulate=accumulate, process_group=None)
+        tracker = gk.GradNormTracker(model, accumulate=mode, process_group=None)
         for part in (rows[:half], rows[half:]):
             measure(tracker, model, part)
         same(tracker.step(), right)
@@ -329,6 +367,7 @@ CASES = {
     for case in (
         ddp,
         fsdp,
+        packed,
         exact,
         sketch,
         automatic,

@@ -49,7 +49,7 @@ def launch(folder: Path, world: int, *cases: str) -> list[subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
-        (2, ("ddp", "fsdp", "exact", "spread", "uneven", "tensor_parallel", "sequence_parallel")),
+        (2, ("ddp", "fsdp", "packed", "exact", "spread", "uneven", "tensor_parallel", "sequence_parallel")),
         (4, ("ddp", "fsdp", "exact", "spread", "uneven")),
         (2, ("sketch", "automatic", "unbiased")),
         pytest.param(4, ("sketch", "automatic", "unbiased"), marks=pytest.mark.slow),

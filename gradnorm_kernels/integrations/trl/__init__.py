@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .attach import attach
+from .packing import pack_train_dataset
 
-__all__ = ["attach"]
+__all__ = ["attach", "pack_train_dataset"]

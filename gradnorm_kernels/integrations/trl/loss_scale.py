@@ -9,10 +9,12 @@ To add a loss type of GRPOTrainer, add a line to ``LOSS_TYPES``; for an average 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -131,7 +133,9 @@ def grpo_row_scale(trainer: Any, inputs: dict[str, Any]) -> Tensor:
     return AVERAGES[average].row_scale(GrpoMicroBatch(trainer, inputs)) / loss_factor(trainer)
 
 
-def sft_row_scale(trainer: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+def sft_row_scale(
+    trainer: Any, inputs: dict[str, Any], num_items_in_batch: Any, cu_seqlens: Sequence[int] | None = None
+) -> Tensor:
     """[B] float64: the factor from row i's share of SFTTrainer's loss to row i's own mean-token loss.
 
     SFTTrainer's loss is a mean over label tokens. Where Trainer counts them, the factor is ``N / (W L_i)`` with N the
@@ -143,8 +147,16 @@ def sft_row_scale(trainer: Any, inputs: dict[str, Any], num_items_in_batch: Any)
         trainer: an SFTTrainer that is training.
         inputs: the micro-batch, as ``compute_loss`` gets it.
         num_items_in_batch: N, as ``compute_loss`` gets it; None where it is not counted.
+        cu_seqlens: [S+1] boundaries of a padding-free micro-batch, whose S sequences are then the rows: the result is
+            [S]. Without it a padding-free micro-batch counts as one row.
     """
-    counted = (inputs["labels"][:, 1:] != -100).sum(1)
+    labels = inputs["labels"]
+    if cu_seqlens is None:
+        counted = (labels[:, 1:] != -100).sum(1)
+    else:
+        # The first token of a sequence is predicted by nothing, and TRL has no label there.
+        valid = (labels.reshape(-1) != -100).cpu()
+        counted = torch.stack([valid[start + 1 : end].sum() for start, end in pairwise(cu_seqlens)])
     lengths = counted.clamp(min=1).double().cpu()
     if num_items_in_batch is None:
         total = max(float(counted.sum()), 1.0) * trainer.current_gradient_accumulation_steps

@@ -1,18 +1,19 @@
-"""SFTTrainer: every row is a sample, and its task goes through the collator with it."""
+"""SFTTrainer: every row, or packed sequence, is a sample, and its task goes through the collator with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...tracking.tracker import StepStats
 from .loss_scale import sft_row_scale
 from .validation import refuse_sft, sft_remarks
 
 TASK = "_gradnorm_task"  # the underscore keeps GOLDTrainer from passing it on to model.generate
+OFFSETS = "_gradnorm_cu_seqlens"  # a list of ints: what is not a tensor stays on the host
 
 
 class SftHooks:
@@ -23,7 +24,7 @@ class SftHooks:
     """
 
     NEEDS = ("data_collator", "_set_signature_columns_if_needed")
-    ENTRIES = (TASK,)
+    ENTRIES = (TASK, OFFSETS)
     sampler = balancer = None
 
     def __init__(
@@ -51,7 +52,10 @@ class SftHooks:
         trainer._signature_columns = [*trainer._signature_columns, self.task_column]
         self._collator_before = trainer.data_collator
         trainer.data_collator = _Collator(
-            trainer.data_collator, self.task_column, {task: i for i, task in enumerate(self._tasks)}
+            trainer.data_collator,
+            self.task_column,
+            {task: i for i, task in enumerate(self._tasks)},
+            padding_free=bool(getattr(trainer, "padding_free", False)),
         )
 
     def uninstall(self) -> None:
@@ -63,12 +67,15 @@ class SftHooks:
         """Every training step is."""
         return True
 
-    def microbatch(self, inputs: dict[str, Any], entries: Mapping[str, Tensor], num_items: Any) -> dict[str, Any]:
+    def microbatch(self, inputs: dict[str, Any], entries: Mapping[str, Any], num_items: Any) -> dict[str, Any]:
         """The arguments of :meth:`GradNormTracker.microbatch`."""
+        offsets: list[int] | None = entries.get(OFFSETS)
+        known = {"cu_seqlens": offsets} if self._row_scale is sft_row_scale else {}
         return {
             "task_ids": [self._tasks[index] for index in entries[TASK].tolist()],
             "attention_mask": inputs.get("attention_mask"),
-            "row_scale": self._row_scale(self.trainer, inputs, num_items),
+            "row_scale": self._row_scale(self.trainer, inputs, num_items, **known),
+            "cu_seqlens": offsets,
         }
 
     def end_micro_batch(self) -> None:
@@ -90,15 +97,24 @@ class SftHooks:
 
 
 class _Collator:
-    """The trainer's collator, with the rows' tasks as numbers beside what it returns. Workers can pickle it."""
+    """The trainer's collator, with the rows' tasks as numbers beside what it returns. Workers can pickle it.
 
-    def __init__(self, inner: Callable[..., Any], column: str, tasks: dict[Hashable, int]) -> None:
-        self.inner, self.column, self.tasks = inner, column, tasks
+    Without padding it joins all rows into one, and a row may be several packed sequences with a list of their tasks.
+    """
+
+    def __init__(
+        self, inner: Callable[..., Any], column: str, tasks: dict[Hashable, int], *, padding_free: bool
+    ) -> None:
+        self.inner, self.column, self.tasks, self.padding_free = inner, column, tasks, padding_free
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         batch = self.inner([{name: value for name, value in row.items() if name != self.column} for row in rows])
         if all(self.column in row for row in rows):  # evaluation data may have no such column
-            known = [self.tasks.get(row[self.column], -1) for row in rows]
+            names = [row[self.column] if isinstance(row[self.column], list) else [row[self.column]] for row in rows]
+            known = [self.tasks.get(name, -1) for own in names for name in own]
             if -1 not in known:
                 batch[TASK] = torch.tensor(known)
+                if self.padding_free:
+                    lengths = [row.get("seq_lengths") or [len(row["input_ids"])] for row in rows]
+                    batch[OFFSETS] = [0, *accumulate(length for own in lengths for length in own)]
         return batch

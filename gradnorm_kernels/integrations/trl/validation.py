@@ -19,6 +19,11 @@ TASK_SAMPLING = {
     "inverse": "inverse",
     "power": "power",
 }
+PACK_WITH_TASKS = (
+    "Set packing=False, padding_free=True and max_length=None in SFTConfig, and before attach(trainer) call "
+    "gradnorm_kernels.integrations.trl.pack_train_dataset(trainer, max_length=...), which packs into the same rows and "
+    'keeps the tasks (for packing_strategy="wrapped": padding_free=False, and strategy="wrapped")'
+)
 SAME_LOSS = (
     "row_scale=, a function of (trainer, inputs{more}) that returns the [B] factors from a row's share of the loss to "
     "the row's own loss (gradnorm_kernels.integrations.trl.loss_scale.{scale} if the average is still {base}'s)"
@@ -80,7 +85,9 @@ def sampling_strategy(task_sampling: str) -> str | None:
 
 
 def row_tasks(trainer: Any, task_column: str) -> list[Hashable] | None:
-    """[rows] the task of every row of the training data; None for a stream, whose rows cannot be listed.
+    """The task of every row of the training data; None for a stream, whose rows cannot be listed.
+
+    Packed rows have a list of tasks, one per sequence; then the tasks of all sequences are returned.
 
     Raises:
         ValueError: there is no such column, or a row in it holds neither a string nor an int.
@@ -94,10 +101,28 @@ def row_tasks(trainer: Any, task_column: str) -> list[Hashable] | None:
     if data is None or isinstance(data, IterableDataset):
         return None
     tasks = list(data[task_column])
+    if hasattr(trainer, "padding_free") and any(isinstance(task, list) for task in tasks):
+        tasks = _sequence_tasks(trainer, task_column, tasks, columns or ())
     wrong = next((task for task in tasks if isinstance(task, bool) or not isinstance(task, (str, int))), None)
     if wrong is not None or None in tasks:
         raise ValueError(f"column {task_column!r} must hold a string or an int in every row, got {wrong!r}")
     return tasks
+
+
+def _sequence_tasks(trainer: Any, task_column: str, tasks: list[Any], columns: Sequence[str]) -> list[Any]:
+    """The tasks of all sequences of packed rows."""
+    if not getattr(trainer, "padding_free", False) or "seq_lengths" not in columns:
+        raise ValueError(
+            f"column {task_column!r} holds lists, one task per packed sequence: that needs padding_free=True and a "
+            "column seq_lengths; pack_train_dataset(trainer, max_length=...) makes both"
+        )
+    for row, (own, lengths) in enumerate(zip(tasks, trainer.train_dataset["seq_lengths"], strict=True)):
+        if not isinstance(own, list) or len(own) != len(lengths):
+            raise ValueError(
+                f"column {task_column!r} must hold one task per packed sequence: row {row} has {own!r} for the "
+                f"{len(lengths)} sequences of seq_lengths"
+            )
+    return [task for own in tasks for task in own]
 
 
 def _missing_column(trainer: Any, task_column: str, columns: Sequence[str]) -> str:
@@ -108,7 +133,7 @@ def _missing_column(trainer: Any, task_column: str, columns: Sequence[str]) -> s
             "task: pass train_dataset= with a task column (its columns are passed on to the environment's reset)"
         )
     if getattr(trainer.args, "packing", False):
-        return f"{found}: an SFTTrainer that packs drops all others. Set packing=False to measure"
+        return f"{found}: an SFTTrainer that packs drops all others. {PACK_WITH_TASKS}"
     return f"{found}: name the one that says which task a row belongs to"
 
 
@@ -189,11 +214,13 @@ def refuse_sft(trainer: Any, *, own_row_scale: bool) -> None:
         ValueError: names the setting or the class, and what to do.
     """
     args, kind = trainer.args, type(trainer).__name__
-    for name in ("packing", "padding_free"):
-        if getattr(args, name, False):
-            raise ValueError(
-                f"{name}=True puts several samples into one row, so a row has no task: set {name}=False to measure"
-            )
+    if getattr(args, "packing", False):
+        raise ValueError(f"packing=True drops the tasks of the sequences that it packs. {PACK_WITH_TASKS}")
+    if getattr(args, "padding_free", False) and own_sft_loss(trainer) is not None:
+        raise ValueError(
+            f"padding_free=True puts several samples into one row, and how {kind} does that is not known: set "
+            "padding_free=False to measure"
+        )
     if getattr(trainer, "_vlm_collator", None) is not None:
         raise ValueError(f"{kind} collates images after its batches were drawn, and the rows' tasks would be lost")
     if getattr(trainer, "num_generations", 1) > 1:
@@ -287,9 +314,11 @@ def grpo_plan(trainer: Any, keep_groups_together: bool, tasks: int) -> StepPlan:
 
 
 def sft_plan(trainer: Any, tasks: int) -> StepPlan:
-    """What an optimizer step of an SFTTrainer holds. A sample is a row."""
-    args = trainer.args
+    """What an optimizer step of an SFTTrainer holds. A sample is a row, or a sequence of a packed row."""
+    args, data = trainer.args, trainer.train_dataset
     rows = args.per_device_train_batch_size
+    if getattr(trainer, "padding_free", False) and "seq_lengths" in (getattr(data, "column_names", None) or ()):
+        rows *= max(map(len, data["seq_lengths"]), default=1)
     return StepPlan(
         samples=rows * args.gradient_accumulation_steps * trainer.accelerator.num_processes,
         together=rows,
