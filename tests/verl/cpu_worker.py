@@ -1,6 +1,6 @@
 """verl's own actor worker on a CPU: a platform for verl's plug-in registry, a tiny Qwen2, and a batch of rollouts.
 
-verl 0.9.1 has no CPU platform: its FSDP engine is registered for "cuda" and "npu" and moves data to an integer device.
+verl 0.9.1 has no CPU platform: its FSDP engine is for "cuda" and "npu", and on a CPU it stops at the device mesh.
 The platform below registers "cpu" as verl's plug-in interface provides, and the engine's own class for it. Nothing of
 verl's update is replaced.
 """
