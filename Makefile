@@ -12,7 +12,8 @@ ARGS ?=
 OUT ?=
 PROFILE ?=
 
-.PHONY: help setup train study test test-slow test-interpreted test-versions kernels-report gpu-check lint format bench clean
+.PHONY: help setup train study test test-slow test-interpreted test-versions test-verl kernels-report gpu-check lint format \
+	bench clean
 
 help:
 	@echo "make setup    install everything into $(VENV) (PYTHON=python3.12 picks the interpreter)"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-slow         the further forms that make test leaves out: all architectures, kernel forms and traps"
 	@echo "make test-interpreted  the Triton kernels in Triton's interpreter"
 	@echo "make test-versions     the Triton kernels interpreted and compiled under the oldest and newest supported Triton"
+	@echo "make test-verl         the integration with verl on verl's own update on a CPU, in a venv of its own (build/verl)"
 	@echo "make kernels-report    every kernel compiled for sm_80 and sm_90: registers, spills, shared memory; one JSON line each"
 	@echo "make gpu-check         on a machine with a GPU: build, tests, benchmarks and sanitizer in nine minutes; OUT= names the"
 	@echo "                       results folder, ARGS=--dry-run runs what works without a GPU, PROFILE=1 adds a profile;"
@@ -86,6 +88,21 @@ test-versions: setup
 	  TRITON_INTERPRET=1 PYTHONPATH=$$folder $(PYTEST) tests/interpreted $(ARGS) || exit 1; \
 	  PYTHONPATH=$$folder $(PYTEST) --dist loadfile tests/compiled $(ARGS) || exit 1; \
 	done
+
+# verl's requirements contradict those of the application, so it gets a venv of its own.
+VERL := build/verl
+VERL_PACKAGES := torch triton verl==0.9.1 TransferQueue cachetools fastapi msgpack msgspec pyzmq uvicorn pytest pytest-timeout
+$(VERL)/.installed: tests/verl/constraints.txt
+	@echo "test-verl: creating $(VERL) with $$($(PYTHON) --version) and installing verl (a few minutes)"
+	@$(PYTHON) -m venv $(VERL)
+	@$(VERL)/bin/pip --disable-pip-version-check install -qq --no-input -c tests/verl/constraints.txt $(VERL_PACKAGES) || { \
+	  echo "test-verl: the packages named above could not be installed, so nothing was tested. They come from a package" >&2; \
+	  echo "           index, or from a folder with their wheels: make test-verl PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER." >&2; \
+	  echo "           tests/verl/constraints.txt lists all of them; verl 0.9 needs Python 3.10 to 3.12." >&2; exit 1; }
+	@touch $@
+
+test-verl: $(VERL)/.installed
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
 
 kernels-report: setup
 	@$(BIN)/python -m tests.compiled.report $(ARGS)

@@ -39,7 +39,7 @@ OUTSIDE = ("__init__", "__main__")
 #: room -> packages it may import besides torch and Python's own, and then only when they are asked for.
 LAZY = {
     "control": {"torchjd"},
-    "integrations": {"accelerate", "datasets", "peft", "transformers", "trl"},
+    "integrations": {"accelerate", "datasets", "peft", "transformers", "trl", "verl"},
 }
 #: The library imports none of these: the application, the tests, the benchmarks and the tools.
 NEVER = {"benchmarks", "gradnorm_grpo", "tests", "tools", "train_grpo"}

@@ -1,4 +1,4 @@
-"""The examples of docs/trl.md run as printed."""
+"""The examples of docs/trl.md, and that of docs/trainers.md, run as printed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from tests.trl import trl_tiny as tiny
 
 accelerate = pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "trl.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "trl.md"
 
 
-def example(name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None, f"docs/trl.md has no example {name!r}"
+def example(name: str, page: Path = PAGE) -> str:
+    found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None, f"docs/{page.name} has no example {name!r}"
     return found.group(1)
 
 
@@ -81,7 +82,7 @@ def test_packed():
     sequence_lengths, prompts = [5, 1, 7, 3, 4], torch.tensor([0, 1, 0, 2, 3])
     x, dy = torch.randn(20, 6), torch.randn(20, 4)
     space = {"torch": torch, "gk": gk, "sequence_lengths": sequence_lengths, "prompts": prompts, "x": x, "dy": dy}
-    exec(example("packed"), out := space | {"envs": ["b", "a", "b", "a"]})
+    exec(example("packed", DOCS / "trainers.md"), out := space | {"envs": ["b", "a", "b", "a"]})
     bounds = [0, 5, 6, 13, 16, 20]
     parts = [dy[a:b].T @ x[a:b] for a, b in itertools.pairwise(bounds)]
     samples = [parts[0] + parts[2], parts[1], parts[3], parts[4]]
