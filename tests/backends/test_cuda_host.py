@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradnorm_kernels import checks, ops, reference
+from gradnorm_kernels import checks, ops, reference, traps
 from gradnorm_kernels.backends import Plan, cuda, native
 from gradnorm_kernels.backends.cuda import tables, wgrad
 from gradnorm_kernels.backends.cuda.launch import old_driver, operand
 from gradnorm_kernels.segments import Segments
-from tests import traps
 from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
 
