@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -82,9 +83,10 @@ class RankPart:
     """What one rank knows of a step, for the exchange at its end.
 
     ``sums``: of its pairs inside micro-batches, with its samples' tasks. ``folded``: whether its blocks are folds.
-    ``skipped``: the parameters it leaves out. ``spoiled``: a micro-batch failed after it entered exact sums. ``mode``:
-    of accumulation, None while undecided. ``step``: the step's number. ``shares``: {sample: share of its rows seen}.
+    ``skipped``: the parameters it leaves out. ``spoiled``: its exact sums are not those of its samples. ``mode``: of
+    accumulation, None while undecided. ``step``: the step's number. ``shares``: {sample: share of its rows seen}.
     ``partial``: whether a micro-batch had only a part of a sample. ``layout``: of its sketches.
+    ``sharded``: {parameter: over how many groups it is sharded}, of those that are.
     """
 
     sums: StepSums
@@ -96,6 +98,7 @@ class RankPart:
     shares: Mapping[Hashable, float]
     partial: bool
     layout: Mapping[str, tuple[Any, ...]]
+    sharded: Mapping[str, int]
 
 
 class StepResult(NamedTuple):
@@ -119,12 +122,14 @@ class Accumulation:
     Attributes:
         choice: the mode and why; None while "auto" has not chosen. Until then pairs and sketches are both kept.
         exact, sketches: the step's sums and sketches so far; None where the mode does not need them.
+        spoiled: the step's exact sums are not those of its samples.
         step: the number of the step, which the projections follow from.
     """
 
     def __init__(self, accumulate: str, budget: int, width: int, parameter_bytes: int, plan: StepPlan | None) -> None:
         self._budget, self._width, self._bytes = budget, width, parameter_bytes
         self.automatic = accumulate == "auto"
+        self._plan = plan
         self.step = 0
         self.choice: Choice | None = None if self.automatic else Choice(accumulate, "as asked for")
         if self.automatic and plan is not None:
@@ -139,6 +144,7 @@ class Accumulation:
     def _reset_step(self) -> None:
         mode, errors = (None, True) if self.choice is None else (self.choice.mode, self.choice.errors)
         self.exact = TaskSums() if mode == "exact" else None
+        self.spoiled = False
         if mode == "sketch" or errors:
             self.sketches = self.sketches or StepSketches()
             self.sketches.reset()
@@ -162,33 +168,54 @@ class Accumulation:
         self._reset_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of the next step, and what "auto" chose."""
-        chosen = None if self.choice is None or not self.automatic else vars(self.choice)
-        return {"step": self.step, "choice": chosen}
+        """The number of the next step, and what "auto" chose under which plan."""
+        if not self.automatic:
+            return {"step": self.step}
+        choice, plan = (None if value is None else vars(value) for value in (self.choice, self._plan))
+        return {"step": self.step, "choice": choice, "plan": plan}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`: with the projections and the choice that would have come next."""
+        """Go on from :meth:`state_dict`: with the projections and the choice that would have come next.
+
+        A choice that was made for steps of another plan does not replace that of this one's.
+        """
         self.step = state.get("step", 0)
-        if self.automatic and state.get("choice") is not None:
-            self.choice = Choice(**state["choice"])
+        planned = self._plan is None or state.get("plan") == vars(self._plan)
+        if self.automatic and "choice" in state and planned:
+            self.choice = None if state["choice"] is None else Choice(**state["choice"])
         self._reset_step()
 
     def microbatch(self, rows: Rows) -> MicrobatchSketches | None:
         """Where a micro-batch's sketches go; None where there are none."""
         return None if self.sketches is None else MicrobatchSketches(rows, self._projections)
 
-    def refuses(self, rows: Rows) -> str | None:
-        """The first sample whose rows are spread, where exact sums need whole ones; None if all is well."""
-        if self.exact is None or not bool((rows.weight != 1).any()):
+    def admit(self, rows: Rows, tasks: int) -> str | None:
+        """Before a micro-batch: the sample whose rows are spread, where the exact sums asked for need whole ones.
+
+        Where "auto" chose exact sums and they cannot take the micro-batch, the step goes on with its sketches.
+        ``tasks``: of the step so far, the micro-batch included.
+        """
+        if self.exact is None:
             return None
-        return repr(rows.samples[int((rows.weight != 1).nonzero()[0])])
+        spread = (rows.weight != 1).nonzero()
+        if not self.automatic:
+            return repr(rows.samples[int(spread[0])]) if len(spread) else None
+        if len(spread) or tasks * self._bytes > self._budget:
+            self.exact, self.spoiled = None, True
+        return None
 
     def combine(
-        self, parts: Sequence[RankPart], mine: Mapping[Hashable, Hashable], group: Any, max_blocks: int
+        self,
+        parts: Sequence[RankPart],
+        mine: Mapping[Hashable, Hashable],
+        group: Any,
+        shards: Mapping[str, tuple[Any, ...]],
+        max_blocks: int,
     ) -> StepResult:
         """All ranks' parts as one step; a collective call. Then "auto" may choose, the same on every rank.
 
-        ``mine``: {sample, named as in the parts: its name on this rank}.
+        ``mine``: {sample, named as in the parts: its name on this rank}. ``shards``: {parameter: the groups over which
+        it is sharded}.
 
         Raises:
             ValueError: more rows of a sample were seen than it has.
@@ -199,13 +226,15 @@ class Accumulation:
         samples, tasks = list(sums.sample_task), list(sums.sample_task.values())
         shares = self._shares(samples, parts)
         undecided = self.choice is None
+        if any(part.spoiled for part in parts):
+            self.exact = None  # the sketches are those of the whole step
         self._decide(sums, any(part.partial for part in parts))
-        exact = None if self.exact is None else self.exact.gram(sums.tasks, group)
+        exact = None if self.exact is None else self.exact.gram(sums.tasks, group, shards)
         if self.sketches is None or not samples or (undecided and (self.choice is None or self.choice.mode == "pairs")):
             return StepResult(sums, exact, None, "pairs" if exact is None else "exact", folded, False)
         index, keys, _ = make_blocks(tasks, samples, max_blocks, 0)
         found = sketch_sums(
-            self.sketches.whole([part.layout for part in parts], samples, mine, group),
+            self.sketches.whole([part.layout for part in parts], samples, mine, group, shards),
             shares,
             tasks,
             len(sums.tasks),
@@ -236,9 +265,18 @@ class Accumulation:
         if not self.automatic or not bool(several.any()):
             return
         paired = bool((_own_pairs(sums)[several] > 0).all())
-        if self.choice is None:
+        mode = None if self.choice is None else self.choice.mode
+        over = len(sums.tasks) * self._bytes > self._budget
+        if mode is None or (mode == "exact" and (partial or over)):
             self.choice = self._choose(paired, not partial, len(sums.tasks))
-        elif self.choice.mode == "pairs" and not paired:
+        elif mode == "pairs" and not paired:
+            apart = [repr(sums.tasks[k]) for k in (several & (_own_pairs(sums) == 0)).nonzero()[:, 0].tolist()]
+            warnings.warn(
+                f"no two samples of task {', '.join(apart[:3])}{' ...' if len(apart) > 3 else ''} were in one "
+                "micro-batch, so that U is undefined in this step; accumulate='auto' keeps sketches in the next one "
+                "and chooses again",
+                stacklevel=4,
+            )
             self.choice = None
 
 

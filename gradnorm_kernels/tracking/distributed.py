@@ -97,15 +97,18 @@ def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def shard_groups(parameter: Tensor) -> tuple[Any, ...]:
+def shard_groups(parameter: Tensor, besides: Any = None) -> tuple[Any, ...]:
     """The groups over which a parameter is sharded *while its layer computes* (tensor parallel); () where it is whole.
 
-    FSDP2 gathers a layer's parameters before the layer runs, so they are plain tensors then.
+    FSDP2 gathers a layer's parameters before the layer runs, so they are plain tensors then. ``besides``: a group that
+    does not count.
     """
     if not is_dtensor(parameter):
         return ()
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if place.is_shard() and mesh.size(dim) > 1)
+    found = [mesh.get_group(dim) for dim, place in enumerate(placements) if place.is_shard() and mesh.size(dim) > 1]
+    left_out = [] if besides is None else dist.get_process_group_ranks(besides)
+    return tuple(group for group in found if dist.get_process_group_ranks(group) != left_out)
 
 
 def rows_are_whole(name: str, x: Tensor, dy: Tensor) -> None:

@@ -6,7 +6,7 @@ operator, micro-batch by micro-batch; only ``||sum over all samples||^2`` needs 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,12 @@ class TaskSums:
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[Hashable, Tensor]] = {}
-        self._groups: dict[str, tuple[Any, ...]] = {}
 
-    def add_weight(
-        self, name: str, tokens: Tokens, row_task: Sequence[Hashable], groups: tuple[Any, ...], vocabulary: int
-    ) -> None:
+    def add_weight(self, name: str, tokens: Tokens, row_task: Sequence[Hashable], vocabulary: int) -> None:
         """Add one use of a weight: ``sum over the task's tokens of scale dy^T x``.
 
         ``row_task``: [R] the task of each row. ``vocabulary``: rows of the matrix, where the tokens are an embedding's.
         """
-        self._groups[name] = groups
         wide = torch.promote_types(tokens.dy.dtype, torch.float32)
         row_of = torch.arange(len(row_task), device="cpu").repeat_interleave(tokens.lengths.cpu())
         for task in dict.fromkeys(row_task):
@@ -51,9 +47,8 @@ class TaskSums:
             with exact_matmuls(dy.device):
                 self._slot(name, task, dy, (dy.shape[1], x.shape[1])).addmm_(dy.T, x.to(wide))
 
-    def add_vectors(self, name: str, grads: Tensor, sample_task: Sequence[Hashable], groups: tuple[Any, ...]) -> None:
+    def add_vectors(self, name: str, grads: Tensor, sample_task: Sequence[Hashable]) -> None:
         """Add a small parameter's gradients of N samples, [N, d]. ``sample_task``: the task of each sample."""
-        self._groups[name] = groups
         for task in dict.fromkeys(sample_task):
             rows = torch.tensor([i for i, other in enumerate(sample_task) if other == task], device="cpu")
             total = grads[to_device(rows, grads.device)].sum(0)
@@ -70,8 +65,11 @@ class TaskSums:
             slots[task] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return slots[task]
 
-    def gram(self, tasks: Sequence[Hashable], group: Any) -> Tensor:
-        """``<S_a, S_b>`` [K, K] float64 on the CPU over all parameters, the sums added over the ranks of ``group``."""
+    def gram(self, tasks: Sequence[Hashable], group: Any, shards: Mapping[str, tuple[Any, ...]]) -> Tensor:
+        """``<S_a, S_b>`` [K, K] float64 on the CPU over all parameters, the sums added over the ranks of ``group``.
+
+        ``shards``: {parameter: the groups over which it is sharded}.
+        """
         mine = {
             name: (tuple(total.shape), total.dtype, total.device.type)
             for name, slots in self._sums.items()
@@ -92,7 +90,7 @@ class TaskSums:
             for i, a in enumerate(sums):
                 for j in range(i + 1):
                     part[i, j] = part[j, i] = (a.reshape(-1).double() * sums[j].reshape(-1).double()).sum()
-            for shards in self._groups.get(name, ()):
-                distributed.sum_over([part], shards)
+            for others in shards.get(name, ()):
+                distributed.sum_over([part], others)
             result += part.cpu()
         return result

@@ -58,7 +58,7 @@ class Recorder:
         self._vectors: dict[str, Tensor] = {}
         # (parameter, or "" while nothing is reconciled; device; groups over which matrices are sharded) -> sums
         self._sums: dict[tuple[str, torch.device, tuple[Any, ...]], tuple[Tensor, Tensor]] = {}
-        self._groups: dict[str, tuple[Any, ...]] = {}
+        self.groups: dict[str, tuple[Any, ...]] = {}  # over which each parameter is sharded while its layer computes
 
     def called(self, layer: Layer) -> None:
         """Count a forward call outside backward (a recomputation by checkpointing runs inside it)."""
@@ -103,13 +103,13 @@ class Recorder:
                 f"{name!r} got a second gradient in one micro-batch after its first was measured: "
                 "run one forward and one backward inside each tracker.microbatch(...)"
             )
-        self._groups[name] = groups
+        self.groups[name] = groups
         tokens = tokens_of(call, dy)
         if self._reconciliation is not None:
             self._reconciliation.add_weight(name, tokens, call.factor, transposed=layer.kind == "conv1d")
         if self._exact is not None:
             tasks = [self.rows.tasks[sample] for sample in call.row_sample.tolist()]
-            self._exact.add_weight(name, tokens, tasks, groups, weight.shape[0])
+            self._exact.add_weight(name, tokens, tasks, weight.shape[0])
         if self._sketches is not None:
             self._sketches.add_weight(name, tokens, groups, weight.shape[0])
         self._kinds.setdefault(name, {})[layer.name] = layer.kind
@@ -134,7 +134,7 @@ class Recorder:
         name = self._parameters.name(call.layer, leaf)
         if name in self._skipped:
             return
-        self._groups[name] = distributed.shard_groups(call.layer.module.get_parameter(leaf))
+        self.groups[name] = distributed.shard_groups(call.layer.module.get_parameter(leaf))
         if self._reconciliation is not None:
             self._reconciliation.add_vector(name, call.factor * grads.sum(0), dy)
         factor = to_device(call.scale * call.factor, grads.device)
@@ -144,7 +144,7 @@ class Recorder:
         self._vectors[name] = sums if total is None else total + sums
 
     def _add(self, name: str, gram: Tensor, self_sq: Tensor) -> None:
-        groups = self._groups[name]
+        groups = self.groups[name]
         key = ("" if self._reconciliation is None else name, gram.device, groups)
         total = self._sums.get(key)
         self._sums[key] = (gram, self_sq) if total is None else (total[0] + gram, total[1] + self_sq)
@@ -169,9 +169,9 @@ class Recorder:
             if name in self._skipped:
                 continue
             if self._exact is not None:
-                self._exact.add_vectors(name, vector, rows.tasks, self._groups[name])
+                self._exact.add_vectors(name, vector, rows.tasks)
             if self._sketches is not None:
-                self._sketches.add_vector(name, vector, self._groups[name])
+                self._sketches.add_vector(name, vector)
             if not self._pairs:
                 continue
             sums = sum_by(vector, rows.sample_block, rows.num_blocks)

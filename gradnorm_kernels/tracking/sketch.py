@@ -92,7 +92,6 @@ class MicrobatchSketches:
     def __init__(self, rows: Rows, projections: Projections) -> None:
         self._rows, self._projections = rows, projections
         self._found: dict[str, Sketch] = {}
-        self._groups: dict[str, tuple[Any, ...]] = {}
 
     def add_weight(self, name: str, tokens: Tokens, groups: tuple[Any, ...], vocabulary: int) -> None:
         """Add one use of a weight: ``sum over the sample's tokens of scale (C_rows^T dy)(C_columns^T x)^T``.
@@ -100,7 +99,6 @@ class MicrobatchSketches:
         ``groups``: over which the weight is sharded. ``vocabulary``: rows of the matrix, where the tokens are an
         embedding's.
         """
-        self._groups[name] = groups
         x, dy, width = tokens.x, tokens.dy, tokens.dy.shape[1]
         shape = (vocabulary, width) if tokens.embedding else (width, x.shape[1])
         shards = tuple(map(distributed.rank, groups))
@@ -132,9 +130,8 @@ class MicrobatchSketches:
             return factors, tokens.row_sample, False
         return tokens.scale, torch.arange(len(tokens.scale), device="cpu"), True
 
-    def add_vector(self, name: str, grads: Tensor, groups: tuple[Any, ...]) -> None:
+    def add_vector(self, name: str, grads: Tensor) -> None:
         """Add a small parameter's gradients of the N samples, [N, d]."""
-        self._groups[name] = groups
         self._add(name, Sketch(grads, (False, False)))
 
     def _add(self, name: str, more: Sketch) -> None:
@@ -146,7 +143,7 @@ class MicrobatchSketches:
         left_out = set(skipped)
         for name, sketch in self._found.items():
             if name not in left_out:
-                step.add(name, sketch, self._rows.samples, self._groups[name])
+                step.add(name, sketch, self._rows.samples)
         for sample, share in zip(self._rows.samples, self._rows.weight.tolist(), strict=True):
             step.shares[sample] = step.shares.get(sample, 0.0) + share
 
@@ -161,17 +158,16 @@ class StepSketches:
     shares: dict[Hashable, float] = field(default_factory=dict)
     _values: dict[str, dict[Hashable, Tensor]] = field(default_factory=dict)
     _projected: dict[str, tuple[bool, bool]] = field(default_factory=dict)
-    _groups: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def add(self, name: str, sketch: Sketch, samples: Sequence[Hashable], groups: tuple[Any, ...]) -> None:
+    def add(self, name: str, sketch: Sketch, samples: Sequence[Hashable]) -> None:
         """Add one micro-batch's part of the samples' sketches of a parameter."""
-        self._projected[name], self._groups[name] = sketch.projected, groups
+        self._projected[name] = sketch.projected
         own = self._values.setdefault(name, {})
         for sample, value in zip(samples, sketch.values, strict=True):
             own[sample] = own[sample] + value if sample in own else value
 
     def reset(self) -> None:
-        """Forget the samples. How parameters are sharded stays known: a rank may have no micro-batch in a step."""
+        """Forget the samples."""
         self.shares, self._values, self._projected = {}, {}, {}
 
     def layout(self) -> dict[str, tuple[Any, ...]]:
@@ -187,10 +183,12 @@ class StepSketches:
         samples: Sequence[Hashable],
         mine: Mapping[Hashable, Hashable],
         group: Any,
+        shards: Mapping[str, tuple[Any, ...]],
     ) -> Iterator[tuple[str, Sketch, tuple[Any, ...]]]:
         """(name, sketches of all ranks' samples, groups of its shards) of each parameter, in the order of names.
 
         ``layouts``: every rank's. ``samples``: of all ranks. ``mine``: {sample of this rank: its name here}.
+        ``shards``: {parameter: the groups over which it is sharded}.
 
         Raises:
             RuntimeError: the ranks' sketches do not belong together.
@@ -210,7 +208,7 @@ class StepSketches:
             values = torch.stack([own.get(mine[sample], zero) if sample in mine else zero for sample in samples])
             if group is not None:
                 distributed.sum_over([values], group)
-            yield name, Sketch(values, projected), self._groups.get(name, ())
+            yield name, Sketch(values, projected), shards.get(name, ())
 
 
 class SketchSums(NamedTuple):

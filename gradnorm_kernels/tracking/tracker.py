@@ -136,7 +136,6 @@ class GradNormTracker:
         self._skipped = Skipped(model)
         self._skipped.add(selection.skipped, KINDS)
         self._skip_own_parameters(selection.layers)
-        self._spoiled = False  # a micro-batch failed after adding to the exact sums
         self._placements = Placements(batch_dim)
         self._watcher = Watcher(
             selection.layers, self._parameters, self._skipped, self._placements, lenient=self._lenient
@@ -156,6 +155,7 @@ class GradNormTracker:
         self._unplaced = batch_dim is None or isinstance(batch_dim, Mapping)  # no micro-batch was probed yet
         self._unreconciled = {name for layer in self._layers for name in self._watcher.names_of(layer)}
         self._recorder: Recorder | None = None
+        self._shards: dict[str, tuple[Any, ...]] = {}  # over which groups each parameter is sharded, as far as seen
         self._parts: list[PairSums] = []
         self._microbatches = 0  # of this step
         self._partial = False  # whether one of them had a part of a sample
@@ -285,7 +285,7 @@ class GradNormTracker:
                     self._task_index.setdefault(task, len(self._task_index))
                 part = recorder.finish(self._task_index)
         except BaseException:
-            self._spoiled = self._spoiled or (kept.exact is not None and bool(recorder.reached))
+            kept.spoiled = kept.spoiled or (kept.exact is not None and bool(recorder.reached))
             raise
         finally:
             self._recorder = self._watcher.recorder = None
@@ -312,6 +312,7 @@ class GradNormTracker:
             self._parts.append(part)
         if sketches is not None and kept.sketches is not None:
             sketches.complete(kept.sketches, self._skipped.reasons)
+        self._shards.update(recorder.groups)
         self._microbatches += 1
         self._serial += 1
         if rows_per_sample is not None:
@@ -324,24 +325,13 @@ class GradNormTracker:
             self._partial |= share != 1.0
 
     def _check_whole(self, rows: Rows) -> None:
-        """Exact sums need whole samples in a micro-batch. Where "auto" chose them, it chooses again."""
-        spread = self._accumulation.refuses(rows)
-        if spread is None:
-            return
-        if self._accumulation.automatic:
-            if self._microbatches:
-                warnings.warn(
-                    f"the {self._microbatches} micro-batches of this step so far are dropped: rows of {spread} are "
-                    "elsewhere, so that exact sums no longer serve",
-                    stacklevel=4,
-                )
-            self._reset(next_step=False)
-            self._accumulation.reconsider()
-            return
-        raise ValueError(
-            'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
-            f'{spread} are elsewhere: keep a sample\'s rows together, or use accumulate="sketch" or "pairs"'
-        )
+        """Exact sums that were asked for need whole samples in a micro-batch."""
+        spread = self._accumulation.admit(rows, len({*self._task_index, *rows.block_tasks}))
+        if spread is not None:
+            raise ValueError(
+                'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
+                f'{spread} are elsewhere: keep a sample\'s rows together, or use accumulate="sketch" or "pairs"'
+            )
 
     # Verification of the total gradients
 
@@ -458,7 +448,8 @@ class GradNormTracker:
             if self._ranks_differ(parts):
                 return self._publish(StepResult(add_up([], []), None, None, "", False, False))
             mine = {self._named(sample, rank): sample for sample in self._sample_task}
-            found = self._accumulation.combine(parts, mine, group, MAX_BLOCKS)
+            self._learn_shards(parts, group)
+            found = self._accumulation.combine(parts, mine, group, self._shards, MAX_BLOCKS)
         finally:
             self._reset(next_step=True)
         return self._publish(found)
@@ -469,7 +460,7 @@ class GradNormTracker:
         Raises:
             RuntimeError: exact sums are spoiled, or ranks count steps or pairs in different ways.
         """
-        if any(part.spoiled for part in parts):
+        if any(part.spoiled for part in parts) and not self._accumulation.automatic:
             raise RuntimeError(
                 'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
             )
@@ -499,6 +490,24 @@ class GradNormTracker:
         )
         return True
 
+    def _learn_shards(self, parts: Sequence[RankPart], group: Any) -> None:
+        """How parameters are sharded, where other ranks saw it in a micro-batch and this one had none so far.
+
+        Raises:
+            RuntimeError: this rank's parameter does not tell.
+        """
+        missing = {name: n for part in parts for name, n in part.sharded.items() if name not in self._shards}
+        measured = self._measured() if missing else {}
+        for name, count in missing.items():
+            # FSDP2 shards a parameter over the data-parallel ranks too, but not while its layer computes.
+            groups = distributed.shard_groups(measured[name], besides=group) if name in measured else ()
+            if len(groups) != count:
+                raise RuntimeError(
+                    f"{name!r} is sharded over {count} groups of ranks elsewhere, and this rank had no micro-batch so "
+                    "far that shows how: give every rank a micro-batch in the first step"
+                )
+            self._shards[name] = groups
+
     def _named(self, key: Hashable, rank: int | None) -> Hashable:
         """A sample or fold, named as among all ranks: ids that only this rank knows get its number."""
         return key if rank is None or key in self._spread else ("rank", rank, key)
@@ -517,12 +526,13 @@ class GradNormTracker:
             ),
             folded=any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys),
             skipped=frozenset(self._skipped.reasons),
-            spoiled=self._spoiled,
+            spoiled=kept.spoiled,
             mode=None if kept.choice is None else kept.choice.mode,
             step=kept.step,
             shares={self._named(sample, rank): share for sample, share in self._sample_share.items()},
             partial=self._partial,
             layout={} if kept.sketches is None else kept.sketches.layout(),
+            sharded={name: len(groups) for name, groups in self._shards.items() if groups},
         )
 
     def _publish(self, found: StepResult) -> StepStats:
@@ -533,7 +543,7 @@ class GradNormTracker:
         return stats
 
     def _reset(self, *, next_step: bool) -> None:
-        self._parts, self._serial, self._spoiled, self._microbatches, self._partial = [], 0, False, 0, False
+        self._parts, self._serial, self._microbatches, self._partial = [], 0, 0, False
         self._task_index, self._sample_task, self._sample_rows, self._spread = {}, {}, {}, set()
         self._sample_share = {}
         self._accumulation.reset(next_step=next_step)

@@ -296,6 +296,24 @@ def tensor_parallel(rank: int, world: int) -> None:
     assert "sharded over ranks" in said and "fused=False" in said, said
 
 
+def tensor_and_data_parallel(rank: int, world: int) -> None:
+    """Shards of a matrix on half of the ranks each; in the first step half of them have no micro-batch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    rows = list(range(PROMPTS * GROUP))
+    for accumulate in ("pairs", "exact", "sketch"):
+        model = build()
+        plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")} | {"o_proj": RowwiseParallel()}
+        parallelize_module(model.model.layers[-1].self_attn, mesh["tensor"], plan)
+        tracker = gk.GradNormTracker(model, accumulate=accumulate, process_group=mesh["data"].get_group())
+        for _ in range(2):
+            if mesh["data"].get_local_rank() == 0:
+                measure(tracker, model, rows)
+            same(tracker.step(), expected("last_attention", [rows], accumulate=accumulate))
+
+
 def sequence_parallel(rank: int, world: int) -> None:
     """Tokens of one sample on several ranks are refused by the layer's name."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -336,6 +354,7 @@ CASES = {
         spread,
         uneven,
         tensor_parallel,
+        tensor_and_data_parallel,
         sequence_parallel,
         dies,
     )

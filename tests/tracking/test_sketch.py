@@ -247,19 +247,80 @@ def test_auto_chooses_again_where_its_choice_no_longer_serves() -> None:
     model, x = linear()
     tracker = gk.GradNormTracker(model, "all")
     assert step(tracker, model, x, 8).accumulate == "pairs"
-    found = step(tracker, model, x, 1)
+    with pytest.warns(UserWarning, match="no two samples of task 'a', 'b' were in one micro-batch, so that U is undef"):
+        found = step(tracker, model, x, 1)
     assert found.accumulate == "pairs" and found["a"].sq_norm != found["a"].sq_norm, "as before: undefined"
     assert tracker.accumulation == "undecided"
     assert [step(tracker, model, x, 1).accumulate for _ in range(2)] == ["sketch", "exact"]
-    with tracker.microbatch(["a"], [0]):
-        model(x[:1]).square().mean().backward()
-    with (
-        pytest.warns(UserWarning, match="the 1 micro-batches of this step so far are dropped: rows of 1 are elsewhere"),
-        tracker.microbatch(["a"], [1], rows_per_sample=2),
-    ):
-        model(x[1:2]).square().mean().backward()
-    tracker.step()
-    assert tracker.accumulation == "undecided"
+
+
+def every_pair(model: nn.Module, x: Tensor, rows: Sequence[int]) -> gk.StepStats:
+    """The exact estimates of all pairs of these samples."""
+    tracker = gk.GradNormTracker(model, "all", accumulate="pairs")
+    with tracker.microbatch(["a" if r % 4 < 2 else "b" for r in rows], list(rows)):
+        model(x[list(rows)]).square().mean((1, 2)).mean().backward()
+    found = tracker.step()
+    tracker.close()
+    return found
+
+
+@pytest.mark.parametrize("what", ["a failure", "a spread sample", "more tasks"])
+def test_a_step_whose_exact_sums_do_not_serve_goes_on_with_its_sketches(what: str) -> None:
+    """Nothing of the step is lost and nothing is raised: auto keeps sketches beside the exact sums."""
+    model, x = linear()
+    size = 4 * sum(p.numel() for p in model.parameters())
+    tracker = gk.GradNormTracker(model, "all", memory_budget=2 * size)
+    step(tracker, model, x)
+    assert tracker.accumulation.startswith("exact")
+    right = every_pair(model, x, range(8))
+    if what == "a failure":
+        with pytest.raises(KeyError), tracker.microbatch(["a"], [99]):
+            model(x[:1]).square().mean().backward()
+            raise KeyError
+        found = step(tracker, model, x)
+        assert tracker.accumulation.startswith("exact") and step(tracker, model, x).accumulate == "exact"
+    elif what == "a spread sample":
+        for row in [*range(7), 7, 7]:
+            with tracker.microbatch(["a" if row % 4 < 2 else "b"], [row], rows_per_sample=2 if row == 7 else None):
+                model(x[row : row + 1]).square().mean((1, 2)).mean().backward()
+        found = tracker.step()
+        assert tracker.accumulation.startswith("sketch")
+    else:
+        with tracker.microbatch(["c"], [99]):
+            model(x[:1]).square().mean().backward()
+        assert tracker._accumulation.exact is not None
+        for task in "de":
+            with tracker.microbatch([task], [task]):
+                model(x[:1]).square().mean().backward()
+        assert tracker._accumulation.exact is None, "three tasks' sums are more than the budget"
+        found = step(tracker, model, x)
+        assert tracker.accumulation.startswith("sketch") and "sums (5) take" in tracker.accumulation
+    assert found.accumulate == "sketch"
+    for task in "ab":
+        assert found[task].n == 4 and found[task].sq_norm == pytest.approx(right[task].sq_norm, rel=1e-5)
+        assert found[task].std_error == pytest.approx(right[task].std_error, rel=1e-4)
+
+
+def test_a_resume_takes_what_auto_had_decided_unless_the_plan_is_another() -> None:
+    model, x = linear()
+    in_pairs = StepPlan(samples=8, together=2, whole=True, tasks=2)
+    first = gk.GradNormTracker(model, "all", plan=in_pairs)
+    decided = first.state_dict()
+    with pytest.warns(UserWarning, match="no two samples of task"):
+        step(first, model, x)
+    undecided = first.state_dict()
+    first.close()
+    resumed = gk.GradNormTracker(model, "all", plan=in_pairs)
+    resumed.load_state_dict(undecided)
+    assert resumed.accumulation == "undecided" and step(resumed, model, x).accumulate == "sketch"
+    resumed.close()
+    other = gk.GradNormTracker(model, "all", plan=StepPlan(samples=8, together=1, whole=True, tasks=2))
+    for state in (decided, undecided):
+        other.load_state_dict(state)
+        assert other.accumulation.startswith("exact")
+    without = gk.GradNormTracker(model, "all")
+    without.load_state_dict(decided)
+    assert without.accumulation.startswith("pairs")
 
 
 def test_a_step_without_pairs_of_samples_leaves_auto_undecided() -> None:

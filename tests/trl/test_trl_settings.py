@@ -10,6 +10,7 @@ import torch
 
 from gradnorm_kernels import StepStats, TaskGradient
 from gradnorm_kernels.integrations.trl import attach
+from gradnorm_kernels.integrations.trl.validation import grpo_plan
 from tests.trl import trl_tiny as tiny
 
 trl = pytest.importorskip("trl")
@@ -111,6 +112,48 @@ def test_biased_settings_are_warned_about_by_name(tmp_path, changes, options, me
     trainer = tiny.grpo(tmp_path, **changes)
     with pytest.warns(UserWarning, match=message):
         attach(trainer, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples"),
+    [
+        ({"num_generations": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 1}, 4),
+        ({"num_generations": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 1, "num_iterations": 2}, 2),
+        ({"num_generations": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 1}, 1),
+        ({"num_generations": 8, "gradient_accumulation_steps": 4}, 4),
+        ({"num_generations": 8, "gradient_accumulation_steps": 1, "steps_per_generation": 4}, 4),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}, 4),
+    ],
+)
+def test_the_plan_counts_the_prompts_of_every_generation_in_a_step(tmp_path, changes, samples):
+    trainer = tiny.grpo(tmp_path, **changes)
+    assert grpo_plan(trainer, False, 3).samples == samples
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        attached = attach(trainer, task_sampling="proportional")
+    undefined = [str(one.message) for one in said if "U stays undefined" in str(one.message)]
+    assert bool(undefined) == (samples == 1)
+    assert attached._hooks.sampler is (None if undefined else attached.sampler)
+
+
+def test_rows_that_a_step_repeats_are_measured_once(tmp_path):
+    """A step longer than a generation's iterations trains on the same rows again before the weights change."""
+    settings = {"num_generations": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 1, "max_steps": 1}
+    trainer = tiny.grpo(tmp_path, num_iterations=2, **settings)
+    attached = attach(trainer)
+    trainer.train()
+    assert sum(gradient.n for gradient in attached.last.values()) == 2
+
+
+def test_a_correction_that_goes_by_no_estimate_starts_where_u_is_undefined(tmp_path):
+    settings = {"num_generations": 8, "gradient_accumulation_steps": 1}
+    with pytest.warns(UserWarning, match="U stays undefined") as said:
+        by_rewards = attach(tiny.grpo(tmp_path, **settings), correction="famo")
+        by_estimates = attach(tiny.grpo(tmp_path, **settings), correction="gradnorm", task_sampling="inverse")
+    assert by_rewards._hooks.balancer is by_rewards.balancer is not None
+    assert by_estimates._hooks.balancer is None and by_estimates._hooks.sampler is None
+    texts = [str(one.message) for one in said if "U stays undefined" in str(one.message)]
+    assert "not start" not in texts[0] and "task_sampling='inverse' and correction would go by no estimate" in texts[1]
 
 
 def test_default_settings_warn_about_nothing(tmp_path):

@@ -135,8 +135,11 @@ def attach(
     if grpo:
         sampler, balancer = _controls(rows, strategy, correction, task_sampling, exponent, floor, decay, seed)
         if undefined is not None and not allow_undefined:
-            idle = (sampler if strategy not in (None, "uniform") else None, balancer)
-            sampler, balancer = (sampler if idle[0] is None else None), None
+            # "uniform" and "famo" go by no U.
+            if sampler is not None and strategy != "uniform":
+                idle, sampler = (sampler, None), None
+            if balancer is not None and balancer.strategy != "famo":
+                idle, balancer = (idle[0], balancer), None
         hooks = GrpoHooks(
             trainer,
             task_column,

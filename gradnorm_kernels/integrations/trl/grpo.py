@@ -200,8 +200,12 @@ class GrpoHooks:
     # One micro-batch, one optimizer step
 
     def measurable(self) -> bool:
-        """Whether the weights have not yet been trained on the completions of the current generation."""
-        return self._generated_at == self.trainer.state.global_step
+        """Whether the weights have not yet been trained on the current generation, and this is its first pass.
+
+        A step that is longer than a generation repeats its rows (num_iterations) before the weights change.
+        """
+        first_pass = self._micro_batches < self.trainer.args.steps_per_generation
+        return first_pass and self._generated_at == self.trainer.state.global_step
 
     def microbatch(self, inputs: dict[str, Any], entries: Mapping[str, Tensor], num_items: Any) -> dict[str, Any]:
         """The arguments of :meth:`GradNormTracker.microbatch`."""

@@ -277,9 +277,11 @@ def grpo_plan(trainer: Any, keep_groups_together: bool, tasks: int) -> StepPlan:
     args, group = trainer.args, trainer.num_generations
     rows, ranks = args.per_device_train_batch_size, trainer.accelerator.num_processes
     generated = rows * args.steps_per_generation  # on this rank
+    # A step may be longer than a generation with its iterations, and then holds the prompts of several.
+    generations = -(-args.gradient_accumulation_steps // (args.steps_per_generation * trainer.num_iterations))
     whole = rows % group == 0 and (keep_groups_together or args.steps_per_generation == 1)
     return StepPlan(
-        samples=min(rows * args.gradient_accumulation_steps * ranks, max(1, generated * ranks // group)),
+        samples=min(rows * args.gradient_accumulation_steps * ranks, generations * max(1, generated * ranks // group)),
         together=rows // group if whole else min(rows, -(-generated // group)),
         whole=whole,
         tasks=max(tasks, 1),
