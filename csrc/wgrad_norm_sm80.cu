@@ -172,12 +172,17 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
 
     if ((ends & kSampleEnd) != 0) {
       const SharedAddress sums = shared + kSumsAt + step % 2 * (2 * kWarps * 4) + warp * 4;
+      const int4 note = load_shared_int4(shared + kNotesAt + step % kNotes * 16);
+      const TilePlace place = place_of(note.w, tile_rows, tile_columns, args.group_m);
+      const int row = place.row * kTile + warp_row + lane / 4;
+      const int column = place.column * kTile + warp_column + lane % 4 * 2;
+      const int rows = args.d_out - row, columns = args.d_in - column;  // inside, from the first element on
       float squares = 0.0f, group_squares = 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          squares += sum_of_squares(sample[i][j]);
+          squares += sum_of_squares_inside(sample[i][j], rows - i * 16, columns - j * 8);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             sum[i][j][k] += sample[i][j][k];
@@ -188,17 +193,13 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
       squares = warp_sum(squares);
       if (lane == 0) store_shared_float(sums, squares);
       if ((ends & kGroupEnd) != 0) {
-        const int4 note = load_shared_int4(shared + kNotesAt + step % kNotes * 16);
-        const TilePlace place = place_of(note.w, tile_rows, tile_columns, args.group_m);
         const bool last = (ends & kTileEnd) != 0, stored = args.workspace != nullptr || args.weight_grad != nullptr;
-        const int row = place.row * kTile + warp_row + lane / 4;
-        const int column = place.column * kTile + warp_column + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             float(&pair)[4] = sum[i][j];
-            group_squares += sum_of_squares(pair);
+            group_squares += sum_of_squares_inside(pair, rows - i * 16, columns - j * 8);
             if (stored) {
 #pragma unroll
               for (int half = 0; half < 2; ++half) {

@@ -2,6 +2,8 @@
 
 ``python -m gradnorm_kernels tune --d_in .. --d_out .. --tokens ..``: the fastest tiles of the Triton kernels for a
 shape on this machine's GPU (:mod:`gradnorm_kernels.tuning.autotune`).
+
+``python -m gradnorm_kernels check``: every backend that runs here, held to float64 (:mod:`gradnorm_kernels.selfcheck`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, selfcheck
 from .backends import native
 from .tuning import autotune, costs, tiles
 
@@ -80,13 +82,15 @@ def describe() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the facts, or tune; 2 for anything else."""
+    """Print the facts, tune, or check; 2 for anything else."""
     if not arguments:
         print(describe())
         return 0
     if arguments[0] == "tune":
         return autotune.main(arguments[1:])
-    print("usage: python -m gradnorm_kernels [tune --help]", file=sys.stderr)
+    if arguments[0] == "check":
+        return selfcheck.main(arguments[1:])
+    print("usage: python -m gradnorm_kernels [check | tune] [--help]", file=sys.stderr)
     return 2
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, canary, checks
 from .backends import Backend, Plan
 from .batch import GradBatch
 from .tuning import costs as tuning
@@ -77,9 +77,14 @@ class Explanation:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> Choice:
-    """The plan for a call. Raises RuntimeError if an explicit ``backend`` cannot run."""
-    name, why = _backend(problem, backend)
+def choose(
+    problem: Problem, algorithm: str = "auto", backend: str = "auto", without: frozenset[str] = frozenset()
+) -> Choice:
+    """The plan for a call. Raises RuntimeError if an explicit ``backend`` cannot run.
+
+    ``without``: backends that ``backend="auto"`` leaves out, because their first use failed (:mod:`.canary`).
+    """
+    name, why = _backend(problem, backend, without)
     # An embedding has no d_in: its costs are those of a square layer.
     d_in = problem.d_in if problem.op in (*_WITH_ALGORITHMS, "grad_sketch") else problem.d_out
     prices = tuning.costs(problem.chip, name, problem.dtype.itemsize, d_in, problem.d_out)
@@ -107,7 +112,7 @@ def choose(problem: Problem, algorithm: str = "auto", backend: str = "auto") -> 
     return Choice(plan, why, wgrad_cost, gram_cost)
 
 
-def _backend(problem: Problem, asked: str) -> tuple[str, str]:
+def _backend(problem: Problem, asked: str, without: frozenset[str]) -> tuple[str, str]:
     """(the backend that serves the call, why it). Raises RuntimeError if the one that was asked for cannot."""
     kind, op, dtype = problem.chip.type, problem.op, problem.dtype
     if asked != "auto":
@@ -115,7 +120,7 @@ def _backend(problem: Problem, asked: str) -> tuple[str, str]:
         if reason is not None:
             raise RuntimeError(f"backend={asked!r} cannot run: {reason}")
         return asked, "is asked for"
-    candidates = _candidates(kind)
+    candidates = [candidate for candidate in _candidates(kind) if candidate.name not in without]
     measured = tuning.faster(problem.chip, dtype.itemsize, problem.d_in, problem.d_out)
     fastest, where = measured if measured is not None and op in _WITH_ALGORITHMS else ("", "")
     candidates.sort(key=lambda candidate: candidate.name != fastest)
@@ -124,7 +129,7 @@ def _backend(problem: Problem, asked: str) -> tuple[str, str]:
         raise RuntimeError(f"no backend can run {op} for {dtype} on {kind!r}")
     place = able.index(True)
     name, why = candidates[place].name, candidates[place].why
-    others = [other for other in backends.NAMES if other != name]
+    others = [other for other in backends.NAMES if other != name and other not in without]
     later = [c.name for c in candidates[place + 1 :] if c.devices is not None and backends.implements(c.name, op)]
     if name == fastest:
         why = f"was measured fastest at the nearest shape, on {where}"
@@ -180,15 +185,30 @@ def explain(x: Tensor, dy: Tensor, cu_seqlens: Tensor | None = None, **options: 
     """
     batch = checks.fused_grad_norm(x, dy, cu_seqlens, **options, backends=backends.NAMES)
     problem = problem_of(batch)
-    choice = choose(problem, batch.algorithm, batch.backend)
+    call = batch.op, batch.dy.device, problem.dtype
+    without = canary.failed(*call) if batch.backend == "auto" else frozenset()
+    choice = choose(problem, batch.algorithm, batch.backend, without)
     kind = problem.chip.type
     reasons = {name: backends.unavailable_reason(name, batch.op, kind, problem.dtype) for name in backends.NAMES}
-    return Explanation(choice.plan, _reasons(problem, batch.algorithm, choice), reasons)
+    left_out = tuple(
+        f"backend {name!r} is left out: its first use failed: {canary.reason(name, *call)}" for name in sorted(without)
+    )
+    return Explanation(choice.plan, _reasons(problem, batch.algorithm, choice) + left_out, reasons)
 
 
 def plan(batch: GradBatch) -> Plan:
-    """How a checked call runs. Raises RuntimeError if its explicit ``backend`` cannot run."""
-    return choose(problem_of(batch), batch.algorithm, batch.backend).plan
+    """How a checked call runs, for ``backend="auto"`` on a backend whose first use agreed with torch's.
+
+    Raises RuntimeError if an explicit ``backend`` cannot run, or if a first use is due while a CUDA graph is captured.
+    """
+    problem = problem_of(batch)
+    if batch.backend != "auto":
+        return choose(problem, batch.algorithm, batch.backend).plan
+    op, device, dtype = batch.op, batch.dy.device, problem.dtype
+    while True:
+        found = choose(problem, batch.algorithm, "auto", canary.failed(op, device, dtype)).plan
+        if canary.passed(found.backend, op, device, dtype):
+            return found
 
 
 def problem_of(batch: GradBatch) -> Problem:

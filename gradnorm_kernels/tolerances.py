@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 #: Squared norms and inner products, relative to the largest squared norm among those compared. Products accumulate in
 #: float32 whatever the inputs are, so half-precision inputs are held to the tolerance of float32 inputs.
@@ -51,3 +52,46 @@ def relative(*dtypes: torch.dtype) -> float:
 def rounding(*dtypes: torch.dtype) -> float:
     """The unit roundoff of the coarsest of several floating-point dtypes."""
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+
+def difference(found: Tensor, expected: Tensor, tolerance: float, scale: Tensor | float | None = None) -> str | None:
+    """How ``found`` differs from ``expected`` by more than ``tolerance * scale``; None if it does not.
+
+    Both must be finite in the same places.
+
+    Args:
+        found: what was computed, on any device and of any dtype.
+        expected: float64, on the CPU.
+        tolerance: relative to ``scale``.
+        scale: of one element or of the expected shape. Default: the largest finite expected value.
+
+    Returns:
+        What was found and expected at the worst place, as the end of a sentence.
+    """
+    shape = tuple(expected.shape)
+    if tuple(found.shape) != shape:
+        return f"has shape {tuple(found.shape)}, not {shape}"
+    found, finite = found.cpu().double(), expected.isfinite()
+    wrong = found.isfinite() != finite
+    if wrong.any():
+        return f"not finite where it should be, or the other way: {_at(wrong, found, expected)}"
+    if not finite.any():
+        return None
+    largest = expected[finite].abs().max() if scale is None else scale
+    bound = torch.as_tensor(largest, device="cpu").expand_as(expected).where(finite, 1.0)
+    error = (found - expected).abs().where(finite, 0.0)
+    bad = ~(error <= tolerance * bound)
+    if not bad.any():
+        return None
+    worst = (error / bound).nan_to_num(nan=torch.inf).where(bad, -1.0)
+    return (
+        f"off by {worst.max():.2e} of its scale, {tolerance:.1e} allowed: "
+        f"{_at(worst == worst.max(), found, expected)}; {int(bad.sum())} of {bad.numel()} elements are off, "
+        f"shape {shape}"
+    )
+
+
+def _at(places: Tensor, found: Tensor, expected: Tensor) -> str:
+    """The first of the places, with what was found and expected there."""
+    place = tuple(places.nonzero()[0].tolist())
+    return f"found {found[place]:.8g}, expected {expected[place]:.8g} at {place}"

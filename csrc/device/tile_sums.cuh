@@ -22,6 +22,18 @@ __device__ __forceinline__ float sum_of_squares(const float (&values)[n]) {
   return (chains[0] + chains[1]) + (chains[2] + chains[3]);
 }
 
+// The same of a thread's part of a product of 16 rows and 8 columns, as multiply_add leaves it (two rows, 8 apart, and two
+// neighbouring columns), where only `rows` rows and `columns` columns from its first element on are inside the matrix. What
+// lies outside is left out by selection: a zero times an infinity of the other operand is NaN there.
+__device__ __forceinline__ float sum_of_squares_inside(const float (&values)[4], int rows, int columns) {
+  float squares[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    squares[i] = i / 2 * 8 < rows && i % 2 < columns ? values[i] * values[i] : 0.0f;
+  }
+  return (squares[0] + squares[1]) + (squares[2] + squares[3]);
+}
+
 // The sum of `count` floats of shared memory, in order.
 __device__ __forceinline__ float shared_sum(SharedAddress at, int count) {
   float sum = 0.0f;

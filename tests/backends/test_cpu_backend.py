@@ -13,12 +13,11 @@ import pytest
 import torch
 
 import gradnorm_kernels as gk
-from gradnorm_kernels import backends, dispatch
+from gradnorm_kernels import backends, dispatch, traps
 from gradnorm_kernels.backends import native
 from gradnorm_kernels.backends.cpu import wgrad
 from gradnorm_kernels.backends.torch.wgrad import Span, segmented_wgrad
 from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
-from tests import traps
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=f"no compiled module: {native.unavailable_reason()}"

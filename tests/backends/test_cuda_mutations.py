@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradnorm_kernels import ops, reference
+from gradnorm_kernels import ops, reference, traps
 from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
-from tests import traps
 from tests.cuda_host.backend import host_context, install
 from tests.cuda_host.build import Host, Patch, Tree
 

@@ -45,8 +45,8 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "marked"),
     [
-        *((name, "not slow") for name in ("harness", "ops", "tracking", "application")),
-        *(pytest.param(name, "slow", marks=pytest.mark.slow) for name in ("tracking", "application")),
+        *((name, "not slow") for name in ("harness", "ops", "canary", "tracking", "application")),
+        *(pytest.param(name, "slow", marks=pytest.mark.slow) for name in ("canary", "tracking", "application")),
     ],
 )
 def test_in_a_process_of_its_own(name: str, marked: str, guard: Path, pytestconfig: pytest.Config) -> None:

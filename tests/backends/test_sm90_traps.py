@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradnorm_kernels import traps
 from gradnorm_kernels.backends.cuda import wgrad
 from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, forced
-from tests import traps
 from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
 

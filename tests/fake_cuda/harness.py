@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 import gradnorm_kernels as gk
-from gradnorm_kernels import segments
+from gradnorm_kernels import segments, traps
 from gradnorm_kernels.backends import triton
 from gradnorm_kernels.backends.triton import wgrad_schedule
 from gradnorm_kernels.tracking import rows as tracking_rows
-from tests import traps
 from tests.fake_cuda.device import FakeCuda, Unordered, Waited
 
 Slip = Callable[[Tensor, Tensor], Any]  # of floats [4, 3] and of places [2], both on the device

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gradnorm_kernels import backends
+from gradnorm_kernels import backends, canary
 from gradnorm_kernels.backends import native, triton
 from gradnorm_kernels.backends.cuda import launch
 from gradnorm_kernels.tuning import costs as tuning
@@ -59,6 +59,8 @@ def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, host: Host | 
         "get_device_properties": lambda device=None: properties,
         "current_stream": current_stream,
         "is_current_stream_capturing": lambda: fake.capturing,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
@@ -67,6 +69,8 @@ def install(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, host: Host | 
         monkeypatch.setattr(torch, name, _then_moved(getattr(torch, name)))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(triton, "_interpreted", lambda: False)
+    # A first use reads its results. The tests of it in canary.py put the function back.
+    monkeypatch.setattr(canary, "passed", lambda *call: True)
     _triton(monkeypatch, fake)
     if host is not None:
         monkeypatch.setattr(native, "cuda_unavailable_reason", lambda: None)

@@ -14,13 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradnorm_kernels import dispatch, ops, reference
+from gradnorm_kernels import dispatch, ops, reference, traps
+from gradnorm_kernels.traps import ALGORITHMS, Case
 from gradnorm_kernels.tuning import costs as tuning
-from tests import traps
 from tests.cuda_host.build import Host
 from tests.fake_cuda.device import CudaTensor, FakeCuda
 from tests.fake_cuda.launches import install, other_defaults
-from tests.traps import ALGORITHMS, Case
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"num_samples": 4, "num_groups": 3}

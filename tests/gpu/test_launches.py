@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradnorm_kernels import ops, tolerances
-from tests import traps
-from tests.traps import ALGORITHMS, ALIGNED, LARGE, ODD, Case, Trap, assert_same_bits
+from gradnorm_kernels import ops, tolerances, traps
+from gradnorm_kernels.traps import ALGORITHMS, ALIGNED, LARGE, ODD, Case, Trap, assert_same_bits
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 
 import gradnorm_kernels as gk
 from gradnorm_kernels import backends
-from tests.traps import assert_same_bits
+from gradnorm_kernels.traps import assert_same_bits
 
 pytestmark = pytest.mark.gpu
 brute_force = pytest.importorskip("tests.tracking.brute_force", reason="needs transformers", exc_type=ImportError)

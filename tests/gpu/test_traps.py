@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradnorm_kernels import backends, ops
-from tests import traps
-from tests.traps import ALGORITHMS, ALIGNED, ODD, TRAPS, Trap, check, check_pairs, check_sketches
+from gradnorm_kernels import backends, ops, traps
+from gradnorm_kernels.traps import ALGORITHMS, ALIGNED, ODD, TRAPS, Trap, check, check_pairs, check_sketches
 
 pytestmark = pytest.mark.gpu
 

@@ -276,7 +276,7 @@ def test_an_installed_package_named_tests_is_not_imported(tmp_path: Path) -> Non
     """Some distributions install one, and a regular package takes precedence over a folder without ``__init__.py``."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("raise ImportError('not this one')")
-    command = [sys.executable, "-c", "import tools.gpu_check.steps, tests.traps"]
+    command = [sys.executable, "-c", "import tools.gpu_check.steps, tests.compiled.report"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)
 

@@ -26,8 +26,11 @@ ROOMS = (
     "tuning.costs",  # with configs/, which holds JSON and no code
     "tuning.tiles",
     "backends",
+    "canary",
     "dispatch",
     "ops",
+    "traps",
+    "selfcheck",
     "tuning",
     "estimation",
     "tracking",

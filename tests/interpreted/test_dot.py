@@ -9,9 +9,9 @@ from torch import Tensor
 from gradnorm_kernels import reference
 from gradnorm_kernels.backends.triton import dot
 from gradnorm_kernels.tolerances import NORMS
+from gradnorm_kernels.traps import Case, assert_close, packed, poisoned_memory
 from gradnorm_kernels.tuning.tiles import KernelConfig
 from tests.interpreted.test_gram import IDS, LENGTHS, prepared
-from tests.traps import Case, assert_close, packed, poisoned_memory
 
 SMALL = KernelConfig("dot", 80, 4, 32, 16, 16, num_warps=4, num_stages=2, group_m=2)
 

@@ -7,8 +7,8 @@ import torch
 
 from gradnorm_kernels import ops, reference
 from gradnorm_kernels.tolerances import NORMS
+from gradnorm_kernels.traps import assert_close, assert_same_bits, poisoned_memory
 from tests.ops.test_embedding import LAYOUTS, embedding, ids_of, inner, linear, truth
-from tests.traps import assert_close, assert_same_bits, poisoned_memory
 
 #: Those of few tokens: the interpreter is slow.
 SMALL = [name for name, (lengths, *_) in LAYOUTS.items() if sum(lengths) <= 150]

@@ -10,8 +10,8 @@ from gradnorm_kernels import checks, reference, segments
 from gradnorm_kernels.backends.triton import gram, launch
 from gradnorm_kernels.segments import Segments
 from gradnorm_kernels.tolerances import NORMS
+from gradnorm_kernels.traps import Case, assert_close, packed, poisoned_memory
 from gradnorm_kernels.tuning.tiles import KernelConfig
-from tests.traps import Case, assert_close, packed, poisoned_memory
 
 SMALL = KernelConfig("gram", 80, 4, 32, 32, 16, num_warps=4, num_stages=2, group_m=2)
 LARGE = KernelConfig("gram", 80, 4, 128, 128, 64, num_warps=8, num_stages=2)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradnorm_kernels import backends, ops
-from tests import traps
-from tests.traps import ALGORITHMS, ODD, TRAPS, Trap, check, check_pairs, check_sketches
+from gradnorm_kernels import backends, ops, traps
+from gradnorm_kernels.traps import ALGORITHMS, ODD, TRAPS, Trap, check, check_pairs, check_sketches
 
 # The interpreter multiplies the bit patterns of bfloat16 operands: that dtype is tested on a GPU.
 DTYPES = [torch.float32, torch.float16]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradnorm_kernels.backends.triton import sketch
-from tests.traps import check_sketches, packed
+from gradnorm_kernels.traps import check_sketches, packed
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])

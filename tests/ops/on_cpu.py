@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradnorm_kernels import backends
+from gradnorm_kernels import backends, traps
 from gradnorm_kernels.tolerances import NORMS
-from tests import traps
 
 DTYPES = list(NORMS)
 

@@ -14,9 +14,9 @@ from torch.library import opcheck
 from gradnorm_kernels import dispatch, ops, reference
 from gradnorm_kernels.backends.torch import embedding as of_torch
 from gradnorm_kernels.tolerances import NORMS
+from gradnorm_kernels.traps import assert_close, assert_same_bits, poisoned_memory
 from gradnorm_kernels.tuning import costs as tuning
 from tests.ops.on_cpu import DTYPES
-from tests.traps import assert_close, assert_same_bits, poisoned_memory
 
 OPS = torch.ops.gradnorm_kernels
 NAN = float("nan")

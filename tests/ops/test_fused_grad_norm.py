@@ -12,11 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradnorm_kernels import cross_product, dispatch, ops, reference
+from gradnorm_kernels import cross_product, dispatch, ops, reference, traps
+from gradnorm_kernels.traps import ALGORITHMS, ODD, TRAPS, Trap, assert_close, check
 from gradnorm_kernels.tuning import costs as tuning
-from tests import traps
 from tests.ops.on_cpu import BACKENDS, packed, served
-from tests.traps import ALGORITHMS, ODD, TRAPS, Trap, assert_close, check
 
 OFFSETS, SAMPLES, GROUPS = torch.tensor([0, 5, 12, 20]), torch.tensor([1, 0, 1]), torch.tensor([0, 1])
 X, DY, CU = torch.randn(10, 4), torch.randn(10, 3), torch.tensor([0, 4, 10])

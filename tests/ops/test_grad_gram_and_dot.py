@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from gradnorm_kernels import dispatch, ops, reference
+from gradnorm_kernels import dispatch, ops, reference, traps
 from gradnorm_kernels.tolerances import NORMS
+from gradnorm_kernels.traps import ALGORITHMS, TRAPS, Trap, assert_close, check_pairs
 from gradnorm_kernels.tuning import costs as tuning
-from tests import traps
 from tests.ops.on_cpu import BACKENDS, DTYPES, packed, served
-from tests.traps import ALGORITHMS, TRAPS, Trap, assert_close, check_pairs
 
 OPS = torch.ops.gradnorm_kernels
 X, DY = torch.randn(10, 4), torch.randn(10, 3)

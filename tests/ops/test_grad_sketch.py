@@ -15,8 +15,8 @@ from torch.library import opcheck
 import gradnorm_kernels as gk
 from gradnorm_kernels import backends, dispatch, ops, reference
 from gradnorm_kernels.tolerances import NORMS
+from gradnorm_kernels.traps import TRAPS, Trap, assert_close, check_sketches
 from tests.ops.on_cpu import BACKENDS, DTYPES, packed, served
-from tests.traps import TRAPS, Trap, assert_close, check_sketches
 
 OPS = torch.ops.gradnorm_kernels
 X, DY, CU = torch.randn(20, 5), torch.randn(20, 4), torch.tensor([0, 5, 12, 20])

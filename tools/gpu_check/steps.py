@@ -272,7 +272,7 @@ def dry_steps(python: str, folder: Path, commit: str, short: bool) -> list[Step]
     return [
         *steps,
         Step("build", build, 900, program="cmake"),
-        Step("compile", [python, "-m", "tests.compiled.report"], 900),
+        Step("compile", [python, "-m", "tests.compiled.report", "--arch", "80", "90"], 900),
         Step("rehearsal", rehearsal, 1800, environment=interpreted),
         Step("ops", [*ops, "--out", str(folder / "ops.json")], 300),
         Step("step", [*step, "--out", str(folder / "step.json")], 300),

@@ -74,6 +74,8 @@ def unavailable_reason() -> str | None:
         return reason
     if not torch.cuda.is_available():
         return "torch sees no CUDA device; use backend='torch', or backend='auto' to have one chosen"
+    if torch.version.cuda is None:  # an AMD GPU has a capability too: MI300's is 9.4
+        return "it is for NVIDIA GPUs, and this torch is built for others; use backend='torch'"
     devices = range(torch.cuda.device_count())
     if not any(architecture(torch.cuda.get_device_capability(device)) for device in devices):
         return _no_kernels(torch.cuda.get_device_name(0))

@@ -1,7 +1,8 @@
 """The inputs that catch implementations out, as one list, and one check of a backend against the float64 reference.
 
-Every backend passes these same cases: torch and cpu in ``ops/``, triton in ``interpreted/test_ops.py`` and on a GPU,
-cuda in ``gpu/``. Cases are built on the CPU from a fixed seed and moved; what is compared is always float64.
+Every backend passes these same cases, in the tests and in ``python -m gradnorm_kernels check`` on the machine at hand
+(:mod:`.selfcheck`). Cases are built on the CPU from a fixed seed and moved; what is compared is always float64. What
+does not hold raises AssertionError.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradnorm_kernels import ops, reference, tolerances
-from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
+from . import ops, reference, tolerances
+from .tolerances import NORMS, WEIGHT_GRAD
 
 ALGORITHMS = ("wgrad", "gram", "auto")
 
@@ -45,7 +46,9 @@ class Case:
         x, dy = moved(self.x, device), moved(self.dy, device)
         assert x is not None and dy is not None
         where = device if ids is None else ids
-        indices = {name: moved(getattr(self, name), where) for name in ("cu_seqlens", "sample_ids", "group_ids")}
+        indices: dict[str, Any] = {
+            name: moved(getattr(self, name), where) for name in ("cu_seqlens", "sample_ids", "group_ids")
+        }
         return replace(self, x=x, dy=dy, **indices)
 
 
@@ -67,7 +70,9 @@ def packed(lengths: list[int], d_in: int, d_out: int, dtype: torch.dtype, **ids:
     tokens = int(cu_seqlens[-1])
     x = torch.randn(tokens, d_in, generator=generator).to(dtype)
     dy = torch.randn(tokens, d_out, generator=generator).to(dtype)
-    tensors = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in ids.items()}
+    tensors: dict[str, Any] = {
+        name: torch.tensor(value) if isinstance(value, list) else value for name, value in ids.items()
+    }
     return Case(x, dy, cu_seqlens, **tensors)
 
 
@@ -122,7 +127,8 @@ def _strided(view: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callabl
 
 
 def _plain(*args: Any, **ids: Any) -> Callable[[torch.dtype], Case]:
-    return lambda dtype: packed(*args, dtype, **ids)
+    lengths, d_in, d_out = args
+    return lambda dtype: packed(lengths, d_in, d_out, dtype, **ids)
 
 
 _ODD_LENGTHS = [1, 0, 777, 13, 1000, 97, 0, 13]
@@ -199,28 +205,14 @@ def assert_close(
     ``scale`` is of one element or of the expected shape; without it, the largest finite expected value. The message
     says what was found and expected at the worst place: on a GPU it may be all there is to go by.
     """
-    shape = tuple(expected.shape)
-    assert actual.shape == expected.shape, f"{what}: has shape {tuple(actual.shape)}, not {shape}"
-    actual, finite = actual.cpu().double(), expected.isfinite()
-    wrong = actual.isfinite() != finite
-    assert not wrong.any(), f"{what}: not finite where it should be, or the other way: {_at(wrong, actual, expected)}"
-    if finite.any():
-        largest = expected[finite].abs().max() if scale is None else scale
-        bound = torch.as_tensor(largest).expand_as(expected).where(finite, 1.0)
-        error = (actual - expected).abs().where(finite, 0.0)
-        bad = ~(error <= tolerance * bound)
-        worst = (error / bound).nan_to_num(nan=torch.inf).where(bad, -1.0)
-        assert not bad.any(), (
-            f"{what}: off by {worst.max():.2e} of its scale, {tolerance:.1e} allowed: "
-            f"{_at(worst == worst.max(), actual, expected)}; {int(bad.sum())} of {bad.numel()} elements are off, "
-            f"shape {shape}"
-        )
+    said = tolerances.difference(actual, expected, tolerance, scale)
+    _hold(said is None, f"{what}: {said}")
 
 
-def _at(places: Tensor, found: Tensor, expected: Tensor) -> str:
-    """The first of the places, with what was found and expected there."""
-    place = tuple(places.nonzero()[0].tolist())
-    return f"found {found[place]:.8g}, expected {expected[place]:.8g} at {place}"
+def _hold(condition: object, message: str) -> None:
+    """An assertion that ``python -O`` keeps."""
+    if not condition:
+        raise AssertionError(message)
 
 
 def assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | None], names: Sequence[str]) -> None:
@@ -228,7 +220,7 @@ def assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | N
     wrong = []
     for name, a, b in zip(names, first, second, strict=True):
         if a is None or b is None:
-            assert a is b, f"{name}: there only once"
+            _hold(a is b, f"{name}: there only once")
             continue
         differ = (a != b) & ~(a.isnan() & b.isnan())
         if differ.any():
@@ -237,7 +229,12 @@ def assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | N
                 f"{name}: {int(differ.sum())} of {differ.numel()} elements, first {a[place]:.9g} and then "
                 f"{b[place]:.9g} at {place}"
             )
-    assert not wrong, "other bits later: " + "; ".join(wrong)
+    _hold(not wrong, "other bits later: " + "; ".join(wrong))
+
+
+def _dtypes(promised: torch.dtype, *tensors: Tensor) -> None:
+    found = [tensor.dtype for tensor in tensors]
+    _hold(set(found) == {promised}, f"of dtypes {found}, not {promised}")
 
 
 def _clean(tensor: Tensor) -> Tensor:
@@ -248,23 +245,24 @@ def _clean(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Memory comes filled with NaN, so that a result nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    filling: Any = torch.utils.deterministic  # torch's stub does not list its setting
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    filling.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        filling.fill_uninitialized_memory = before[1]
 
 
 def _own_memory(results: ops.FusedGradNorm) -> None:
     """What torch.compile takes for granted: an operator's results are laid out as its fake says, and share nothing."""
     there = [tensor for tensor in results if tensor is not None and tensor.numel()]
-    assert all(tensor.is_contiguous() for tensor in there), [tensor.stride() for tensor in there]
-    assert len({tensor.untyped_storage().data_ptr() for tensor in there}) == len(there), "results share memory"
+    _hold(all(tensor.is_contiguous() for tensor in there), f"strides {[tensor.stride() for tensor in there]}")
+    _hold(len({tensor.untyped_storage().data_ptr() for tensor in there}) == len(there), "results share memory")
 
 
 def _norms(case: Case) -> float:
@@ -301,7 +299,7 @@ def check(
     sample_sq, group_sq, weight_grad, group_gram = truth(case, **wanted) if expected is None else expected
 
     norms = 0.5 if case.loses_digits and algorithm != "wgrad" else _norms(case)
-    assert first.sample_sq_norms.dtype == first.group_sq_norms.dtype == torch.float64
+    _dtypes(torch.float64, first.sample_sq_norms, first.group_sq_norms)
     assert_close(first.sample_sq_norms, sample_sq, norms, what="sample_sq_norms")
     finite = sample_sq.isfinite()
     each = sample_sq[finite]
@@ -310,15 +308,16 @@ def check(
     groups = torch.zeros(len(sample_sq), dtype=torch.int64) if cpu.group_ids is None else cpu.group_ids.long()
     made_of = torch.zeros_like(group_sq).index_add_(0, groups, sample_sq.nan_to_num(0, 0, 0)).maximum(group_sq)
     assert_close(first.group_sq_norms, group_sq, norms, made_of, "group_sq_norms")
-    assert (first.weight_grad is None) == (weight_grad is None) and (first.group_gram is None) == (group_gram is None)
+    _hold((first.weight_grad is None) == (weight_grad is None), "weight_grad is there only once")
+    _hold((first.group_gram is None) == (group_gram is None), "group_gram is there only once")
     if weight_grad is not None and first.weight_grad is not None:
-        assert first.weight_grad.dtype == case.x.dtype
+        _dtypes(case.x.dtype, first.weight_grad)
         terms = (_clean(cpu.dy).T @ _clean(cpu.x)).amax() if weight_grad.numel() else 0.0
         element = weight_grad.nan_to_num(0, 0, 0).abs().amax() if weight_grad.numel() else 0.0
         rounding = WEIGHT_GRAD[case.x.dtype]
         assert_close(first.weight_grad, weight_grad, rounding, element + 1e-6 / rounding * terms, "weight_grad")
     if group_gram is not None and first.group_gram is not None:
-        assert first.group_gram.dtype == torch.float64
+        _dtypes(torch.float64, first.group_gram)
         assert_close(first.group_gram, group_gram, norms, made_of.sqrt().outer(made_of.sqrt()), "group_gram")
     return first
 
@@ -337,7 +336,7 @@ def check_pairs(case: Case, backend: str, algorithm: str, runs: int = 2) -> None
         assert_same_bits([grams[0], dots[0]], [gram, dot], ["grad_gram", "grad_dot"])
     symmetric = 1e-8 if case.x.dtype != torch.float64 else 1e-14
     assert_close(grams[0], grams[0].T.cpu(), symmetric, what="grad_gram against its transpose")
-    assert grams[0].dtype == dots[0].dtype == torch.float64
+    _dtypes(torch.float64, grams[0], dots[0])
 
     ids = {"cu_seqlens": cpu.cu_seqlens, "sample_ids": cpu.sample_ids, **counts}
     norms = 0.5 if case.loses_digits and algorithm != "wgrad" else _norms(case)
@@ -371,7 +370,8 @@ def check_sketches(
             first, *more = (ops.grad_sketch(case.x, case.dy, *c, **call) for _ in range(runs))
         for other in more:
             assert_same_bits([first], [other], ["grad_sketch"])
-        assert first.is_contiguous() and first.dtype == torch.promote_types(case.x.dtype, torch.float32)
+        _hold(first.is_contiguous(), f"strides {first.stride()}")
+        _dtypes(torch.promote_types(case.x.dtype, torch.float32), first)
         # Products of random signs: a sum is held to the root of the sum of its terms' squares.
         expected = reference.grad_sketch(cpu.x, cpu.dy, c_in, c_out, **ids)
         assert_close(first, expected, _norms(case), terms, f"grad_sketch, r_in={r_in}, r_out={r_out}")
