@@ -257,12 +257,12 @@ def grpo_remarks(trainer: Any, keep_groups_together: bool, correction: bool) -> 
             "multi_objective_aggregation='normalize_then_sum' normalises rewards over all prompts of the batch: "
             "prompts are no longer independent"
         )
-    if trainer._entropy_bonus_enabled:
+    if getattr(trainer, "_entropy_bonus_enabled", False):  # older versions have no entropy bonus
         remarks.append(
             "entropy_coef or use_adaptive_entropy adds an entropy term averaged over the micro-batch's tokens: it "
             "couples the prompts and enters U with another weight than the policy loss"
         )
-    if trainer.aux_loss_enabled:
+    if getattr(trainer, "aux_loss_enabled", False):  # older versions never add it
         remarks.append(
             "router_aux_loss_coef adds a load-balancing loss over all tokens: it couples the prompts, and U counts it"
         )
