@@ -12,7 +12,7 @@ ARGS ?=
 OUT ?=
 PROFILE ?=
 
-.PHONY: help setup train study test test-slow test-interpreted test-versions test-verl kernels-report gpu-check lint format \
+.PHONY: help setup train study test test-slow test-interpreted test-versions test-verl test-trl kernels-report gpu-check lint format \
 	bench clean
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-interpreted  the Triton kernels in Triton's interpreter"
 	@echo "make test-versions     the Triton kernels interpreted and compiled under the oldest and newest supported Triton"
 	@echo "make test-verl         the integration with verl on verl's own update on a CPU, in a venv of its own (build/verl)"
+	@echo "make test-trl          TRL's own GRPO and SFT tests with attach: TRL_SOURCE= names a folder with TRL's sources"
 	@echo "make kernels-report    every kernel compiled for sm_80, 86, 89, 90, 100, 103 and 120: registers, spills, shared memory;"
 	@echo "                       one JSON line each; ARGS=\"--arch 90 120\" for fewer"
 	@echo "make gpu-check         on a machine with a GPU: build, tests, benchmarks and sanitizer in nine minutes; OUT= names the"
@@ -89,6 +90,11 @@ test-versions: setup
 	  TRITON_INTERPRET=1 PYTHONPATH=$$folder $(PYTEST) tests/interpreted $(ARGS) || exit 1; \
 	  PYTHONPATH=$$folder $(PYTEST) --dist loadfile tests/compiled $(ARGS) || exit 1; \
 	done
+
+# TRL's tests are in its repository only; its packages have none.
+test-trl: setup
+	@test -n "$(TRL_SOURCE)" || { echo "test-trl: TRL_SOURCE= must name a folder with TRL's sources (tests, scripts)"; exit 2; }
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tools.trl_tests.run $(TRL_SOURCE) $(ARGS)
 
 # verl's requirements contradict those of the application, so it gets a venv of its own.
 VERL := build/verl

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from gradnorm_kernels.integrations.trl import attach
 from gradnorm_kernels.integrations.trl.loss_scale import LOSS_TYPES

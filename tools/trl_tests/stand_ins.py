@@ -62,6 +62,8 @@ TOKENS = [
     "<end_of_image>",
     "<image_soft_token>",
 ]
+#: The beginning of a model's name -> the token that stands for an image, where it is not Qwen's.
+IMAGE_MARKS = {"Gemma3": "<image_soft_token>", "Llava": "<image>"}
 VOCABULARY = 320  # bytes, the tokens above, and room
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -130,7 +132,7 @@ CLIP = {
 QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
 
 
-def tokenizer(template: str, image: str = "<|image_pad|>") -> Any:
+def tokenizer(template: str, image: str) -> Any:
     """A tokenizer of bytes, with the special tokens that the chat templates write; ``image`` stands for an image."""
     import trl
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -258,7 +260,8 @@ def _make(name: str, folder: Path) -> None:
 
     kind = name.removeprefix("tiny-").removeprefix("small-").split("-")[0]
     template = next(file for part, file in TEMPLATES.items() if part in name)
-    words = tokenizer(template, "<image_soft_token>" if kind.startswith("Gemma3") else "<|image_pad|>")
+    mark = next((mark for part, mark in IMAGE_MARKS.items() if kind.startswith(part)), "<|image_pad|>")
+    words = tokenizer(template, mark)
     marks = {word: words.convert_tokens_to_ids(word) for word in TOKENS}
     torch.manual_seed(0)
     if not kind.endswith("ForConditionalGeneration"):
