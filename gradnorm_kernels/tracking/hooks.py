@@ -363,6 +363,7 @@ class Watcher:
             return None
         self._learn(layer, Formula())
         call = Call(layer, x.detach(), (), {}, placement, *whose_rows(layer, placement, recorder.rows))
+        call.packing = recorder.rows.packing if isinstance(placement, TokenPlacement) else None
         overlapping = trace.overlapping()
 
         def take(product: Product, dy: Tensor) -> None:

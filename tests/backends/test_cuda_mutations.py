@@ -77,6 +77,7 @@ MUTATIONS = {
 SLOW = {
     *("wait for one group too few", "no barrier between K tiles", "notes overwritten too soon", "columns not masked"),
     *("one place for the sums of two steps", "the group's sum is not started afresh", "Gram: no wait"),
+    *("no wait for the copies", "matrices in another order", "a row too many"),
     *("rows that do not touch are one run", "Gram: the neighbour's terms count", "the diagonal counts twice"),
 }
 

@@ -163,6 +163,7 @@ def test_a_probe(fake: FakeCuda, on_gpu: Place, tmp_path: Path) -> None:
     same(lines_of(tmp_path / "cuda", "probe")[0], lines_of(tmp_path / "cpu", "probe")[0], 2e-4)
 
 
+@pytest.mark.slow
 def test_the_estimators(fake: FakeCuda, on_gpu: Place, tmp_path: Path) -> None:
     options = EstimatorSettings(prompts=8, subsets=20, sketches=2, widths=[16], repeats=1)
     found = {}

@@ -105,6 +105,10 @@ def packed_row(padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, positions[None]
 
 
+#: What another case goes through as well.
+SLOW = ("last attention", "all", "all, exact")
+
+
 @pytest.fixture
 def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
     """The threads and devices of hooks, and the backends that took an embedding's tokens."""
@@ -134,7 +138,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
         pytest.param(torch.float32, "cuda:1", id="fp32 on cuda:1"),
     ],
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_nothing_waits(fake: FakeCuda, hooks: dict[str, set[Any]], name: str, dtype: torch.dtype, device: str) -> None:
     """By samples and folds, with and without a mask, under one factor and under a factor for each row."""
     fake.silent = True
@@ -196,7 +200,10 @@ def test_the_numbers(fake: FakeCuda, name: str) -> None:
         assert found[task].sq_norm == pytest.approx(value.sq_norm, abs=1e-4 * value.mean_sq_norm)
 
 
-@pytest.mark.parametrize("name", ["last attention, fused", "all", "all, exact", "all, sketch"])
+@pytest.mark.parametrize(
+    "name",
+    ["last attention, fused", "all, sketch", *(pytest.param(n, marks=pytest.mark.slow) for n in ("all", "all, exact"))],
+)
 def test_whatever_the_defaults_are(fake: FakeCuda, name: str) -> None:
     """The caller's default device and default dtype are not those of our tables."""
     fake.silent = True

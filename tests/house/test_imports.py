@@ -140,7 +140,7 @@ APART = {
     "tools": {"benchmarks", "gradnorm_grpo", "tests"},
     "tests": {"benchmarks", "tools"},
 }
-TESTED_IN = {"benchmarks": "tests/benchmarks/", "tools": "tests/gpu_check/"}
+TESTED_IN = {"benchmarks": "tests/benchmarks/", "tools": ("tests/gpu_check/", "tests/trl/test_trl_harness.py")}
 
 
 def crossings(folder: str, sources: dict[str, str]) -> list[str]:

@@ -20,14 +20,25 @@ WANTED: dict[str, dict[str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "algorithm"),
+    [
+        *((torch.float32, algorithm) for algorithm in ALGORITHMS),
+        (torch.float16, "auto"),
+        *(
+            pytest.param(torch.float16, algorithm, marks=pytest.mark.slow)
+            for algorithm in ALGORITHMS
+            if algorithm != "auto"
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("trap", TRAPS, ids=str)
 def test_traps(trap: Trap, dtype: torch.dtype, algorithm: str) -> None:
     check(trap.build(dtype), "triton", algorithm, runs=1, **WANTED[algorithm])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("trap", TRAPS, ids=str)
 def test_traps_of_the_gram_and_the_dot(trap: Trap, dtype: torch.dtype) -> None:
     check_pairs(trap.build(dtype), "triton", "auto", runs=1)
@@ -39,7 +50,7 @@ def test_traps_of_the_sketch(trap: Trap, dtype: torch.dtype) -> None:
     check_sketches(trap.build(dtype), "triton", runs=1, sketches=[(7, 5) if dtype == torch.float32 else (None, 5)])
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["auto", *(pytest.param(a, marks=pytest.mark.slow) for a in ("wgrad", "gram"))])
 def test_every_combination_of_results_twice(algorithm: str) -> None:
     case = next(trap for trap in TRAPS if trap.name == "groups that take turns").build(torch.float32)
     for weight_grad in (False, True):

@@ -108,7 +108,7 @@ def test_u_is_that_of_the_sequences_alone(name: str, fused: bool) -> None:
         run_packed(model, parts, pad).backward()
     stats = tracker.step()
     tracker.close()
-    assert all(name == "mixture" and ".mlp." in left_out for left_out in tracker.skipped_reasons)
+    assert not tracker.skipped_reasons, "experts and routers are measured too"
     agree(stats, alone(model, parts, measured_parameters(model, tracker)), tasks)
 
 
