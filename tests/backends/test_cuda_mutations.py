@@ -77,7 +77,8 @@ MUTATIONS = {
 SLOW = {
     *("wait for one group too few", "no barrier between K tiles", "notes overwritten too soon", "columns not masked"),
     *("one place for the sums of two steps", "the group's sum is not started afresh", "Gram: no wait"),
-    *("no wait for the copies", "matrices in another order", "a row too many"),
+    *("matrices in another order", "a row too many", "one place for two sums of a block"),
+    *("a sample's end inside a sample", "Gram: terms written over a stage in use"),
     *("rows that do not touch are one run", "Gram: the neighbour's terms count", "the diagonal counts twice"),
 }
 

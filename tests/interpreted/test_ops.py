@@ -20,20 +20,18 @@ WANTED: dict[str, dict[str, bool]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "algorithm"),
-    [
-        *((torch.float32, algorithm) for algorithm in ALGORITHMS),
-        (torch.float16, "auto"),
-        *(
-            pytest.param(torch.float16, algorithm, marks=pytest.mark.slow)
-            for algorithm in ALGORITHMS
-            if algorithm != "auto"
-        ),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("trap", TRAPS, ids=str)
+#: Every trap under every algorithm and dtype; in `make test` under two, in turns.
+COMBINATIONS = [(dtype, algorithm) for dtype in DTYPES for algorithm in ALGORITHMS]
+TURNS = [
+    pytest.param(
+        trap, *combination, marks=[pytest.mark.slow] * ((i + j) % 3 != 0), id="-".join(map(str, (trap, *combination)))
+    )
+    for i, trap in enumerate(TRAPS)
+    for j, combination in enumerate(COMBINATIONS)
+]
+
+
+@pytest.mark.parametrize(("trap", "dtype", "algorithm"), TURNS)
 def test_traps(trap: Trap, dtype: torch.dtype, algorithm: str) -> None:
     check(trap.build(dtype), "triton", algorithm, runs=1, **WANTED[algorithm])
 

@@ -53,7 +53,10 @@ def unknown(value: Any) -> Any:
     return None if isinstance(value, int | float) else value
 
 
-@pytest.mark.parametrize(("tasks", "arms", "seeds"), [(["gcd", "countdown"], 2, 1), (HOSTILE, 6, 5), (["a"], 1, 1)])
+@pytest.mark.parametrize(
+    ("tasks", "arms", "seeds"),
+    [(["gcd", "countdown"], 2, 1), pytest.param(HOSTILE, 6, 5, marks=pytest.mark.slow), (["a"], 1, 1)],
+)
 def test_every_picture_is_made_small_and_valid(tmp_path: Path, tasks: list[str], arms: int, seeds: int) -> None:
     answers = made_up(tasks, arms, seeds)
     assert draw(answers, tmp_path / "figures") == [tmp_path / "figures" / name for name in FILES]
@@ -138,7 +141,9 @@ def test_missing_data_gives_pictures_that_say_so(tmp_path: Path, kind: str) -> N
     "keys",
     [
         ("overall", "points", "across", "factors", "final", "by_n"),
-        ("by_window", "disjoint", "within_correlations", "tasks", "differences", "sketches"),
+        pytest.param(
+            ("by_window", "disjoint", "within_correlations", "tasks", "differences", "sketches"), marks=pytest.mark.slow
+        ),
         ("windows", "ratios", "fit", "correlations", "curves", "rollouts", "paper", "unit", "reference"),
     ],
 )
@@ -162,7 +167,7 @@ def test_a_study_without_uniform_has_nothing_to_compare_with(tmp_path: Path) -> 
     assert "No arm to compare." in texts(tmp_path / "overview.svg")
 
 
-@pytest.mark.parametrize("tasks", [SIX, HOSTILE])
+@pytest.mark.parametrize("tasks", [pytest.param(SIX, marks=pytest.mark.slow), HOSTILE])
 def test_no_text_runs_off_the_paper(tmp_path: Path, tasks: list[str]) -> None:
     """Measured from the picture itself: every text that stands level, by its anchor and its width in DejaVu Sans."""
     for path in draw(made_up(tasks, 6, 5), tmp_path):

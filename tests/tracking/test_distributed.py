@@ -50,7 +50,8 @@ def launch(folder: Path, world: int, *cases: str) -> list[subprocess.CompletedPr
     ("world", "cases"),
     [
         (2, ("ddp", "fsdp", "packed", "exact", "spread", "uneven", "tensor_parallel", "sequence_parallel")),
-        (4, ("ddp", "fsdp", "exact", "spread", "uneven", "tensor_and_data_parallel")),
+        (4, ("tensor_and_data_parallel",)),
+        pytest.param(4, ("ddp", "fsdp", "exact", "spread", "uneven"), marks=pytest.mark.slow),
         (2, ("sketch", "automatic", "unbiased")),
         pytest.param(4, ("sketch", "automatic", "unbiased"), marks=pytest.mark.slow),
     ],

@@ -48,7 +48,7 @@ def brute_gram(losses: Tensor, parameters: list[Tensor]) -> Tensor:
         ("last_attention", False, "left"),
         pytest.param("last_attention", True, "right", marks=pytest.mark.slow),
         pytest.param("all", False, "right", marks=pytest.mark.slow),
-        ("all", True, "none"),
+        pytest.param("all", True, "none", marks=pytest.mark.slow),
     ],
 )
 def test_real_model(smollm2: nn.Module, layers: str, fused: bool, padding: str) -> None:

@@ -35,7 +35,9 @@ def check(stats: gk.StepStats, right: dict[str, Tensor], rel: float = 1e-6) -> N
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["watching", "fused"])
-@pytest.mark.parametrize("whole", [True, False], ids=["whole model", "each layer"])
+@pytest.mark.parametrize(
+    "whole", [pytest.param(True, id="whole model"), pytest.param(False, id="each layer", marks=pytest.mark.slow)]
+)
 def test_compiled_models(fused: bool, whole: bool) -> None:
     """Compiled before or after the tracker was made, as a whole or layer by layer; gradients are those without it."""
     torch._dynamo.reset()

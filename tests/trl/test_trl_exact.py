@@ -141,10 +141,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "head in fp32": {"cast_lm_head_to_fp32": True},
     "rewards unscaled": {"scale_rewards": "none", "loss_type": "grpo"},
 }
+#: One difference less from another setting.
+SLOW = {"gspo dapo", "luspo sequence", "checkpointing", "cispo unclamped", "one micro-batch"}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SETTINGS])
 def test_u_is_that_of_the_trainers_own_loss(tmp_path, name):
     watched = Watched(stand_still(tmp_path, **SETTINGS[name]))
     watched.trainer.train()
@@ -174,7 +176,7 @@ def test_fused_measures_the_same_and_trains_to_rounding(tmp_path, loss_type):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_under_bf16_autocast(tmp_path, fused):
     watched = Watched(stand_still(tmp_path, bf16=True), fused=fused)
     watched.trainer.train()
@@ -192,7 +194,7 @@ def test_other_layers(tmp_path, layers):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", [pytest.param("grpo", marks=pytest.mark.slow), "dapo"])
 def test_a_kl_term_counts(tmp_path, loss_type):
     """The reference is loaded from where the model was saved; the model has moved since, so the term has a gradient."""
     many_ends().save_pretrained(tmp_path / "base")

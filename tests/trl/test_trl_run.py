@@ -26,7 +26,10 @@ def same_weights(a, b) -> bool:
         {},
         {"num_iterations": 2, "steps_per_generation": 4, "loss_type": "grpo"},
         {"steps_per_generation": 1, "beta": 0.0, "loss_type": "bnpo", "gradient_checkpointing": True},
-        {"loss_type": "luspo", "importance_sampling_level": "sequence", "eval_strategy": "steps", "eval_steps": 1},
+        pytest.param(
+            {"loss_type": "luspo", "importance_sampling_level": "sequence", "eval_strategy": "steps", "eval_steps": 1},
+            marks=pytest.mark.slow,
+        ),
         {"num_generations": 8, "dataloader_num_workers": 1, "shuffle_dataset": False, "bf16": True},
     ],
 )
