@@ -34,6 +34,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty, empty = Tensor.new_empty, torch.empty
 
     def fill(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.uint8:
+            return tensor.fill_(255)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else -(1 << 30))
 
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: fill(new_empty(self, *a, **k)))
