@@ -148,6 +148,7 @@ class GradNormTracker:
         self._microbatches = 0  # of this step
         self._partial = False  # whether one of them had a part of a sample
         self._sample_share: dict[Hashable, float] = {}
+        self._sample_sq: dict[Hashable, float] = {}  # ||G_p||^2, added up over the micro-batches that hold rows of p
         self._task_index: dict[Hashable, int] = {}
         self._sample_task: dict[Hashable, Hashable] = {}
         self._sample_rows: dict[Hashable, int] = {}
@@ -328,6 +329,8 @@ class GradNormTracker:
         for sample, task, present in zip(rows.samples, rows.tasks, rows.rows_present, strict=True):
             self._sample_task[sample] = task
             self._sample_rows[sample] = self._sample_rows.get(sample, 0) + present
+        for sample, sq_norm in recorder.sample_sq.items():
+            self._sample_sq[sample] = self._sample_sq.get(sample, 0.0) + sq_norm
         for sample, share in zip(rows.samples, rows.weight.tolist(), strict=True):
             self._sample_share[sample] = self._sample_share.get(sample, 0.0) + share
             self._partial |= share != 1.0
@@ -531,6 +534,7 @@ class GradNormTracker:
                 sample_task={
                     self._named(sample, rank): self._task_index[task] for sample, task in self._sample_task.items()
                 },
+                sample_sq={self._named(sample, rank): sq_norm for sample, sq_norm in self._sample_sq.items()},
             ),
             folded=any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys),
             skipped=frozenset(self._skipped.reasons),
@@ -553,7 +557,7 @@ class GradNormTracker:
     def _reset(self, *, next_step: bool) -> None:
         self._parts, self._serial, self._microbatches, self._partial = [], 0, 0, False
         self._task_index, self._sample_task, self._sample_rows, self._spread = {}, {}, {}, set()
-        self._sample_share = {}
+        self._sample_share, self._sample_sq = {}, {}
         self._accumulation.reset(next_step=next_step)
 
     def state_dict(self) -> dict[str, Any]:
