@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 NAN = float("nan")
-#: A sample whose squared norm is at most this share of the largest in its task does not count as informative. A group of
-#: equal rewards has a zero gradient, but for the rounding of its mean reward.
+#: A sample whose squared norm is at most this share of the largest in its task does not count as informative. A group
+#: of equal rewards has a zero gradient, but for the rounding of its mean reward.
 NEGLIGIBLE = 1e-6
 
 

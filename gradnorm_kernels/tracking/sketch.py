@@ -237,8 +237,9 @@ class StepSketches:
 class SketchSums(NamedTuple):
     """A step's sketches as the estimator needs them.
 
-    ``pairs``: the sums of its one "micro-batch" of all samples. ``sample_sq`` [N] float64: the samples' own squares. ``variance`` [K, K] float64: the estimated variance
-    that the projections add to the tasks' ``sum over pairs of <S_p, S_q>``.
+    ``pairs``: the sums of its one "micro-batch" of all samples. ``sample_sq`` [N] float64: the samples' own squares.
+    ``variance`` [K, K] float64: the estimated variance that the projections add to the tasks'
+    ``sum over pairs of <S_p, S_q>``.
     """
 
     pairs: PairSums

@@ -18,7 +18,9 @@ NAN = math.nan
 
 
 def test_counts_by_task_with_rounding_left_out_and_what_is_not_finite_kept() -> None:
-    squares = torch.tensor([4.0, 0.0, 4 * NEGLIGIBLE, 5 * NEGLIGIBLE, 0.0, 0.0, NAN, 1e-30, math.inf], dtype=torch.float64)
+    squares = torch.tensor(
+        [4.0, 0.0, 4 * NEGLIGIBLE, 5 * NEGLIGIBLE, 0.0, 0.0, NAN, 1e-30, math.inf], dtype=torch.float64
+    )
     task = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
     assert informative(squares, task, 4).tolist() == [2, 0, 3, 0]
 
@@ -49,7 +51,8 @@ def _measure(microbatches: int, **options: Any) -> gk.StepStats:
 
 
 @pytest.mark.parametrize(
-    ("microbatches", "accumulate"), [(1, "pairs"), (1, "exact"), (1, "sketch"), (2, "pairs"), (2, "sketch"), (2, "auto")]
+    ("microbatches", "accumulate"),
+    [(1, "pairs"), (1, "exact"), (1, "sketch"), (2, "pairs"), (2, "sketch"), (2, "auto")],
 )
 def test_the_tracker_counts_whatever_it_accumulates(microbatches: int, accumulate: str) -> None:
     stats = _measure(microbatches, accumulate=accumulate)

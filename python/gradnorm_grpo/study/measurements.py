@@ -78,7 +78,8 @@ class Measurements:
     ``arms``, ``seeds`` and ``tasks`` are in the study's order, including those whose runs are missing; ``steps`` is T,
     the length of the longest run; ``gain_window`` the s of Gain(t), in steps; ``layers`` what U was measured on.
     ``missing`` names the runs that do not exist or are unfinished, which are left out. ``estimates`` holds the content
-    of estimators/seed<seed>.json, one entry per seed; it may be empty.
+    of estimators/seed<seed>.json, one entry per seed; it may be empty. ``decision``: what the study declared before its
+    runs, as study.json has it; empty where it declared nothing.
     """
 
     arms: list[str]
@@ -88,6 +89,7 @@ class Measurements:
     gain_window: int
     layers: str = "last_attention"
     missing: list[str] = field(default_factory=list)
+    decision: dict[str, Any] = field(default_factory=dict)
     estimates: list[dict[str, Any]] = field(default_factory=list, repr=False)
     _runs: dict[Run, _Run] = field(default_factory=dict, repr=False)
 
@@ -193,6 +195,7 @@ class Measurements:
             int(study["gain_window"]),
             layers or "last_attention",
             missing,
+            dict(study.get("decision", {})),
         )
         logged = [name for name in FIELDS if name != "rollouts"]
         for key, run in found.items():
@@ -243,7 +246,10 @@ class Measurements:
     def write_csv(self, path: Path | str) -> None:
         """One row per (arm, seed, kind, step, task), numbers with nine digits, below a line on the study."""
         with Path(path).open("w", encoding="utf-8", newline="") as file:
-            file.write(f"# {json.dumps({name: getattr(self, name) for name in _ABOUT})}\n")
+            about = {name: getattr(self, name) for name in _ABOUT} | (
+                {"decision": self.decision} if self.decision else {}
+            )
+            file.write(f"# {json.dumps(about)}\n")
             columns = ("arm", "seed", "kind", "step", "task", *_NUMBERS)
             writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()

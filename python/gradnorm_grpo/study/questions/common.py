@@ -10,24 +10,29 @@ from typing import Any
 import numpy as np
 
 from ...numbers import fixed
+from ..decision import NO_DIFFERENCE
 from ..measurements import Measurements, Run
 from ..stats import ALPHA, FEWEST_TASKS, LEVEL, Correlation, Interval, Ratio, t_interval
 
 BASELINE = "uniform"
-VERDICTS = ("supported", "contradicted", "undecided")
+VERDICTS = ("supported", "contradicted", NO_DIFFERENCE, "undecided")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question's data say: verdict on its claim, a sentence, numbers with intervals, and a figure's data."""
+    """What a question's data say: verdict on its claim, a sentence, numbers with intervals, and a figure's data.
+
+    ``claim``: what the verdict is about, where that is not the question's CLAIM.
+    """
 
     verdict: str
     sentence: str
     numbers: list[dict[str, Any]]
     data: dict[str, Any]
+    claim: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse a verdict that is not one of the three."""
+        """Refuse a verdict that is not one of VERDICTS."""
         if self.verdict not in VERDICTS:
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}")
 
