@@ -159,7 +159,7 @@ def ends(gram: Array, resamples: int, rng: np.random.Generator) -> tuple[float, 
 
 
 def bootstrap(gram: Array, resamples: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """[resamples] U of n prompts drawn with replacement, without pairs of a prompt with itself, and jackknife errors."""
+    """[resamples] U of n prompts drawn with replacement, without pairs of a prompt with itself, and errors."""
     n, diagonal = len(gram), np.diagonal(gram)
     counts = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
     counts = counts[(counts > 0).sum(1) > 2]  # of two different prompts, leaving one out leaves no pair
