@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..runlog import EVAL_METRICS, FULL, LOG_FILE, SUMMARY_FILE, read_run
+from .decision import Decision, read_decision
 from .stats import Array, pool
 
 Run: TypeAlias = tuple[str, int]  # (arm, seed)
@@ -126,6 +127,11 @@ class Measurements:
             raise UserError(f"the study has no finished run of arm {arm!r} with seed {seed!r}; there is {there}")
         return self._runs[arm, seed]
 
+    @property
+    def declared(self) -> Decision:
+        """What the study declared before its runs; the defaults, without margins, where it declared nothing."""
+        return read_decision(self.decision)
+
     # Steps and pooled U
 
     def every_step(self) -> Mask:
@@ -136,6 +142,11 @@ class Measurements:
         """The steps first .. end - 1, counted from 0, as a mask [T]."""
         steps = np.arange(self.steps)
         return np.asarray((steps >= first) & (steps < end))
+
+    def halves(self) -> tuple[Mask, Mask]:
+        """Odd and even steps, as two masks [T]: the same quantity twice, from rollouts of its own each time."""
+        odd = np.arange(self.steps) % 2 == 0
+        return odd, ~odd
 
     def thirds(self) -> list[tuple[int, int]]:
         """(first, end) of the thirds of training, counted from 0; fewer where there are fewer than three steps."""

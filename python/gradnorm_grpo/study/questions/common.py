@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,18 @@ def correlation_number(name: str, found: Correlation, what: str) -> dict[str, An
     """A correlation as an entry of ``numbers``; ``what`` says over which points and what p permutes."""
     p = f"; p = {p_value(found.p)} with {count_of(found.tasks, 'task')} as units" if math.isfinite(found.p) else ""
     return number(name, found.value, found.low, found.high, f"{what}; {interval_over(found.per_seed)}{p}")
+
+
+def equivalence_numbers(
+    question: str, margin: float, p: float, reliabilities: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The entries of "no correlation larger than d": its p, and the reliabilities that d is corrected by."""
+    how = "odd against even steps, Spearman and Brown's formula; of gains one less their noise by their variance"
+    rows = [number(f"reliability of {name}", value, how=how) for name, value in reliabilities.items()]
+    how = (
+        "largest p of two one-sided tests over seeds (t) and over tasks (Fisher's z), d times the root of reliabilities"
+    )
+    return [*rows, number(f"p that the correlation is beyond {margin:g}, {question}", p, how=how)]
 
 
 def bounds(found: Interval | Ratio | Correlation, value: str = "value") -> dict[str, float]:
