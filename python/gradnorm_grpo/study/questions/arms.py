@@ -48,7 +48,7 @@ def answer(m: Measurements) -> Answer:
     differences = []
     compared = [arm for arm in arms if baseline and arm != baseline]
     for when in WHEN:
-        rows = {(arm, task): _over(_paired(m, arm, tasks, when)) for arm in compared for task, tasks in places}
+        rows = {(arm, task): _over(paired(m, arm, tasks, when)) for arm in compared for task, tasks in places}
         p = {arm: t_interval(_values(rows[arm, None])).p for arm in compared}
         adjusted = _adjusted(p, m.decision)
         for (arm, task), row in rows.items():
@@ -132,7 +132,7 @@ def _accuracy(m: Measurements, run: Run, tasks: Sequence[str], when: str) -> flo
     return after[-1] if when == "end" else sum(after) / len(after)
 
 
-def _paired(m: Measurements, arm: str, tasks: Sequence[str], when: str) -> dict[int, float]:
+def paired(m: Measurements, arm: str, tasks: Sequence[str], when: str) -> dict[int, float]:
     """Seed -> arm minus baseline, for the seeds that both arms have."""
     return {
         seed: _accuracy(m, (arm, seed), tasks, when) - _accuracy(m, (BASELINE, seed), tasks, when)
