@@ -168,8 +168,8 @@ class RunningEstimate:
         """Add one step. A step without a pair of samples (pair_weight 0, or U not finite) adds to n only."""
         self.n += g.n
         if g.n:
-            unknown = self.n_effective is None or g.n_effective is None
-            self.n_effective = None if unknown else self.n_effective + g.n_effective
+            known = self.n_effective is not None and g.n_effective is not None
+            self.n_effective = (self.n_effective or 0) + (g.n_effective or 0) if known else None
         if not (g.pair_weight > 0 and math.isfinite(g.sq_norm)):
             return
         self.steps += 1

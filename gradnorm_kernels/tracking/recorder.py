@@ -245,6 +245,9 @@ class Recorder:
             sample_sq += own.cpu()
         self.sample_sq = dict(zip(rows.samples, sample_sq.tolist(), strict=True))
         self_sq = sum_by(sample_sq, rows.sample_block, rows.num_blocks)
+        if not rows.inner_products:
+            # Zeros off the diagonal would read as orthogonal tasks.
+            gram = torch.where(torch.eye(rows.num_blocks, dtype=torch.bool, device="cpu"), gram, float("nan"))
         weight, weight_sq = (sum_by(w, rows.sample_block, rows.num_blocks) for w in (rows.weight, rows.weight**2))
         block_task = torch.tensor([task_index[task] for task in rows.block_tasks], device="cpu")
         return PairSums(gram, self_sq, weight, weight_sq, block_task, rows.block_keys)

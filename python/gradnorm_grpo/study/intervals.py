@@ -174,7 +174,9 @@ def bootstrap(gram: Array, resamples: int, rng: np.random.Generator) -> tuple[Ar
 # The table
 
 
-def coverage(results: Sequence[dict[str, Any]], informative: tuple[int, float] = (0, math.inf)) -> list[dict[str, Any]]:
+def coverage(
+    results: Sequence[dict[str, Any]], informative: tuple[float, float] = (0, math.inf)
+) -> list[dict[str, Any]]:
     """A row per method over the draws of all results, tasks and n whose group of INFORMATIVE lies in [low, high).
 
     ``draws`` with an interval; ``held``: the share of them that held U; ``lowest``: the lowest such share of one seed's

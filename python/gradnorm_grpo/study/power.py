@@ -1,8 +1,8 @@
 """What a study of a given size can tell: the arithmetic behind docs/study-design.md, from finished studies' spreads.
 
 ``python -m gradnorm_grpo.study.power docs/study/tiny ...`` prints the page's tables. Differences between arms are
-paired by seed; their standard deviation is pooled over the arms of a study. Spearman's correlation over K tasks is taken
-on Fisher's scale, with standard error ``sqrt(1.06 / (K - 3))``.
+paired by seed; their standard deviation is pooled over the arms of a study. Spearman's correlation over K tasks is
+taken on Fisher's scale, with standard error ``sqrt(1.06 / (K - 3))``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def arms_table(studies: Sequence[tuple[str, Measurements]], seeds: Sequence[int]
                 continue
             cells = [name, when, f"{significant(found.sd)} ({significant(found.high)}; {found.free} df)"]
             for power in (power_of_difference, power_of_equivalence):
-                each = [smallest(lambda n, s=sd, f=power: f(s, DIFFERENCE, n), 2) for sd in (found.sd, found.high)]
+                each = [smallest(partial(power, sd, DIFFERENCE), 2) for sd in (found.sd, found.high)]
                 cells.append(f"{each[0]} ({each[1]})")
             for n in seeds:
                 powers = percent(power_of_difference(found.sd, DIFFERENCE, n))
@@ -146,7 +147,7 @@ def tasks_table(tasks: Sequence[int]) -> str:
         cells = [str(count), percent(power_of_correlation(CORRELATION, count))]
         cells += [fixed(detectable(power_of_correlation, count)), percent(power_of_no_correlation(CORRELATION, count))]
         lines.append(_row([*cells, fixed(detectable(power_of_no_correlation, count))]))
-    needed = [smallest(lambda k, f=f: f(CORRELATION, k), 4) for f in (power_of_correlation, power_of_no_correlation)]
+    needed = [smallest(partial(f, CORRELATION), 4) for f in (power_of_correlation, power_of_no_correlation)]
     lines += ["", f"80% power takes {needed[0]} tasks for a correlation of 0.5 and {needed[1]} for none above 0.5."]
     return "\n".join(lines) + "\n"
 
