@@ -31,7 +31,7 @@ def _parser() -> Parser:
             add(spec.name, nargs="?", const=True)
             if spec.default is True:
                 add(f"no_{spec.name}", dest=spec.name, action="store_false")
-        elif spec.name != "tasks":  # lists of mappings are for YAML
+        elif spec.name != "tasks":  # a list of mappings is for YAML
             add(spec.name, *spec.metadata["aliases"], dest=spec.name, nargs="+" if kind.startswith("list") else None)
     return parser
 
