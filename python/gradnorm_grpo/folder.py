@@ -21,7 +21,10 @@ from .errors import UserError
 from .runlog import RUN_FILE
 from .settings import Settings
 
-_PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "reasoning_gym", "math_verify", "numpy")
+_PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "accelerate", "peft", "vllm", "deepspeed"),
+    *("reasoning_gym", "math_verify", "numpy"),
+)
 
 
 def new_folder(settings: Settings, name: str) -> Path:
