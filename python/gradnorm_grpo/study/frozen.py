@@ -47,20 +47,13 @@ def measure(settings: Settings, options: FrozenSettings, console: Console) -> Pa
     started, folder = time.monotonic(), Path(settings.output_dir)
     if settings.scale_rewards == "batch":
         raise UserError("scale_rewards 'batch' makes all prompts depend on each other: use 'group' or 'none'")
-    settings = dataclasses.replace(
-        settings, track=True, tracker_layers="last_attention", tracker_fused=False, full_steps=0, train_layers="all"
-    )
+    measuring: dict[str, Any] = {"track": True, "tracker_layers": "last_attention", "tracker_fused": False}
+    settings = dataclasses.replace(settings, **measuring, full_steps=0)
     grpo = untrained(settings, console)
     trackers: dict[str, GradNormTracker] = {}
     try:
         assert grpo.tracker is not None
-        trackers[""] = grpo.tracker
-        for name, layers in options.proxies.items():
-            trackers[f"{name}_"] = GradNormTracker(grpo.model, layers, accumulate="pairs")
-        described = describe_run(settings, grpo.model, grpo.tracker.layers) | {
-            "frozen": dataclasses.asdict(options),
-            "layers": {prefix.rstrip("_") or "last": tracker.layers for prefix, tracker in trackers.items()},
-        }
+        described = describe_run(settings, grpo.model, grpo.tracker.layers) | {"frozen": dataclasses.asdict(options)}
         _refuse_another(folder, described)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUN_FILE, described)
@@ -68,8 +61,15 @@ def measure(settings: Settings, options: FrozenSettings, console: Console) -> Pa
             tasks = list(grpo.tasks.values())
             cached = warm_start(grpo.model, grpo.tokenizer, tasks, grpo.prompter, settings, lambda step, loss: None)
             console.print(f"warm start: {'weights from the cache' if cached else 'done'}", highlight=False)
+        # Measured is every parameter's gradient, also of layers that the warm start left as they were.
+        grpo.model.requires_grad_(True)
+        trackers[""] = grpo.tracker
+        for name, layers in options.proxies.items():
+            trackers[f"{name}_"] = GradNormTracker(grpo.model, layers, accumulate="pairs")
         if options.full_steps:
             trackers[FULL] = GradNormTracker(grpo.model, "all", accumulate="pairs")
+        described["layers"] = {key.rstrip("_") or "last": tracker.layers for key, tracker in trackers.items()}
+        write_json(folder / RUN_FILE, described)
         parts = _parts(grpo, options, trackers, folder / PARTS_FILE, console)
     finally:
         for tracker in trackers.values():
