@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradnorm_kernels import RunningEstimate
+from gradnorm_kernels.estimation.estimator import too_few_informative
 
 from .runlog import Array, EvalPoint, Line, Run, run_of
 
@@ -46,11 +47,17 @@ class TaskResult:
     abs_advantage: float
     prompt_length: float
     response_length: float
+    n_effective: float = NAN  # prompts with a gradient; NaN where the log does not tell
 
     @property
     def resolved(self) -> bool:
         """Whether U is distinguishable from zero: more than two standard errors above it, from enough prompts."""
-        return self.n >= MIN_PROMPTS and self.sq_norm > ERRORS * self.std_error
+        return self.n >= MIN_PROMPTS and not self.caution and self.sq_norm > ERRORS * self.std_error
+
+    @property
+    def caution(self) -> str:
+        """ "too few informative prompts (3 of 64)" where the standard error of U means little; else ""."""
+        return too_few_informative(int(self.n_effective), int(self.n)) if math.isfinite(self.n_effective) else ""
 
     @property
     def eval_change(self) -> tuple[float, float]:
@@ -66,6 +73,7 @@ class TaskResult:
 #: Fields of TaskResult and their keys in summary.json.
 _NUMBERS = {
     "n": "n",
+    "n_effective": "n_effective",
     "sq_norm": "grad_norm_sq",
     "std_error": "grad_norm_sq_se",
     "plug_in": "plug_in",
@@ -133,6 +141,7 @@ def _from_log(run: Run, index: int) -> TaskResult:
         name=task,
         index=index,
         n=float(pooled.n),
+        n_effective=NAN if pooled.n_effective is None or not pooled.n else float(pooled.n_effective),
         sq_norm=pooled.value,
         std_error=pooled.std_error,
         plug_in=pooled.plug_in,

@@ -370,7 +370,7 @@ def test_experts_share_calls_of_the_operator(monkeypatch: pytest.MonkeyPatch) ->
         sums = weight_sums([tokens], rows)
         assert len(calls) == count
         torch.testing.assert_close(sums.gram, flat @ flat.T)
-        torch.testing.assert_close(sums.self_sq, flat.square().sum(1))
+        torch.testing.assert_close(sums.sample_sq, flat.square().sum(1))
     spoiled = dy.clone()
     spoiled[2] = float("nan")  # of sample r
     gram = weight_sums([tokens._replace(dy=spoiled)], rows).gram

@@ -91,6 +91,9 @@ def footnotes(results: list[TaskResult]) -> list[str]:
             "a small value and is printed as it is. The share of pull of such a task is as uncertain as its U. Its "
             "noise scale, a ratio to what may be zero, is left out."
         )
+    notes += [
+        f"{clean(r.name)}: {r.caution}, so the standard error of its U means little." for r in results if r.caution
+    ]
     if any(math.isnan(r.sq_norm) for r in results):
         notes.append(f"{MISSING} for U: no step drew two prompts of the task (n < 2), so U is not defined.")
     if any(
