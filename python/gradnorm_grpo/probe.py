@@ -1,18 +1,23 @@
-"""Measure every task of a model and a mixture without training: rollouts, one backward through the last block.
+"""Measure every task of a mixture with the weights fixed: rollouts, one backward through the last block.
 
 Only the attention of the last decoder layer asks for gradients, so the layers below run without a graph, and each
-prompt runs once for its whole group. The numbers are those training would measure at its first step, pooled over many
-prompts.
+prompt runs once for its whole group. The command `probe` measures a model before training: what training would
+measure at its first step, pooled over many prompts. :func:`final_probe` measures at the end of a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers import set_seed
+
+from gradnorm_kernels import GradNormTracker, StepStats
 
 from .errors import UserError
 from .folder import describe_run, new_folder
@@ -20,7 +25,7 @@ from .loop import Grpo
 from .models import load_model
 from .progress import Display
 from .rollout import Prompter
-from .runlog import RUN_FILE, SUMMARY_FILE, Line, RunLog, report_trackers, write_json
+from .runlog import RUN_FILE, SUMMARY_FILE, Line, RunLog, report_trackers, task_metrics, task_values, write_json
 from .settings import Settings
 from .summary import summarize
 from .tasks import build_tasks
@@ -40,10 +45,82 @@ def untrained(settings: Settings, console: Console) -> Grpo:
 
 def only_tracked(grpo: Grpo) -> None:
     """Ask for gradients of the measured layers alone: autograd then starts at the lowest of them."""
-    grpo.model.requires_grad_(False)
-    modules = dict(grpo.model.named_modules())
-    for name in grpo.tracker.layers if grpo.tracker else []:
-        modules[name].requires_grad_(True)
+    _only(grpo.model, grpo.tracker.layers if grpo.tracker else [])
+
+
+def _only(model: Any, layers: list[str]) -> None:
+    model.requires_grad_(False)
+    for name in layers:
+        model.get_submodule(name).requires_grad_(True)
+
+
+#: Width of the sketches that pair prompts of different rounds: 0.6 MB per prompt and four projections, however wide the
+#: model. The error that they add to U is part of its standard error.
+SKETCH_WIDTH = 192
+
+
+@contextmanager
+def last_block_alone(model: Any, layers: list[str]) -> Iterator[None]:
+    """Ask for gradients of the modules ``layers`` alone while the block runs."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    _only(model, layers)
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line], int]) -> Line:
+    """U of the last attention block, over all pairs of ``prompts`` new prompts of each task at the weights as they are.
+
+    A round has equally many prompts of every task, each task by itself: completions of one task have similar lengths.
+    Sketches of the prompts' gradients pair those of different rounds; the standard errors contain what they add.
+
+    Args:
+        grpo: of a run whose training is over; its weights stay as they are, its positions in the data go on.
+        prompts: of each task, at least 2.
+        on_round: called after every round with the prompts measured so far of each task, the seconds that one prompt of
+            every task took in this round, and the round's numbers; returns how many prompts to measure, at most
+            ``prompts``.
+
+    Returns:
+        TASK_METRICS of all prompts by key, and the tasks' inner products and cosines.
+    """
+    names, model = list(grpo.tasks), grpo.model
+    tracker = GradNormTracker(model, "last_attention", accumulate="sketch", sketch_width=SKETCH_WIDTH)
+    together = max(2, grpo.settings.per_device_train_batch_size // grpo.settings.num_generations)
+    done, found = 0, []
+    try:
+        with last_block_alone(model, tracker.layers):
+            while done < prompts:
+                started, line = time.perf_counter(), {}
+                count = min(together, prompts - done)
+                for i, name in enumerate(names):
+                    batch = dataclasses.replace(grpo.rollout([name] * count), weights=None)
+                    grpo.accumulate(batch, [], [tracker], first_sample=done * len(names) + i * count)
+                    model.zero_grad(set_to_none=True)
+                    line |= task_metrics(name, task_values(grpo.describe(batch, StepStats()), name))
+                found.append(line)
+                done += count
+                seconds = (time.perf_counter() - started) / count
+                prompts = min(prompts, max(2, done, on_round(done, seconds, line)))
+        stats = tracker.step()
+    finally:
+        tracker.close()
+    total = {key: value for name in names for key, value in task_metrics(name, _pooled(found, name)).items()}
+    return total | grpo.estimates(stats)
+
+
+def _pooled(lines: list[Line], task: str) -> Line:
+    """One task's numbers over all rounds: counts are added, means weighted by the prompts."""
+    rounds_ = [task_values(line, task) for line in lines]
+    prompts = sum(values["prompts"] for values in rounds_)
+    means = {key for values in rounds_ for key in values} - {"prompts", "informative", "sampling_prob", "loss_weight"}
+    pooled = {key: sum(values[key] * values["prompts"] for values in rounds_) / prompts for key in sorted(means)}
+    return {"prompts": prompts, "informative": sum(values["informative"] for values in rounds_), **pooled}
 
 
 def rounds(prompts: int, each: int) -> list[int]:

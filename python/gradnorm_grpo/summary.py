@@ -15,6 +15,7 @@ import numpy as np
 
 from gradnorm_kernels import RunningEstimate
 
+from .numbers import clean
 from .runlog import Array, EvalPoint, Line, Run, run_of
 
 NAN = math.nan
@@ -46,6 +47,7 @@ class TaskResult:
     abs_advantage: float
     prompt_length: float
     response_length: float
+    informative: float = NAN  # prompts whose rewards are not all equal: the others have no gradient
 
     @property
     def resolved(self) -> bool:
@@ -63,6 +65,20 @@ class TaskResult:
         return _difference(self.base, self.before)
 
 
+def few_informative(results: Sequence[TaskResult]) -> list[str]:
+    """A sentence on the tasks whose U is undecided while few of their prompts have a gradient: under a third, or 10.
+
+    A prompt whose rewards are all equal has none. It counts in n all the same: leaving it out would bias U.
+    """
+    few = [
+        f"{r.informative:.0f} of {r.n:.0f} in {clean(r.name)}"
+        for r in results
+        if math.isfinite(r.sq_norm) and not r.resolved and r.informative < max(r.n / 3, MIN_PROMPTS)
+    ]
+    what = "Too few informative prompts, with rewards that are not all equal (the others have no gradient)"
+    return [f"{what}: {', '.join(few)}."] if few else []
+
+
 #: Fields of TaskResult and their keys in summary.json.
 _NUMBERS = {
     "n": "n",
@@ -76,6 +92,7 @@ _NUMBERS = {
     "abs_advantage": "abs_advantage",
     "prompt_length": "prompt_length",
     "response_length": "response_length",
+    "informative": "informative",
 }
 _EVALUATIONS = {"base": "eval_base", "before": "eval_before", "after": "eval_after"}
 
@@ -147,6 +164,7 @@ def _from_log(run: Run, index: int) -> TaskResult:
         abs_advantage=_mean(series["abs_advantage"]),
         prompt_length=_mean(series["prompt_length"]),
         response_length=_mean(series["response_length"]),
+        informative=float(np.nansum(series["informative"])) if np.isfinite(series["informative"]).any() else NAN,
     )
 
 
@@ -247,5 +265,20 @@ def summarize(lines: Sequence[Line], tasks: Sequence[str], gain_window: int, sec
         "tasks": table,
         "cosines": {"tasks": list(tasks), "matrix": matrix, "n_steps": len(run.steps)},
         "steps": len(run.steps),
+        **({"final_probe": _summarize_probe(run.final_probe)} if run.final_probe else {}),
         "seconds": seconds,
     }
+
+
+#: What a final probe has of _NUMBERS: at fixed weights there is neither a first third of the steps nor a gain.
+_PROBED = {k: v for k, v in _NUMBERS.items() if k not in ("reward_first", "gain")}
+
+
+def _summarize_probe(run: Run) -> dict[str, Any]:
+    """The entry ``final_probe`` of summary.json: the steps before it, and every task's numbers."""
+    tasks = {
+        result.name: {key: getattr(result, field) for field, key in _PROBED.items()}
+        | {"n": int(result.n), "pull_share": result.pull_share}
+        for result in task_results(run)
+    }
+    return {"step": int(run.steps[-1]), "tasks": tasks}

@@ -22,9 +22,13 @@ from .errors import UserError
 from .folder import describe_run, device_name, new_folder, newest_folder
 from .loop import Grpo
 from .models import load_model
+from .numbers import duration
+from .plan import Plan, Planner
+from .probe import final_probe
 from .progress import Display
 from .rollout import Prompter, evaluate
 from .runlog import (
+    FINAL_PROBE,
     LOG_FILE,
     RUN_FILE,
     SUMMARY_FILE,
@@ -163,6 +167,10 @@ class Training:
         reference = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.beta > 0.0 else None
         # Made before the warm start, so that a setting that does not fit is found out at once.
         self.grpo = Grpo(settings, self.model, self.tokenizer, self.tasks, prompter, reference)
+        wanted = Plan(
+            settings.max_steps, settings.eval_prompts, settings.final_probe_prompts, settings.warm_start_steps
+        )
+        self.planner = Planner(wanted, 60 * settings.plan_minutes, settings.eval_steps, settings.save_steps)
         if self.state and checkpoint:
             self._load_reference(checkpoint.parent)
             try:
@@ -170,6 +178,8 @@ class Training:
             except (ValueError, KeyError) as error:
                 raise UserError(f"{checkpoint} does not fit the settings: {error}") from error
             self.started -= self.state["seconds"]
+            if "planner" in self.state and self.planner.load_state_dict(self.state["planner"]):
+                self.grpo.plan_steps(self.planner.plan.steps)
             check_log(checkpoint.parent / LOG_FILE, self.state["metrics_bytes"])
         self.folder = checkpoint.parent if checkpoint else new_folder(settings, name)
         console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
@@ -205,6 +215,8 @@ class Training:
             else:
                 restore_random_state(self.state["random"], self.model.device)
             self._loop()
+            if not self.interrupted:
+                self._final_probe()
         finally:
             self.log.close()
             self.grpo.close()
@@ -236,21 +248,25 @@ class Training:
                 )
             resumed = [*self.before.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
             run |= {"started": self.before["started"], "command": self.before["command"], "resumed": resumed}
+        if self.planner.on:
+            run["plan"] = dataclasses.asdict(self.planner.plan)
         write_json(self.folder / RUN_FILE, run)
 
     def _warm_start(self) -> None:
         steps = self.settings.warm_start_steps
         if not steps:
             return
+        began = time.monotonic()
         with Display(self.console, "warm start", [], steps) as display:
-            cached = warm_start(
-                self.model,
-                self.tokenizer,
-                self.tasks,
-                self.grpo.prompter,
-                self.settings,
-                lambda step, loss: display.show(self._log({"kind": "warm_start", "step": step, "loss": loss})),
-            )
+
+            def on_step(step: int, loss: float) -> int:
+                display.show(self._log({"kind": "warm_start", "step": step, "loss": loss}))
+                if self.planner.fit_warm_start(step, time.monotonic() - began):
+                    self._tell_plan("plan changed in the warm start")
+                    display.expect(self.planner.plan.warm_start)
+                return self.planner.plan.warm_start
+
+            cached = warm_start(self.model, self.tokenizer, self.tasks, self.grpo.prompter, self.settings, on_step)
         if cached:
             self.console.print("warm start: weights from the cache", highlight=False)
 
@@ -272,20 +288,23 @@ class Training:
             self.grpo.reference.load_state_dict(load_file(path), strict=False)
 
     def _loop(self) -> None:
-        settings, grpo = self.settings, self.grpo
+        settings, grpo, planner = self.settings, self.grpo, self.planner
         names, told = [task.name for task in self.tasks], False
-        stop, done = Interruption(), grpo.step_number >= settings.max_steps
-        with stop.watch(), Display(self.console, "step", names, settings.max_steps, grpo.step_number) as display:
+        stop, done = Interruption(), grpo.step_number >= planner.plan.steps
+        with stop.watch(), Display(self.console, "step", names, planner.plan.steps, grpo.step_number) as display:
             while not done and not stop.requested:
+                began = time.monotonic()
                 line = grpo.step()
                 self._add_gains(line)
                 display.show(self._log(line))
+                self._plan(line, time.monotonic() - began)
+                display.expect(planner.plan.steps)
                 long = [task.name for task in self.tasks if task.questions is None and task.left_out]
                 if long and not told:
                     told = True
                     self._remark(f"generated questions longer than max_prompt_length are left out: {', '.join(long)}")
                 step, out_of_time = grpo.step_number, 0 < 60 * settings.max_minutes <= self.seconds
-                done = step == settings.max_steps or out_of_time
+                done = step >= planner.plan.steps or out_of_time
                 if out_of_time:
                     text = f"max_minutes {settings.max_minutes:g} are over: the run ends with step {step}"
                     self.console.print(text, highlight=False)
@@ -294,6 +313,48 @@ class Training:
                 if done or stop.requested or (settings.save_steps and step % settings.save_steps == 0):
                     self._save()
         self.interrupted = not done
+
+    def _plan(self, line: Line, seconds: float) -> None:
+        """Fit what is left of the run into the time that is left, after a step that took ``seconds``."""
+        planner, step = self.planner, self.grpo.step_number
+        # A probe prompt takes its rollout and a forward pass, about half of an update, until the probe has measured it.
+        prompt = (line["rollout_seconds"] + line["update_seconds"] / 2) / self.settings.prompts_per_step
+        planner.costs.steps.append((seconds, prompt * len(self.tasks)))
+        if planner.fit(step, self.seconds) or (planner.on and step == 1):
+            self._tell_plan("plan" if step == 1 else "plan changed")
+
+    def _tell_plan(self, title: str) -> None:
+        """Print, log and keep the plan, and let the learning rate follow it."""
+        planner, step = self.planner, self.grpo.step_number
+        self.grpo.plan_steps(planner.plan.steps)
+        self.console.print(
+            f"{title} after step {step}, {duration(self.seconds)} of {duration(planner.budget)}: "
+            f"{planner.plan.describe()}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        self._log(planner.line(step))
+        info = read_info(self.folder)
+        write_json(self.folder / RUN_FILE, info | {"plan": dataclasses.asdict(planner.plan)})
+
+    def _final_probe(self) -> None:
+        """Measure ``final_probe_prompts`` of each task with the weights fixed; a run killed here does it again."""
+        planner, names = self.planner, [task.name for task in self.tasks]
+        if not planner.plan.prompts:
+            return
+        set_seed(self.settings.seed)  # the same draws after a resume
+        with Display(self.console, "probe", names, planner.plan.prompts) as display:
+
+            def on_round(done: int, seconds: float, line: Line) -> int:
+                display.show({**line, "step": done, "time": self.seconds})
+                planner.costs.prompt = seconds
+                if planner.fit_prompts(done, self.seconds):
+                    self._tell_plan("plan changed in the probe")
+                    display.expect(planner.plan.prompts)
+                return planner.plan.prompts
+
+            measured = final_probe(self.grpo, planner.plan.prompts, on_round)
+        self._log({"kind": FINAL_PROBE, "step": self.grpo.step_number, **measured})
 
     def _add_gains(self, line: Line) -> None:
         """``learning_gain``: Gain(t) for the latest t with ``gain_window`` steps from it on, this one the last."""
@@ -306,9 +367,14 @@ class Training:
 
     def _evaluate(self, step: int, kind: str = "eval") -> None:
         """``kind``: "eval_base" for the model as it was given, before the warm start."""
-        if self.settings.eval_prompts:
-            line = evaluate(self.model, self.tokenizer, self.tasks, self.grpo.prompter, self.settings)
+        planner, questions = self.planner, self.planner.plan.questions
+        if questions:
+            began = time.monotonic()
+            line = evaluate(self.model, self.tokenizer, self.tasks, self.grpo.prompter, self.settings, questions)
             self._log({"kind": kind, "step": step, **line})
+            planner.costs.question = (time.monotonic() - began) / questions
+            if planner.fit_questions(2 if kind == "eval_base" else 1):
+                self._tell_plan("plan changed")
 
     def _save(self) -> None:
         state = {
@@ -316,7 +382,10 @@ class Training:
             "random": random_state(self.model.device),
             "metrics_bytes": self.log.size,
             "seconds": self.seconds,
+            "planner": self.planner.state_dict(),
         }
+        began = time.monotonic()
         save_checkpoint(
             self.folder, self.grpo.step_number, self.model, self.tokenizer, state, self.settings.save_total_limit
         )
+        self.planner.costs.save = time.monotonic() - began
