@@ -8,10 +8,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from .errors import UserError, all_of
+
+if TYPE_CHECKING:
+    from .settings import Settings
 
 USAGE = """\
 usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {presets}
@@ -32,11 +36,12 @@ COMMANDS = ("train", "probe", "study", "estimators", "report")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 the machine failed, 2 a wrong request, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console()
+    console = Console(quiet=_process("RANK") > 0)  # of the processes of a launcher the first one speaks
     try:
         return _run(arguments, console)
     except UserError as error:
-        _complain(str(error))
+        if not error.shared or _process("LOCAL_RANK") == 0:
+            _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         _complain("interrupted; `train --resume RUN_DIR` goes on from the run's last checkpoint, if it has one")
@@ -52,6 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _process(variable: str, default: int = 0) -> int:
+    """A number that torchrun and accelerate give each of their processes: RANK, LOCAL_RANK or WORLD_SIZE."""
+    return int(os.environ.get(variable, default))
+
+
 def _complain(message: str) -> None:
     sys.stdout.flush()
     print(f"train_grpo.py: error: {message}", file=sys.stderr)
@@ -63,6 +73,9 @@ def _run(arguments: list[str], console: Console) -> int:
         _print_help()
         return 0
     all_of("the command", [command], COMMANDS)
+    processes = _process("WORLD_SIZE", 1)
+    if processes > 1 and command != "train":
+        raise _shared(UserError(f"`{command}` runs in one process, and {processes} were launched: start it without"))
     if command == "report":
         return _report(arguments, console)
     _quiet()
@@ -76,21 +89,43 @@ def _run(arguments: list[str], console: Console) -> int:
         return estimators(arguments, console)
     from .parse import parse_settings
 
-    settings, name = parse_settings(arguments)
+    try:
+        settings, name = parse_settings(arguments)
+    except UserError as error:
+        raise _shared(error) from error.__cause__
     if command == "probe":
         from .probe import probe
 
         return _finish(probe(settings, name, console), console)
-    from .train import Training
+    return _train(settings, name, console)
 
-    training = Training(settings, name, console)
+
+def _shared(error: UserError) -> UserError:
+    """An error that all processes of a launcher have alike."""
+    error.shared = True
+    return error
+
+
+def _train(settings: Settings, name: str, console: Console) -> int:
+    from .train import LoopTraining, Training
+
+    processes = _process("WORLD_SIZE", 1)
+    if settings.engine == "loop" and processes > 1:
+        raise _shared(
+            UserError(f"engine 'loop' is one process, and {processes} were launched: give --engine trl, or launch one")
+        )
+    training: Training
+    if settings.engine == "trl":
+        from .engine_trl import TrlTraining
+
+        training = TrlTraining(settings, name, console)
+    else:
+        training = LoopTraining(settings, name, console)
     folder = training.run()
     if training.interrupted:
-        console.print(
-            f"stopped after step {training.grpo.step_number}; go on with: train_grpo.py train --resume {folder}"
-        )
+        console.print(f"stopped after step {training.step_number}; go on with: train_grpo.py train --resume {folder}")
         return 130
-    return _finish(folder, console)
+    return _finish(folder, console) if _process("RANK") == 0 else 0
 
 
 def _finish(folder: Path, console: Console) -> int:

@@ -12,6 +12,7 @@ class UserError(Exception):
     """Something the person at the keyboard can put right: printed as one sentence, without a traceback, exit code 2."""
 
     exit_code = 2
+    shared = False  # every process of the machine raises it, and the first prints it
 
 
 class StorageError(UserError):

@@ -21,7 +21,7 @@ from gradnorm_kernels import GradNormTracker, StepStats
 
 from .errors import UserError
 from .folder import describe_run, new_folder
-from .loop import Grpo
+from .loop import Grpo, describe, estimates
 from .models import load_model
 from .progress import Display
 from .rollout import Prompter
@@ -102,7 +102,7 @@ def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line],
                     batch = dataclasses.replace(grpo.rollout([name] * count), weights=None)
                     grpo.accumulate(batch, [], [tracker], first_sample=done * len(names) + i * count)
                     model.zero_grad(set_to_none=True)
-                    line |= task_metrics(name, task_values(grpo.describe(batch, StepStats()), name))
+                    line |= task_metrics(name, task_values(describe(batch, StepStats()), name))
                 found.append(line)
                 done += count
                 seconds = (time.perf_counter() - started) / count
@@ -111,7 +111,7 @@ def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line],
     finally:
         tracker.close()
     total = {key: value for name in names for key, value in task_metrics(name, _pooled(found, name)).items()}
-    return total | grpo.estimates(stats)
+    return total | estimates(stats, names)
 
 
 def _pooled(lines: list[Line], task: str) -> Line:

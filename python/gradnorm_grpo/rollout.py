@@ -292,8 +292,15 @@ def evaluate(
             rollouts = generate(model, tokenizer, prompts, 1, settings, greedy=True)
             texts = completion_texts(tokenizer, rollouts)
             rewards += [task.score(text, example) for text, example in zip(texts, examples, strict=True)]
-        if n := len(rewards):
-            mean = sum(rewards) / n
-            variance = sum((reward - mean) ** 2 for reward in rewards) / (n - 1) if n > 1 else math.nan
-            line |= eval_metrics(task.name, {"reward": mean, "reward_se": math.sqrt(variance / n), "n": n})
+        line |= held_out_metrics(task.name, rewards)
     return line
+
+
+def held_out_metrics(task: str, rewards: Sequence[float]) -> Line:
+    """Mean, ``sqrt(var / n)`` and n of the rewards of a task's held-out questions, by key; none without rewards."""
+    n = len(rewards)
+    if not n:
+        return {}
+    mean = sum(rewards) / n
+    variance = sum((reward - mean) ** 2 for reward in rewards) / (n - 1) if n > 1 else math.nan
+    return eval_metrics(task, {"reward": mean, "reward_se": math.sqrt(variance / n), "n": n})

@@ -116,7 +116,7 @@ class Settings:
     )
     num_generations: int = _setting(8, "Completions of one prompt: the group.", least=2)
     per_device_train_batch_size: int = _setting(
-        64, "Completions in one micro-batch; a multiple of num_generations.", least=2
+        64, "Completions in one micro-batch of a process; a multiple of num_generations with engine 'loop'.", least=1
     )
     gradient_accumulation_steps: int = _setting(
         1, "Micro-batches in one optimizer step. Pairs of prompts are measured inside each.", least=1
@@ -233,7 +233,9 @@ class Settings:
         for name in ("temperature", "learning_rate", "warm_start_learning_rate"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
-        for name in ("per_device_train_batch_size", "generation_batch_size"):
+        # With engine "trl" the batches of all processes together hold whole groups, which TRL checks.
+        together = () if self.engine == "trl" else ("per_device_train_batch_size",)
+        for name in (*together, "generation_batch_size"):
             if getattr(self, name) % self.num_generations:
                 raise UserError(
                     f"{name} must be a multiple of num_generations={self.num_generations}, got {getattr(self, name)}: "
@@ -288,12 +290,12 @@ class Settings:
 
     @property
     def completions_per_step(self) -> int:
-        """Rows of one optimizer step."""
+        """Rows of one optimizer step, on one process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def prompts_per_step(self) -> int:
-        """Samples of one optimizer step."""
+        """Samples of one optimizer step, on one process."""
         return self.completions_per_step // self.num_generations
 
 
