@@ -243,7 +243,7 @@ def test_a_final_probe_has_a_table_and_a_verdict_of_its_own(tmp_path: Path) -> N
     assert "measured in steps 1 to 9 while the weights changed" in text and heading in text
     assert text.index(heading) < text.index("16 to 1 in squared norm") and few in text
     row = next(line for line in text[text.index(heading) :].splitlines() if NAMES[0] in line)
-    assert row.split()[-9:] == ["64", "60", "4.00", "±", "0.50", "8.0", "3.0", row.split()[-2], "0.50"]
+    assert row.split()[-9:] == ["64", "60", "4.00", "±", "0.50", "8.0", "1.2", row.split()[-2], "0.50"]
     page = write_report(run_dir).read_text()
     assert 'id="final-probe"' in page and page.count(heading) >= 2
 
