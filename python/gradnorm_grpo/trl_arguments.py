@@ -59,6 +59,7 @@ SETTINGS: dict[str, Place] = {
     # GRPO
     "max_steps": Place("GRPOConfig", "max_steps, times num_iterations: TRL counts updates"),
     "max_minutes": _OWN,
+    "plan_minutes": Place("refused", "it plans the loop; set it to 0, and max_minutes to end a run by time"),
     "num_generations": _CONFIG,
     "per_device_train_batch_size": Place("GRPOConfig", "the same, per process"),
     "gradient_accumulation_steps": Place("GRPOConfig", "the same, and steps_per_generation"),
