@@ -33,7 +33,7 @@ from gradnorm_kernels.control.balancer import TaskBalancer
 from gradnorm_kernels.integrations.trl import attach
 
 from .checkpoint import finish_checkpoint, storage_errors
-from .errors import UserError
+from .errors import PeerError, UserError
 from .loop import Batch, describe
 from .mixture import Mixture
 from .models import load_model
@@ -362,7 +362,8 @@ class TrlTraining(Training):
                 Display(self.console, "step", names, settings.max_steps, done) as self._display,
             ):
                 if not self._finished:
-                    self.trainer.train(resume_from_checkpoint=checkpoint)
+                    with self._peers():
+                        self.trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             self.attached.detach()
             if self.main:
@@ -375,6 +376,20 @@ class TrlTraining(Training):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return self.folder
+
+    @contextlib.contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Turn the failure of a collective call, as another process's end causes, into one sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            if self.processes == 1 or not any(word in text.lower() for word in ("gloo", "nccl", "connection")):
+                raise
+            raise PeerError(
+                f"process {self.rank}: another process of the run ended ({text[:160]}); its own message says why. "
+                f"`train --resume {self.folder}` goes on from the last checkpoint, if there is one"
+            ) from error
 
     def _about(self) -> dict[str, Any]:
         """What run.json says of this engine beside the loop's entries."""

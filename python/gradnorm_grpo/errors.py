@@ -21,6 +21,12 @@ class StorageError(UserError):
     exit_code = 1
 
 
+class PeerError(UserError):
+    """Another process of the run ended, so this one cannot go on. Exit code 1."""
+
+    exit_code = 1
+
+
 def one_of(setting: str, given: object, allowed: Iterable[str]) -> UserError:
     """An error that names the setting, what was given, what is allowed and the likeliest spelling."""
     names = sorted(allowed)

@@ -75,7 +75,13 @@ def _shared(arguments: list[str], given: dict[str, Any], who: str) -> tuple[Sett
         raise UserError(f"{who} needs --preset NAME or --config FILE; see --help")
     values = read_yaml(config)
     spec = read_spec(values.pop("study", {}), given)
-    return _settings({**values, **spec.settings}, _options(rest), config), spec, config.stem
+    settings = _settings({**values, **spec.settings}, _options(rest), config)
+    if settings.engine != "loop":
+        raise UserError(
+            f"{who} runs with engine 'loop', got engine={settings.engine!r}: add --engine loop --trl '{{}}'; single "
+            "runs of the other engine can be compared by their reports"
+        )
+    return settings, spec, config.stem
 
 
 def _options(arguments: list[str]) -> dict[str, Any]:

@@ -134,7 +134,8 @@ def rounds(prompts: int, each: int) -> list[int]:
 def probe(settings: Settings, name: str, console: Console) -> Path:
     """Measure ``probe_prompts`` prompts of every task, equally many of each at a time; returns the run's folder."""
     started = time.monotonic()
-    settings = dataclasses.replace(settings, full_steps=0)  # only the tracked layers will ask for gradients
+    # Only the tracked layers will ask for gradients; the rollouts are the loop's, whatever engine trained the model.
+    settings = dataclasses.replace(settings, full_steps=0, engine="loop", trl={})
     grpo = untrained(settings, console)
     model, tasks, names = grpo.model, list(grpo.tasks.values()), list(grpo.tasks)
     if grpo.tracker is None:
