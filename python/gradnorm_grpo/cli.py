@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted; `train --resume RUN_DIR` goes on from the run's last checkpoint, if it has one")
+        if _process("RANK") == 0:
+            _complain("interrupted; `train --resume RUN_DIR` goes on from the run's last checkpoint, if it has one")
         return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):

@@ -134,7 +134,7 @@ class TaskTrainer(GRPOTrainer):
         if self.use_vllm:
             owner: Any = self.vllm_generation
             change: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": None}
-            change["repetition_penalty"] = 1.0
+            change |= {"repetition_penalty": 1.0, "generation_kwargs": {}}
         else:
             kept = ("max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "cache_implementation")
             greedy = {name: self.generation_kwargs[name] for name in kept}
@@ -276,7 +276,8 @@ class TrlTraining(Training):
         self._scored: list[tuple[float, int, bool]] = []  # of this process: reward, length, ended
         self._batch: Batch | None = None
         self._line: Line = {}
-        self._seen: StepStats | None = None
+        self._stats = StepStats()  # of the present step
+        self._measured: StepStats | None = None  # the latest that attach has
         self._stop = Interruption(SIGNAL_COPIES if self.processes > 1 else 0.0)
         try:
             self.mixture = Mixture(settings, self.tasks)
@@ -502,9 +503,10 @@ class TrlTraining(Training):
     def on_step_end(self, update: int) -> tuple[bool, bool]:
         """An update is done: (save, stop), the same on every process."""
         settings, last = self.settings, self.attached.last
-        if last is not self._seen:  # the first update on a generation is the one that is measured
-            self._seen = last
-            self.mixture.sampler.update(last)
+        if (update - 1) % settings.num_iterations == 0:  # the first update on a generation is the one that is measured
+            self._stats = StepStats() if last is self._measured else last
+            self._measured = last
+            self.mixture.sampler.update(self._stats)
         if update % settings.num_iterations:
             return False, False
         step = update // settings.num_iterations
@@ -524,7 +526,7 @@ class TrlTraining(Training):
         if (update - 1) % updates == 0 and self._batch is not None:
             self._line = {"kind": "train", "step": (update - 1) // updates + 1}
             self._line |= {"loss": logs["loss"], "grad_norm": logs.get("grad_norm"), "lr": logs["learning_rate"]}
-            self._line |= describe(self._batch, self.attached.last)
+            self._line |= describe(self._batch, self._stats)
             self._line |= {f"trl/{key}": logs[key] for key in _TRL_METRICS if key in logs}
         if update % updates:
             return

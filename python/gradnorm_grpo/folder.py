@@ -22,7 +22,10 @@ from .runlog import RUN_FILE
 from .settings import Settings
 from .threads import choose_threads, waiting
 
-_PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "reasoning_gym", "math_verify", "numpy")
+_PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "accelerate", "peft", "vllm", "deepspeed"),
+    *("reasoning_gym", "math_verify", "numpy"),
+)
 
 
 def new_folder(settings: Settings, name: str) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from .errors import UserError, all_of
+from .models import device_of
 from .settings import Settings
 
 
@@ -269,7 +270,8 @@ def grpo_config(settings: Settings, output_dir: str) -> GRPOConfig:
     values = {name: getattr(settings, name) for name in same}
     values |= {
         "max_steps": settings.max_steps * settings.num_iterations,
-        "use_cpu": settings.device == "cpu",
+        # accelerate joins processes on a CPU only where it is told that they are on one.
+        "use_cpu": device_of(settings).type == "cpu",
         "output_dir": output_dir,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -281,7 +283,14 @@ def grpo_config(settings: Settings, output_dir: str) -> GRPOConfig:
     if settings.gradient_checkpointing:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
-        return GRPOConfig(**{**values, **extra})
+        made = GRPOConfig(**{**values, **extra})
     except (ValueError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"TRL's GRPOConfig does not take these settings: {reason}") from error
+    launched_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if made.world_size != launched_processes:
+        raise UserError(
+            f"{launched_processes} processes were launched and accelerate joined {made.world_size}: each would do the "
+            "run by itself; launch with torchrun or `accelerate launch --multi_gpu`"
+        )
+    return made
