@@ -92,12 +92,13 @@ def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line],
     names, model = list(grpo.tasks), grpo.model
     tracker = GradNormTracker(model, "last_attention", accumulate="sketch", sketch_width=SKETCH_WIDTH)
     together = max(2, grpo.settings.per_device_train_batch_size // grpo.settings.num_generations)
-    done, found = 0, []
+    done = 0
+    found: list[Line] = []
     try:
         with last_block_alone(model, tracker.layers):
             while done < prompts:
-                started, line = time.perf_counter(), {}
-                count = min(together, prompts - done)
+                started, count = time.perf_counter(), min(together, prompts - done)
+                line: Line = {}
                 for i, name in enumerate(names):
                     batch = dataclasses.replace(grpo.rollout([name] * count), weights=None)
                     grpo.accumulate(batch, [], [tracker], first_sample=done * len(names) + i * count)

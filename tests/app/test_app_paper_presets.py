@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from gradnorm_grpo import cli
 from gradnorm_grpo.parse import PRESETS, parse_settings
 from gradnorm_grpo.tiny import tiny_tokenizer
-from gradnorm_grpo.trl_arguments import grpo_config
+from gradnorm_grpo.trl_arguments import grpo_config, lora_config
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 #: Small files with the columns of the data sets that the presets name.
@@ -68,15 +69,19 @@ def test_a_step_of_the_preset_with_a_tiny_model_on_small_files(preset: str, arch
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     model = tiny_folder(tmp_path / "model", architecture)
     arguments = ["--model", str(model), "--device", "cpu", "--bf16", "false", "--trl", "{}", "--num_threads", "1"]
-    arguments += ["--max_steps", "1", "--num_generations", "2", "--per_device_train_batch_size", "4"]
-    arguments += ["--gradient_accumulation_steps", "4", "--max_completion_length", "3", "--eval_prompts", "1"]
+    arguments += ["--max_steps", "1", "--num_generations", "2", "--per_device_train_batch_size", "2"]
+    arguments += ["--gradient_accumulation_steps", "8", "--max_completion_length", "3", "--eval_prompts", "1"]
     arguments += ["--output_dir", str(tmp_path / "run")]
     assert cli.main(["train", "--config", str(tmp_path / "config.yaml"), *arguments]) == 0
     names = [task["name"] for task in content["tasks"]]
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (step,) = [line for line in lines if line["kind"] == "train"]
     assert sum(step[f"tasks/{name}/prompts"] for name in names) == 8
-    assert all(f"tasks/{name}/grad_norm_sq" in step for name in names)
+    # One prompt per micro-batch, as in the preset: all pairs of the step are measured, from the first step on.
+    for name in names:
+        n = step[f"tasks/{name}/n"]
+        assert n >= 2 and step[f"tasks/{name}/pair_weight"] == n * (n - 1)
+        assert isinstance(step[f"tasks/{name}/grad_norm_sq"], float)
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["tasks"] == names and all(".self_attn." in layer for layer in info["tracked_layers"])
     assert (tmp_path / "run" / "report.html").is_file()
@@ -93,6 +98,15 @@ def test_the_preset_s_settings_are_trl_s(preset: str, model: str, tmp_path: Path
     assert settings.model == model and settings.engine == "trl" and config.use_vllm and config.max_steps == 200
     prompts = 8 * settings.per_device_train_batch_size * settings.gradient_accumulation_steps // config.num_generations
     assert prompts == 16 * len(settings.tasks)
+
+
+def test_the_documented_block_for_lora_on_one_gpu_is_peft_s(tmp_path: Path) -> None:
+    page = (PRESETS.parents[1] / "docs" / "gpu-run.md").read_text()
+    (block,) = re.findall(r"--trl '(\{.*peft.*\})'", page)
+    arguments = ["--preset", "paper_multi_domain", "--device", "cpu", "--bf16", "false", "--trl", block]
+    settings, _ = parse_settings(arguments)
+    assert grpo_config(settings, str(tmp_path)).vllm_gpu_memory_utilization == 0.4
+    assert lora_config(settings).r == 64 and lora_config(settings).target_modules == "all-linear"
 
 
 def test_the_launch_file_is_accelerate_s_and_fits_the_presets() -> None:
