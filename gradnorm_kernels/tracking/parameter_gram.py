@@ -29,7 +29,10 @@ _TOKENS, _BLOCKS = 256, 512
 
 
 class BlockSums(NamedTuple):
-    """Over blocks, float64: gram [b, b] and the samples' own squares summed [b]; dW [d_out, d_in] if asked for."""
+    """Over blocks, float64: gram [b, b] and the samples' own squares summed [b]; dW [d_out, d_in] if asked for.
+
+    The gram is diagonal where the rows' ``inner_products`` are not wanted.
+    """
 
     gram: Tensor
     self_sq: Tensor
@@ -215,11 +218,11 @@ def _linear_sums(parts: Sequence[Tokens], rows: Rows, weight_grad: bool) -> Bloc
         sample_ids=torch.cat([part.row_sample for part in parts]),
         group_ids=rows.sample_block,
         num_groups=rows.num_blocks,
-        group_gram=True,
+        group_gram=rows.inner_products,
         weight_grad=weight_grad,
     )
-    assert r.group_gram is not None
-    return BlockSums(r.group_gram, sum_by(r.sample_sq_norms, rows.sample_block, rows.num_blocks), r.weight_grad)
+    gram = r.group_sq_norms.diag() if r.group_gram is None else r.group_gram
+    return BlockSums(gram, sum_by(r.sample_sq_norms, rows.sample_block, rows.num_blocks), r.weight_grad)
 
 
 def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
@@ -236,10 +239,9 @@ def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
         sample_ids=e_sample_ids,
         group_ids=rows.sample_block,
         num_groups=rows.num_blocks,
-        group_gram=True,
+        group_gram=rows.inner_products,
     )
-    assert own.group_gram is not None
-    gram, sample_sq = own.group_gram, own.sample_sq_norms
+    gram, sample_sq = own.group_sq_norms.diag() if own.group_gram is None else own.group_gram, own.sample_sq_norms
     if not heads:
         return BlockSums(gram, sum_by(sample_sq, rows.sample_block, rows.num_blocks), None)
     x, dy, cu_seqlens, sample_ids = _packed(heads)
@@ -256,7 +258,8 @@ def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
         group_ids=rows.sample_block,
         num_groups=rows.num_blocks,
     )
-    gram = gram + cross.group_gram + cross.group_gram.T
+    cross_gram = cross.group_gram if rows.inner_products else cross.group_gram.diagonal().diag()
+    gram = gram + cross_gram + cross_gram.T
     self_sq = sum_by(sample_sq + 2 * cross.sample_dots, rows.sample_block, rows.num_blocks)
     head = _linear_sums(heads, rows, False)
     return BlockSums(head.gram + gram, head.self_sq + self_sq, None)

@@ -243,6 +243,9 @@ class Recorder:
                 distributed.sum_over([part, own], group)
             gram += part.cpu()
             self_sq += own.cpu()
+        if not rows.inner_products:
+            # Zeros off the diagonal would read as orthogonal tasks.
+            gram = torch.where(torch.eye(rows.num_blocks, dtype=torch.bool, device="cpu"), gram, float("nan"))
         weight, weight_sq = (sum_by(w, rows.sample_block, rows.num_blocks) for w in (rows.weight, rows.weight**2))
         block_task = torch.tensor([task_index[task] for task in rows.block_tasks], device="cpu")
         return PairSums(gram, self_sq, weight, weight_sq, block_task, rows.block_keys)

@@ -17,11 +17,13 @@ class StepStats(dict[Hashable, TaskGradient]):
     Attributes:
         tasks: the K tasks, in the order of the matrices' rows.
         inner_products: [K, K] float64, ``<E G_a, E G_b>`` unbiased; the diagonal is U. NaN where no pair was seen
-            together.
+            together, and off the diagonal with ``errors="steps"``.
         inner_products_se: [K, K] float64, jackknife standard errors.
         cosines: [K, K] float64, ``M_ab / sqrt(U_a U_b)``; NaN where a U is not positive.
         cosines_se: [K, K] float64, jackknife standard errors (0 on the diagonal).
         accumulate: which pairs the estimates are of: "pairs", "exact" or "sketch"; "" for a step without estimates.
+        errors: what standard errors come from: "samples", a jackknife in this step; "tasks" and "steps", none in this
+            step: ``tracker.running`` has them from the spread over steps. Sketches always give "samples".
     """
 
     tasks: list[Hashable]
@@ -30,6 +32,7 @@ class StepStats(dict[Hashable, TaskGradient]):
     cosines: Tensor
     cosines_se: Tensor
     accumulate: str = ""
+    errors: str = "samples"
 
 
 def step_stats(found: StepResult) -> StepStats:
@@ -39,7 +42,7 @@ def step_stats(found: StepResult) -> StepStats:
     result = moments(sums, found.exact, found.variance)
     stats.inner_products, stats.inner_products_se = result.inner_products, result.inner_products_se
     stats.cosines, stats.cosines_se = result.cosines, result.cosines_se
-    stats.accumulate = found.mode if tasks else ""
+    stats.accumulate, stats.errors = found.mode if tasks else "", found.errors
     counts = [0] * len(tasks)
     for k in sums.sample_task.values():
         counts[k] += 1
