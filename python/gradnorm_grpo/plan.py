@@ -2,8 +2,8 @@
 
 Nothing is known about a machine's speed before the run, and it can change during the run. So the run measures what its
 parts take and fits what is left into the time that is left: after every step, every evaluation and every round of the
-final probe. A plan is made from the first steps; from then on it is only ever cut, and each change is printed and
-logged. Of the warm start at least half remains: without it the rewards are all equal, and there is nothing to measure.
+final probe. A plan is made from the first steps; from then on it is only ever cut, but for the probe, which comes last
+and takes the time that is left. Each change is printed and logged. Of the warm start at least half remains: without it the rewards are all equal, and there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WARM_SHARE = 0.4  # of the budget: the most that the warm start may take, down t
 LEAST_QUESTIONS = 8  # held-out questions of a task that an evaluation is not cut below
 LEAST_PROMPTS = 16  # prompts of a task that the probe is not cut below
 LATEST = 3  # steps whose mean duration is taken for that of the next ones
-SETTLED = 2  # after so many steps a plan is only ever cut
+SETTLED = 2  # after so many steps the plan of the steps is only ever cut
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,16 @@ class Planner:
         return self.plan.questions < before
 
     def fit_prompts(self, measured: int, now: float) -> bool:
-        """Fit the rest of a probe that has ``measured`` prompts of each task into the budget; whether it was cut."""
+        """Fit the rest of a probe that has ``measured`` prompts of each task into the budget; whether the plan changed.
+
+        Nothing comes after the probe, so it takes the time that is left, up to what was asked for.
+        """
         before = self.plan.prompts
         if self.on and self.costs.probe_prompt > 0:
             more = int(max(self.budget * (1 - MARGIN) - now, 0.0) / self.costs.probe_prompt)
             least = max(measured, min(before, LEAST_PROMPTS))
-            self.plan = replace(self.plan, prompts=max(least, min(before, measured + more)))
-        return self.plan.prompts < before
+            self.plan = replace(self.plan, prompts=max(least, min(self.wanted.prompts, measured + more)))
+        return self.plan.prompts != before
 
     def _evaluations(self, more: int) -> int:
         """Evaluations still to come with ``more`` steps: the last one and those on the way."""

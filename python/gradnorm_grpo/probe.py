@@ -14,17 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import set_seed
 
 from gradnorm_kernels import GradNormTracker, StepStats
 
 from .errors import UserError
 from .folder import describe_run, new_folder
-from .loop import Grpo, describe, estimates
+from .loop import Batch, Grpo, describe, estimates
 from .models import load_model
 from .progress import Display
-from .rollout import Prompter
+from .rollout import Prompter, Rollouts
 from .runlog import RUN_FILE, SUMMARY_FILE, Line, RunLog, report_trackers, task_metrics, task_values, write_json
 from .settings import Settings
 from .summary import summarize
@@ -83,8 +85,7 @@ def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line],
         grpo: of a run whose training is over; its weights stay as they are, its positions in the data go on.
         prompts: of each task, at least 2.
         on_round: called after every round with the prompts measured so far of each task, the seconds that one prompt of
-            every task took in this round, and the round's numbers; returns how many prompts to measure, at most
-            ``prompts``.
+            every task took in this round, and the round's numbers; returns how many prompts of each to measure.
 
     Returns:
         TASK_METRICS of all prompts by key, and the tasks' inner products and cosines.
@@ -101,18 +102,58 @@ def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line],
                 line: Line = {}
                 for i, name in enumerate(names):
                     batch = dataclasses.replace(grpo.rollout([name] * count), weights=None)
-                    grpo.accumulate(batch, [], [tracker], first_sample=done * len(names) + i * count)
-                    model.zero_grad(set_to_none=True)
+                    sample = done * len(names) + i * count
+                    for part in _parts(batch, grpo.settings.beta):
+                        grpo.accumulate(part, [], [tracker], first_sample=sample)
+                        model.zero_grad(set_to_none=True)
+                        sample += len(part.tasks)
                     line |= task_metrics(name, task_values(describe(batch, StepStats()), name))
                 found.append(line)
                 done += count
                 seconds = (time.perf_counter() - started) / count
-                prompts = min(prompts, max(2, done, on_round(done, seconds, line)))
+                prompts = max(2, on_round(done, seconds, line))
         stats = tracker.step()
     finally:
         tracker.close()
     total = {key: value for name in names for key, value in task_metrics(name, _pooled(found, name)).items()}
     return total | estimates(stats, names)
+
+
+def _parts(batch: Batch, beta: float) -> list[Batch]:
+    """The prompts with a gradient, and the others with their first tokens alone.
+
+    Where all advantages of a prompt are zero, so is its gradient, whatever its tokens: they need not run. It stays a
+    sample. A KL term (``beta``) has a gradient of its own.
+    """
+    has_gradient = (batch.advantages != 0).any(1)
+    if beta > 0 or has_gradient.all() or not has_gradient.any():
+        return [batch]
+    others = _subset(batch, (~has_gradient).nonzero()[:, 0])
+    ran = others.rollouts
+    first = Rollouts(
+        ran.prompt_ids[:, -2:],
+        ran.prompt_mask[:, -2:],
+        ran.completion_ids[:, :1],
+        ran.completion_mask[:, :1],
+        ran.ended,
+        ran.group,
+    )
+    return [_subset(batch, has_gradient.nonzero()[:, 0]), dataclasses.replace(others, rollouts=first)]
+
+
+def _subset(batch: Batch, prompts: Tensor) -> Batch:
+    ran, at = batch.rollouts, prompts.tolist()
+    prompts = prompts.to(ran.prompt_ids.device)
+    rows = (prompts[:, None] * ran.group + torch.arange(ran.group, device=prompts.device)).flatten()
+    completions = (tensor[rows] for tensor in (ran.completion_ids, ran.completion_mask, ran.ended))
+    return dataclasses.replace(
+        batch,
+        tasks=[batch.tasks[i] for i in at],
+        examples=[batch.examples[i] for i in at],
+        rollouts=Rollouts(ran.prompt_ids[prompts], ran.prompt_mask[prompts], *completions, ran.group),
+        rewards=batch.rewards[at],
+        advantages=batch.advantages[at],
+    )
 
 
 def _pooled(lines: list[Line], task: str) -> Line:

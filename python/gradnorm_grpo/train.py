@@ -386,8 +386,8 @@ class LoopTraining(Training):
     def _plan(self, line: Line, seconds: float) -> None:
         """Fit what is left of the run into the time that is left, after a step that took ``seconds``."""
         planner, step = self.planner, self.grpo.step_number
-        # A probe prompt takes its rollout and a forward pass, about half of an update, until the probe has measured it.
-        prompt = (line["rollout_seconds"] + line["update_seconds"] / 2) / self.settings.prompts_per_step
+        # A probe prompt takes its rollout and a forward pass, about 0.4 of an update, until the probe has measured it.
+        prompt = (line["rollout_seconds"] + 0.4 * line["update_seconds"]) / self.settings.prompts_per_step
         planner.costs.steps.append((seconds, prompt * len(self.tasks)))
         if planner.fit(step, self.seconds) or (planner.on and step == 1):
             self._tell_plan("plan" if step == 1 else "plan changed")

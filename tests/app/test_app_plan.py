@@ -87,6 +87,19 @@ def test_a_machine_on_which_nothing_fits_does_the_least_of_everything() -> None:
     assert seconds > planner.budget
 
 
+def test_a_probe_that_is_faster_than_expected_takes_the_time_that_is_left() -> None:
+    planner = Planner(Plan(3, 0, 100), 100.0)
+    planner.costs.steps.append((10.0, 2.0))
+    planner.fit(3, 30.0)
+    assert planner.plan.prompts == 32  # (95 - 30) s at 2 s
+    planner.costs.prompt = 1.0
+    assert planner.fit_prompts(10, 40.0) and planner.plan.prompts == 65
+    planner.costs.prompt = 0.1
+    assert planner.fit_prompts(20, 41.0) and planner.plan.prompts == 100
+    planner.costs.prompt = 9.0
+    assert planner.fit_prompts(30, 90.0) and planner.plan.prompts == 30
+
+
 def test_without_a_budget_nothing_is_cut() -> None:
     planner, _ = simulate(50.0, budget=0.0)
     assert planner.plan == WANTED and not planner.on
