@@ -3,7 +3,8 @@
 Nothing is known about a machine's speed before the run, and it can change during the run. So the run measures what its
 parts take and fits what is left into the time that is left: after every step, every evaluation and every round of the
 final probe. A plan is made from the first steps; from then on it is only ever cut, but for the probe, which comes last
-and takes the time that is left. Each change is printed and logged. Of the warm start at least half remains: without it the rewards are all equal, and there is nothing to measure.
+and takes the time that is left. Each change is printed and logged. Of the warm start at least half remains: without it
+the rewards are all equal, and there is nothing to measure.
 """
 
 from __future__ import annotations
