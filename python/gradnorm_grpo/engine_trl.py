@@ -450,9 +450,14 @@ class TrlTraining(Training):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._sampling = self.mixture.sampler.probabilities
-        self._drawn = self.mixture.draw(self.prompts)
-        self._examples = [self.mixture.tasks[task].next_example() for task in self._drawn]
         rows, group = self.settings.completions_per_step, self.settings.num_generations
+        drawn = self.mixture.draw(self.prompts)
+        examples = [self.mixture.tasks[task].next_example() for task in drawn]
+        order = list(range(self.prompts))
+        if rows % group == 0:
+            # Dealt out one by one: every process has every task, so pairs of tasks meet, and about the same lengths.
+            order = [at for rank in range(self.processes) for at in order[rank :: self.processes]]
+        self._drawn, self._examples = [drawn[at] for at in order], [examples[at] for at in order]
         numbers = [row // group for row in range(self.rank * rows, (self.rank + 1) * rows)]
         texts = {at: self.prompter.text(self._drawn[at], self._examples[at]) for at in dict.fromkeys(numbers)}
         return [{"prompt": texts[at], "task": self._drawn[at], "example": self._examples[at]} for at in numbers]

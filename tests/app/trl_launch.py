@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from gradnorm_grpo import cli, engine_trl
+from gradnorm_grpo.tasks import Task
 
 CONFIG: dict[str, Any] = {
     "model": "tiny",
@@ -32,7 +33,7 @@ CONFIG: dict[str, Any] = {
     "tasks": [{"name": "compare", "source": "synthetic"}, {"name": "maximum", "source": "synthetic"}],
     "max_steps": 3,
     "num_generations": 4,
-    "per_device_train_batch_size": 24,
+    "per_device_train_batch_size": 48,
     "max_completion_length": 3,
     "loss_type": "grpo",
     "learning_rate": 1e-3,
@@ -58,6 +59,11 @@ def seeded(self: Any, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[i
     return found, None
 
 
+def parity(self: Any, text: str, example: Any) -> float:
+    """A reward that a model with random weights earns about every other time."""
+    return float(ord(text[0]) % 2) if text else 0.0
+
+
 def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The lines of one kind in a run's log; none before it is there."""
     file = folder / "metrics.jsonl"
@@ -68,7 +74,8 @@ def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
 class Launch:
     """A process per list of arguments, each running the command line with a launcher's variables."""
 
-    def __init__(self, folder: Path, name: str, arguments: Sequence[Sequence[str]], patch: bool = False) -> None:
+    def __init__(self, folder: Path, name: str, arguments: Sequence[Sequence[str]], patch: str = "") -> None:
+        """``patch``: "completions" for those of :func:`seeded`, "rewards" for those of :func:`parity`."""
         self.folder, self.name = folder, name
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -82,14 +89,16 @@ class Launch:
                 self._work(rank, own, world if len(arguments) > 1 else {}, patch)
             self.children.append(child)
 
-    def _work(self, rank: int, arguments: Sequence[str], world: dict[str, Any], patch: bool) -> None:
+    def _work(self, rank: int, arguments: Sequence[str], world: dict[str, Any], patch: str) -> None:
         code = 70
         try:
             for stream, suffix in ((1, "out"), (2, "err")):
                 os.dup2(os.open(self.folder / f"{self.name}.{rank}.{suffix}", os.O_CREAT | os.O_WRONLY), stream)
             os.environ.update({key: str(value) for key, value in world.items()})
-            if patch:
+            if patch == "completions":
                 engine_trl.TaskTrainer._generate_single_turn = seeded
+            elif patch == "rewards":
+                Task.score = parity
             code = cli.main(list(arguments))
         except BaseException:
             traceback.print_exc()
@@ -132,18 +141,21 @@ def main(folder: Path) -> None:
     def train(name: str, *more: str) -> list[str]:
         return ["train", "--config", str(config), "--output_dir", str(folder / name), *more]
 
-    half = ("--per_device_train_batch_size", "12")
-    Launch(folder, "one", [train("one")], patch=True).wait()
-    Launch(folder, "two", [train("two", *half)] * 2, patch=True).wait()
+    half = ("--per_device_train_batch_size", "24")
+    Launch(folder, "one", [train("one")], "completions").wait()
+    Launch(folder, "two", [train("two", *half)] * 2, "completions").wait()
     wrong = ["train", "--config", str(other), "--output_dir", str(folder / "wrong")]
     Launch(folder, "wrong", [train("wrong", *half), wrong]).wait()
     long = ("--max_steps", "40", "--save_steps", "4", "--save_total_limit", "20")
-    Launch(folder, "whole", [train("whole", "--max_steps", "8", "--save_steps", "4")]).wait()
-    killed = Launch(folder, "killed", [train("killed", *long)])
+    follow = ("--sampling_strategy", "proportional", "--sampling_floor", "0.3", "--task_weighting", "equal_pull")
+    follow += ("--per_device_train_batch_size", "32")
+    whole = train("whole", *follow, "--max_steps", "8", "--save_steps", "4")
+    Launch(folder, "whole", [whole], "rewards").wait()
+    killed = Launch(folder, "killed", [train("killed", *follow, *long)], "rewards")
     killed.send(signal.SIGKILL, [0], lambda: len(lines(folder / "killed")) >= 6)
     killed.wait()
     again = ["train", "--resume", str(folder / "killed" / "checkpoint-4"), "--max_steps", "8"]
-    Launch(folder, "again", [again]).wait()
+    Launch(folder, "again", [again], "rewards").wait()
     lost = Launch(folder, "lost", [train("lost", *half, *long)] * 2)
     lost.send(signal.SIGKILL, [1], lambda: len(lines(folder / "lost")) >= 2)
     lost.wait()
