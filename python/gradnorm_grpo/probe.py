@@ -59,6 +59,8 @@ def _only(model: Any, layers: list[str]) -> None:
 #: Width of the sketches that pair prompts of different rounds: 0.6 MB per prompt and four projections, however wide the
 #: model. The error that they add to U is part of its standard error.
 SKETCH_WIDTH = 192
+#: Prompts of a task in one round: few enough to show progress and to plan by, many enough to fill a processor.
+ROUND = 16
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line],
     """
     names, model = list(grpo.tasks), grpo.model
     tracker = GradNormTracker(model, "last_attention", accumulate="sketch", sketch_width=SKETCH_WIDTH)
-    together = max(2, grpo.settings.per_device_train_batch_size // grpo.settings.num_generations)
+    together = min(ROUND, max(2, grpo.settings.per_device_train_batch_size // grpo.settings.num_generations))
     done = 0
     found: list[Line] = []
     try:
@@ -145,12 +147,18 @@ def _subset(batch: Batch, prompts: Tensor) -> Batch:
     ran, at = batch.rollouts, prompts.tolist()
     prompts = prompts.to(ran.prompt_ids.device)
     rows = (prompts[:, None] * ran.group + torch.arange(ran.group, device=prompts.device)).flatten()
-    completions = (tensor[rows] for tensor in (ran.completion_ids, ran.completion_mask, ran.ended))
     return dataclasses.replace(
         batch,
         tasks=[batch.tasks[i] for i in at],
         examples=[batch.examples[i] for i in at],
-        rollouts=Rollouts(ran.prompt_ids[prompts], ran.prompt_mask[prompts], *completions, ran.group),
+        rollouts=Rollouts(
+            ran.prompt_ids[prompts],
+            ran.prompt_mask[prompts],
+            ran.completion_ids[rows],
+            ran.completion_mask[rows],
+            ran.ended[rows],
+            ran.group,
+        ),
         rewards=batch.rewards[at],
         advantages=batch.advantages[at],
     )

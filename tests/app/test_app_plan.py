@@ -13,8 +13,10 @@ import torch
 pytest.importorskip("trl")
 
 from gradnorm_grpo import threads
+from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.loop import Grpo
 from gradnorm_grpo.plan import LEAST_PROMPTS, LEAST_QUESTIONS, Plan, Planner
+from gradnorm_grpo.parse import parse_study
 from gradnorm_grpo.rollout import Prompter
 from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.tasks import build_tasks
@@ -98,6 +100,13 @@ def test_a_probe_that_is_faster_than_expected_takes_the_time_that_is_left() -> N
     assert planner.fit_prompts(20, 41.0) and planner.plan.prompts == 100
     planner.costs.prompt = 9.0
     assert planner.fit_prompts(30, 90.0) and planner.plan.prompts == 30
+
+
+def test_a_study_has_runs_of_equal_length() -> None:
+    with pytest.raises(UserError, match="plan_minutes=5 .*set it to 0"):
+        parse_study(["--preset", "tiny", "--plan_minutes", "5"])
+    settings, _, _ = parse_study(["--preset", "smollm2"])
+    assert settings.plan_minutes == 0 and settings.final_probe_prompts == 0 and settings.max_steps == 14
 
 
 def test_without_a_budget_nothing_is_cut() -> None:

@@ -246,6 +246,8 @@ def test_a_final_probe_has_a_table_and_a_verdict_of_its_own(tmp_path: Path) -> N
     assert row.split()[-9:] == ["64", "60", "4.00", "±", "0.50", "8.0", "1.2", row.split()[-2], "0.50"]
     page = write_report(run_dir).read_text()
     assert 'id="final-probe"' in page and page.count(heading) >= 2
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
 
 
 def test_rank_correlation_is_spearmans_with_a_permutation_p_value() -> None:

@@ -77,9 +77,12 @@ def render(run: Run) -> str:
 def _tables(run: Run, results: list[TaskResult]) -> list[dict[str, Any]]:
     """The table of the run's steps, and that of its final probe if there was one."""
 
-    def table(name: str, title: str, headings: tuple[str, ...], rows: list[Row]) -> dict[str, Any]:
+    def table(
+        name: str, title: str, headings: tuple[str, ...], rows: list[Row], picture: Markup | None = None
+    ) -> dict[str, Any]:
         notes = footnotes([row.result for row in rows], rows)
         return {
+            "picture": picture,
             "id": name,
             "title": title,
             "headings": headings,
@@ -91,8 +94,9 @@ def _tables(run: Run, results: list[TaskResult]) -> list[dict[str, Any]]:
     when = f", in steps 1 to {len(run.steps)} while training" if run.final_probe else ""
     tables = [table("table", f"The tasks, loudest first{when}", HEADINGS, table_rows(results))]
     if probe := run.final_probe:
-        rows = probe_rows(task_results(probe))
-        tables.append(table("final-probe", probe_title(probe), PROBE_HEADINGS, rows))
+        probed = task_results(probe)
+        picture = charts.both_widths(lambda w: charts.pooled_pull(probed, w))
+        tables.append(table("final-probe", probe_title(probe), PROBE_HEADINGS, probe_rows(probed), picture))
     return tables
 
 
