@@ -15,8 +15,8 @@ pytest.importorskip("trl")
 from gradnorm_grpo import threads
 from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.loop import Grpo
-from gradnorm_grpo.plan import LEAST_PROMPTS, LEAST_QUESTIONS, Plan, Planner
 from gradnorm_grpo.parse import parse_study
+from gradnorm_grpo.plan import LEAST_PROMPTS, LEAST_QUESTIONS, Plan, Planner
 from gradnorm_grpo.rollout import Prompter
 from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.tasks import build_tasks
