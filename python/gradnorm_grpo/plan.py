@@ -81,6 +81,7 @@ class Planner:
     def __init__(self, wanted: Plan, budget: float, eval_steps: int = 0, save_steps: int = 0) -> None:
         self.wanted, self.budget = wanted, budget
         self.plan, self.costs = wanted, Costs()
+        self.over = False  # the least that a run does takes longer than the budget
         self._every = (eval_steps, save_steps)
 
     @property
@@ -103,6 +104,7 @@ class Planner:
             share = max(left, 0.0) / asked
             prompts = min(plan.prompts, max(LEAST_PROMPTS, int(plan.prompts * share)))
             plan = replace(plan, steps=min(step + int(more * share), ceiling.steps), prompts=prompts)
+        self.over = (plan.steps - step) * each + plan.prompts * self.costs.probe_prompt > max(left, 0.0)
         self.plan = plan
         return plan != before
 

@@ -398,7 +398,7 @@ class LoopTraining(Training):
         self.grpo.plan_steps(planner.plan.steps)
         self.console.print(
             f"{title} after step {step}, {duration(self.seconds)} of {duration(planner.budget)}: "
-            f"{planner.plan.describe()}",
+            f"{planner.plan.describe()}{', which is the least and takes longer' if planner.over else ''}",
             highlight=False,
             soft_wrap=True,
         )
@@ -411,7 +411,6 @@ class LoopTraining(Training):
         planner, names = self.planner, [task.name for task in self.tasks]
         if not planner.plan.prompts:
             return
-        set_seed(self.settings.seed)  # the same draws after a resume
         with Display(self.console, "probe", names, planner.plan.prompts) as display:
 
             def on_round(done: int, seconds: float, line: Line) -> int:
