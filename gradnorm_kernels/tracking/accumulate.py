@@ -260,6 +260,9 @@ class Accumulation:
             (index, keys),
         )
         sketched = add_up([found.pairs], sums.tasks, sums.sample_task)
+        # The operators' squares where there are any: a sketch of a gradient that is not zero may vanish.
+        own = sums.sample_sq or dict(zip(samples, found.sample_sq.tolist(), strict=True))
+        sketched = replace(sketched, sample_sq=own)
         folded = len(keys) < len(samples)
         if exact is None:
             return StepResult(sketched, None, found.variance, "sketch", folded, True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 from .rows import Rows, is_task_block
 
@@ -13,6 +13,7 @@ class StepSamples:
     Attributes:
         tasks: {sample: its task}.
         shares: {sample: the share of its rows that was seen}.
+        sq_norms: {sample: its squared norm}, added up over the micro-batches that hold rows of it; empty without pairs.
         spread: the samples whose rows may lie in other micro-batches, and on other ranks.
         partial: whether a micro-batch had only a part of a sample.
         serial: the number of the next micro-batch.
@@ -25,6 +26,7 @@ class StepSamples:
         """Forget the step."""
         self.tasks: dict[Hashable, Hashable] = {}
         self.shares: dict[Hashable, float] = {}
+        self.sq_norms: dict[Hashable, float] = {}
         self.spread: set[Hashable] = set()
         self.partial, self.serial = False, 0
         self._rows: dict[Hashable, int] = {}
@@ -58,8 +60,8 @@ class StepSamples:
                     f"than the {limit} given"
                 )
 
-    def add(self, rows: Rows, spread: bool) -> None:
-        """Count a micro-batch that was measured."""
+    def add(self, rows: Rows, sq_norms: Mapping[Hashable, float], spread: bool) -> None:
+        """Count a micro-batch that was measured. ``sq_norms``: of its samples, where pairs are summed."""
         self.serial += 1
         if spread:
             self.spread.update(rows.samples)
@@ -69,6 +71,8 @@ class StepSamples:
         for sample, share in zip(rows.samples, rows.weight.tolist(), strict=True):
             self.shares[sample] = self.shares.get(sample, 0.0) + share
             self.partial |= share != 1.0
+        for sample, sq_norm in sq_norms.items():
+            self.sq_norms[sample] = self.sq_norms.get(sample, 0.0) + sq_norm
 
     def named(self, key: Hashable, rank: int | None) -> Hashable:
         """A sample or block, named as among all ranks: ids that only this rank knows get its number."""

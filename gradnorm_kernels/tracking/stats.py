@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+import torch
 from torch import Tensor
 
 from ..estimation.estimator import TaskGradient
-from ..estimation.moments import moments
+from ..estimation.moments import informative, moments
 from .accumulate import StepResult
 
 
@@ -43,9 +44,11 @@ def step_stats(found: StepResult) -> StepStats:
     stats.inner_products, stats.inner_products_se = result.inner_products, result.inner_products_se
     stats.cosines, stats.cosines_se = result.cosines, result.cosines_se
     stats.accumulate, stats.errors = found.mode if tasks else "", found.errors
-    counts = [0] * len(tasks)
-    for k in sums.sample_task.values():
-        counts[k] += 1
+    samples = list(sums.sample_task)
+    own_task = torch.tensor([sums.sample_task[p] for p in samples], dtype=torch.long, device="cpu")
+    sq_norms = torch.tensor([sums.sample_sq[p] for p in samples], dtype=torch.float64, device="cpu")
+    counts = torch.bincount(own_task, minlength=len(tasks)).tolist()
+    with_gradient = informative(sq_norms, own_task, len(tasks)).tolist()
     method = "jackknife over folds" if found.folded else "jackknife over samples"
     if found.sketched:
         method += ", sketched"
@@ -62,5 +65,6 @@ def step_stats(found: StepResult) -> StepStats:
             mean_sq_norm=float(result.mean_sq_norm[k]),
             pair_weight=float(result.pair_weight[k]),
             std_error_method="none" if error != error else method,
+            n_effective=with_gradient[k],
         )
     return stats

@@ -303,7 +303,8 @@ class GradNormTracker:
             kept.spoiled = kept.spoiled or (kept.exact is not None and bool(recorder.reached))
             raise
         finally:
-            self._recorder = self._watcher.recorder = None
+            self._recorder = None
+            self._watcher.end()
             if reconciliation is not None:
                 reconciliation.close()
             # The arguments of every packed micro-batch are looked at: they say how many tokens there are.
@@ -329,7 +330,7 @@ class GradNormTracker:
         if sketches is not None and kept.sketches is not None:
             sketches.complete(kept.sketches, self._skipped.reasons)
         self._shards.update(recorder.groups)
-        self._samples.add(rows, spread=rows_per_sample is not None)
+        self._samples.add(rows, recorder.sample_sq, spread=rows_per_sample is not None)
 
     def _check_whole(self, rows: Rows) -> None:
         """Exact sums that were asked for need whole samples in a micro-batch."""
@@ -504,6 +505,7 @@ class GradNormTracker:
                 sample_task={
                     named(sample, rank): self._task_index[task] for sample, task in self._samples.tasks.items()
                 },
+                sample_sq={named(sample, rank): sq_norm for sample, sq_norm in self._samples.sq_norms.items()},
             ),
             folded=any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys),
             skipped=frozenset(self._skipped.reasons),

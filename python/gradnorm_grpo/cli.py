@@ -1,4 +1,4 @@
-"""The command line: `train`, `probe`, `study`, `estimators` and `report`."""
+"""The command line: `train`, `probe`, `study`, `estimators`, `intervals` and `report`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {
                                                                   every arm and seed, and the answers; continues an
                                                                   interrupted study
        train_grpo.py estimators --preset NAME [--setting value ...]  the estimators side by side on stored rollouts
+       train_grpo.py intervals --preset NAME [--seeds 1 2 3] [--setting value ...]
+                                                                  how often each interval of U holds it
        train_grpo.py report DIR                                   a run's table and HTML report, or a study's answers
 
 settings, as options or as keys of the YAML file:
 """
-COMMANDS = ("train", "probe", "study", "estimators", "report")
+COMMANDS = ("train", "probe", "study", "estimators", "intervals", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,6 +90,10 @@ def _run(arguments: list[str], console: Console) -> int:
         from .study.estimators import estimators
 
         return estimators(arguments, console)
+    if command == "intervals":
+        from .study.intervals import intervals
+
+        return intervals(arguments, console)
     from .parse import parse_settings
 
     try:
@@ -124,7 +130,11 @@ def _train(settings: Settings, name: str, console: Console) -> int:
         training = LoopTraining(settings, name, console)
     folder = training.run()
     if training.interrupted:
-        console.print(f"stopped after step {training.step_number}; go on with: train_grpo.py train --resume {folder}")
+        console.print(
+            f"stopped after step {training.step_number}; go on with: train_grpo.py train --resume {folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return 130
     return _finish(folder, console) if _process("RANK") == 0 else 0
 

@@ -64,7 +64,6 @@ def describe(batch: Batch, stats: StepStats) -> Line:
         if at:
             values |= {
                 "prompts": len(at),
-                "informative": int((batch.rewards[at].amin(1) < batch.rewards[at].amax(1)).sum()),
                 "reward": float(batch.rewards[at].mean()),
                 "reward_std": float(batch.rewards[at].std(1).mean()),
                 "abs_advantage": float(batch.advantages[at].abs().mean()),

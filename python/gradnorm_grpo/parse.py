@@ -13,7 +13,7 @@ import yaml
 from .errors import Parser, UserError, all_of, one_of
 from .runlog import RUN_FILE, read_info
 from .settings import Settings
-from .study.spec import StudySpec, read_spec, take_options
+from .study.spec import IntervalSettings, StudySpec, read_interval_options, read_spec, take_options
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -73,6 +73,13 @@ def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], st
     """The settings whose rollouts are stored, the block `study: estimators:`, and the name."""
     settings, spec, name = _shared(arguments, {}, "estimators")
     return settings, spec.estimators, name
+
+
+def parse_intervals(arguments: list[str]) -> tuple[Settings, IntervalSettings, list[int], str]:
+    """The settings whose rollouts are stored, the block `study: intervals:`, the seeds, and the name."""
+    given, rest = take_options(arguments)
+    settings, spec, name = _shared(rest, given, "intervals")
+    return settings, read_interval_options(spec.intervals), spec.seeds, name
 
 
 def _shared(arguments: list[str], given: dict[str, Any], who: str) -> tuple[Settings, StudySpec, str]:

@@ -168,9 +168,9 @@ def _pooled(lines: list[Line], task: str) -> Line:
     """One task's numbers over all rounds: counts are added, means weighted by the prompts."""
     rounds_ = [task_values(line, task) for line in lines]
     prompts = sum(values["prompts"] for values in rounds_)
-    means = {key for values in rounds_ for key in values} - {"prompts", "informative", "sampling_prob", "loss_weight"}
+    means = {key for values in rounds_ for key in values} - {"prompts", "sampling_prob", "loss_weight"}
     pooled = {key: sum(values[key] * values["prompts"] for values in rounds_) / prompts for key in sorted(means)}
-    return {"prompts": prompts, "informative": sum(values["informative"] for values in rounds_), **pooled}
+    return {"prompts": prompts, **pooled}
 
 
 def rounds(prompts: int, each: int) -> list[int]:

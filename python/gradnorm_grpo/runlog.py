@@ -60,6 +60,7 @@ _GRADIENT_LABELS = {
     "noise_scale": "noise scale",
     "plug_in": "plug-in estimate",
     "n": "prompts measured",
+    "n_effective": "prompts with a gradient",
     "mean_sq_norm": "mean squared norm per prompt",
     "pair_weight": "weight of the pairs",
 }
@@ -68,7 +69,6 @@ TASK_METRICS = {
     "sampling_prob": "sampling probability",
     "loss_weight": "loss weight",
     "prompts": "prompts",
-    "informative": "informative prompts: rewards not all equal",
     "reward": "reward",
     "reward_std": "standard deviation of the reward within a group",
     "abs_advantage": "|advantage|",
@@ -416,12 +416,13 @@ class Run:
         found = []
         for values in zip(*fields.values(), strict=True):
             numbers = dict(zip(fields, map(float, values), strict=True))
-            n = numbers.pop("n")
+            n, k = numbers.pop("n"), numbers.pop("n_effective")
             count = int(n) if math.isfinite(n) else 0
             if not math.isfinite(numbers["pair_weight"]):
                 # A log without pair weights held whole prompts: n (n - 1) ordered pairs.
                 numbers["pair_weight"] = float(count * (count - 1))
-            found.append(TaskGradient(**numbers, n=count, std_error_method="none"))
+            known = int(k) if math.isfinite(k) else None
+            found.append(TaskGradient(**numbers, n=count, std_error_method="none", n_effective=known))
         return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradnorm_kernels import RunningEstimate
+from gradnorm_kernels.estimation.estimator import too_few_informative
 
 from .numbers import clean
 from .runlog import Array, EvalPoint, Line, Run, run_of
@@ -47,12 +48,17 @@ class TaskResult:
     abs_advantage: float
     prompt_length: float
     response_length: float
-    informative: float = NAN  # prompts whose rewards are not all equal: the others have no gradient
+    n_effective: float = NAN  # prompts with a gradient; NaN where the log does not tell
 
     @property
     def resolved(self) -> bool:
         """Whether U is distinguishable from zero: more than two standard errors above it, from enough prompts."""
-        return self.n >= MIN_PROMPTS and self.sq_norm > ERRORS * self.std_error
+        return self.n >= MIN_PROMPTS and not self.caution and self.sq_norm > ERRORS * self.std_error
+
+    @property
+    def caution(self) -> str:
+        """ "too few informative prompts (3 of 64)" where the standard error of U means little; else ""."""
+        return too_few_informative(int(self.n_effective), int(self.n)) if math.isfinite(self.n_effective) else ""
 
     @property
     def eval_change(self) -> tuple[float, float]:
@@ -65,23 +71,24 @@ class TaskResult:
         return _difference(self.base, self.before)
 
 
-def few_informative(results: Sequence[TaskResult]) -> list[str]:
-    """A sentence on the tasks whose U is undecided while few of their prompts have a gradient: under a third, or 10.
+def few_with_gradient(results: Sequence[TaskResult]) -> list[str]:
+    """A sentence on the tasks whose U is undecided while under a third of their prompts have a gradient.
 
-    A prompt whose rewards are all equal has none. It counts in n all the same: leaving it out would bias U.
+    It leaves out those of which ``caution`` tells. The other prompts count in n: leaving them out would bias U.
     """
     few = [
-        f"{r.informative:.0f} of {r.n:.0f} in {clean(r.name)}"
+        f"{r.n_effective:.0f} of {r.n:.0f} in {clean(r.name)}"
         for r in results
-        if math.isfinite(r.sq_norm) and not r.resolved and r.informative < max(r.n / 3, MIN_PROMPTS)
+        if math.isfinite(r.sq_norm) and not r.resolved and not r.caution and r.n_effective < r.n / 3
     ]
-    what = "Too few informative prompts, with rewards that are not all equal (the others have no gradient)"
+    what = "Few prompts have a gradient, that is, rewards that are not all equal"
     return [f"{what}: {', '.join(few)}."] if few else []
 
 
 #: Fields of TaskResult and their keys in summary.json.
 _NUMBERS = {
     "n": "n",
+    "n_effective": "n_effective",
     "sq_norm": "grad_norm_sq",
     "std_error": "grad_norm_sq_se",
     "plug_in": "plug_in",
@@ -92,7 +99,6 @@ _NUMBERS = {
     "abs_advantage": "abs_advantage",
     "prompt_length": "prompt_length",
     "response_length": "response_length",
-    "informative": "informative",
 }
 _EVALUATIONS = {"base": "eval_base", "before": "eval_before", "after": "eval_after"}
 
@@ -150,6 +156,7 @@ def _from_log(run: Run, index: int) -> TaskResult:
         name=task,
         index=index,
         n=float(pooled.n),
+        n_effective=NAN if pooled.n_effective is None or not pooled.n else float(pooled.n_effective),
         sq_norm=pooled.value,
         std_error=pooled.std_error,
         plug_in=pooled.plug_in,
@@ -164,7 +171,6 @@ def _from_log(run: Run, index: int) -> TaskResult:
         abs_advantage=_mean(series["abs_advantage"]),
         prompt_length=_mean(series["prompt_length"]),
         response_length=_mean(series["response_length"]),
-        informative=float(np.nansum(series["informative"])) if np.isfinite(series["informative"]).any() else NAN,
     )
 
 

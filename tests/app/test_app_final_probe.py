@@ -102,7 +102,7 @@ def test_it_is_u_over_all_pairs_of_prompts_of_all_rounds(monkeypatch: pytest.Mon
         assert line[f"tasks/{name}/mean_sq_norm"] == pytest.approx(float(squares.mean()), rel=1e-4)
         assert line[f"tasks/{name}/n"] == line[f"tasks/{name}/prompts"] == 7
         informative = sum(int((batch.advantages != 0).any(1).sum()) for batch in batches)
-        assert line[f"tasks/{name}/informative"] == informative and 0 < informative < 7
+        assert line[f"tasks/{name}/n_effective"] == informative and 0 < informative < 7
         mean = sum(float(batch.rewards.mean(1).sum()) for batch in batches) / 7
         assert line[f"tasks/{name}/reward"] == pytest.approx(mean, abs=1e-6)
         assert math.isfinite(line[f"tasks/{name}/grad_norm_sq_se"])
@@ -150,7 +150,7 @@ def test_a_run_logs_its_plan_and_its_probe_apart_from_its_steps(run: Path) -> No
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["final_probe"]["step"] == 2
     assert summary["tasks"]["copy"]["n"] == 2 and summary["final_probe"]["tasks"]["copy"]["n"] == 12
-    assert summary["final_probe"]["tasks"]["copy"]["informative"] == probed["tasks/copy/informative"]
+    assert summary["final_probe"]["tasks"]["copy"]["n_effective"] == probed["tasks/copy/n_effective"]
     read = read_run(run)
     assert len(read.steps) == 2 and not read.probe and read.final_probe is not None
     for result in task_results(read.final_probe):

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..numbers import MISSING, clean, count, fixed, percent, signed, significant, with_error
 from ..runlog import read_run
-from ..summary import MIN_PROMPTS, TaskResult, few_informative, task_results
+from ..summary import MIN_PROMPTS, TaskResult, few_with_gradient, task_results
 from .verdict import imbalance_sentence, probe_title
 
 UNRESOLVED = "≈0"
@@ -31,7 +31,7 @@ HEADINGS = (
     "eval (given →)\nbefore → after",
 )
 #: Of the table of a final probe: one time, fixed weights, so there is neither a change of rewards nor a gain.
-PROBE_HEADINGS = ("task", "n", "infor-\nmative", "U ± se", "plug-in", "noise\nscale", "share\nof pull", "reward")
+PROBE_HEADINGS = ("task", "n", "with a\ngradient", "U ± se", "plug-in", "noise\nscale", "share\nof pull", "reward")
 # A terminal narrower than this gets two tables, the first about the pull, the second about rewards.
 _WHOLE = 120
 _COLUMNS = [(0, 1, 2, 3, 4, 5), (0, 6, 7, 8)]
@@ -92,7 +92,7 @@ def table_rows(results: list[TaskResult]) -> list[Row]:
 
 def probe_rows(results: list[TaskResult]) -> list[Row]:
     """The rows of the table of a final probe, in the order of the results."""
-    return [Row(r, (clean(r.name), count(r.n), count(r.informative), *_pull(r), fixed(r.reward_last))) for r in results]
+    return [Row(r, (clean(r.name), count(r.n), count(r.n_effective), *_pull(r), fixed(r.reward_last))) for r in results]
 
 
 def footnotes(results: list[TaskResult], rows: list[Row] | None = None) -> list[str]:
@@ -105,7 +105,10 @@ def footnotes(results: list[TaskResult], rows: list[Row] | None = None) -> list[
             "a small value and is printed as it is. The share of pull of such a task is as uncertain as its U. Its "
             "noise scale, a ratio to what may be zero, is left out."
         )
-    notes += few_informative(results)
+    notes += [
+        f"{clean(r.name)}: {r.caution}, so the standard error of its U means little." for r in results if r.caution
+    ]
+    notes += few_with_gradient(results)
     if any(math.isnan(r.sq_norm) for r in results):
         notes.append(f"{MISSING} for U: no step drew two prompts of the task (n < 2), so U is not defined.")
     if any(MISSING in cell for row in rows for cell in row.cells[1:] if math.isfinite(row.result.sq_norm)):

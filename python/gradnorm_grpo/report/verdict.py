@@ -12,7 +12,7 @@ from scipy import stats
 from ..numbers import clean, fixed, percent, signed, significant
 from ..runlog import Array, Run
 from ..study.stats import correlate, fieller, permutation_p
-from ..summary import ERRORS, NAN, Cosine, TaskResult, few_informative, task_results
+from ..summary import ERRORS, NAN, Cosine, TaskResult, few_with_gradient, task_results
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,12 @@ def verdict(run: Run, results: list[TaskResult], table: dict[tuple[str, str], Co
     if not len(run.steps):
         return [("Nothing to judge", ["No training step was finished, so nothing can be said about the tasks."])]
     nothing = ["Nothing was trained in this probe, so it says nothing about learning."]
-    pulls = [("Who pulls hardest", [*loudness(results), *few_informative(results)])]
+    pulls = [("Who pulls hardest", [*loudness(results), *few_with_gradient(results)])]
     if run.final_probe:
         probed = task_results(run.final_probe)
         pulls = [
             (f"Who pulled hardest while training (steps 1 to {len(run.steps)})", pulls[0][1]),
-            (probe_title(run.final_probe), [*loudness(probed), *few_informative(probed)]),
+            (probe_title(run.final_probe), [*loudness(probed), *few_with_gradient(probed)]),
         ]
     return [
         *pulls,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..runlog import EVAL_METRICS, FULL, LOG_FILE, SUMMARY_FILE, read_run
+from .decision import Decision, read_decision
 from .stats import Array, pool
 
 Run: TypeAlias = tuple[str, int]  # (arm, seed)
@@ -78,7 +79,8 @@ class Measurements:
     ``arms``, ``seeds`` and ``tasks`` are in the study's order, including those whose runs are missing; ``steps`` is T,
     the length of the longest run; ``gain_window`` the s of Gain(t), in steps; ``layers`` what U was measured on.
     ``missing`` names the runs that do not exist or are unfinished, which are left out. ``estimates`` holds the content
-    of estimators/seed<seed>.json, one entry per seed; it may be empty.
+    of estimators/seed<seed>.json, one entry per seed; it may be empty. ``decision``: what the study declared before its
+    runs, as study.json has it; empty where it declared nothing.
     """
 
     arms: list[str]
@@ -88,6 +90,7 @@ class Measurements:
     gain_window: int
     layers: str = "last_attention"
     missing: list[str] = field(default_factory=list)
+    decision: dict[str, Any] = field(default_factory=dict)
     estimates: list[dict[str, Any]] = field(default_factory=list, repr=False)
     _runs: dict[Run, _Run] = field(default_factory=dict, repr=False)
 
@@ -124,6 +127,11 @@ class Measurements:
             raise UserError(f"the study has no finished run of arm {arm!r} with seed {seed!r}; there is {there}")
         return self._runs[arm, seed]
 
+    @property
+    def declared(self) -> Decision:
+        """What the study declared before its runs; the defaults, without margins, where it declared nothing."""
+        return read_decision(self.decision)
+
     # Steps and pooled U
 
     def every_step(self) -> Mask:
@@ -134,6 +142,11 @@ class Measurements:
         """The steps first .. end - 1, counted from 0, as a mask [T]."""
         steps = np.arange(self.steps)
         return np.asarray((steps >= first) & (steps < end))
+
+    def halves(self) -> tuple[Mask, Mask]:
+        """Odd and even steps, as two masks [T]: the same quantity twice, from rollouts of its own each time."""
+        odd = np.arange(self.steps) % 2 == 0
+        return odd, ~odd
 
     def thirds(self) -> list[tuple[int, int]]:
         """(first, end) of the thirds of training, counted from 0; fewer where there are fewer than three steps."""
@@ -193,6 +206,7 @@ class Measurements:
             int(study["gain_window"]),
             layers or "last_attention",
             missing,
+            dict(study.get("decision", {})),
         )
         logged = [name for name in FIELDS if name != "rollouts"]
         for key, run in found.items():
@@ -243,7 +257,10 @@ class Measurements:
     def write_csv(self, path: Path | str) -> None:
         """One row per (arm, seed, kind, step, task), numbers with nine digits, below a line on the study."""
         with Path(path).open("w", encoding="utf-8", newline="") as file:
-            file.write(f"# {json.dumps({name: getattr(self, name) for name in _ABOUT})}\n")
+            about = {name: getattr(self, name) for name in _ABOUT} | (
+                {"decision": self.decision} if self.decision else {}
+            )
+            file.write(f"# {json.dumps(about)}\n")
             columns = ("arm", "seed", "kind", "step", "task", *_NUMBERS)
             writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()

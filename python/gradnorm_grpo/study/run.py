@@ -78,12 +78,11 @@ def study(arguments: list[str], console: Console) -> int:
 
 
 def _jobs(settings: Settings, spec: StudySpec, folder: Path) -> list[Job]:
-    """One arm after another, so that runs side by side have different seeds and do not repeat the same warm start."""
+    """The runs in the spec's order, then the comparisons of the estimators."""
     jobs = []
-    for arm in spec.arms:
-        for seed in spec.seeds:
-            place = folder / "runs" / f"{arm}-seed{seed}"
-            jobs.append(run_job(f"{arm} seed {seed}", spec.run_settings(settings, arm, seed, str(place))))
+    for arm, seed in spec.order():
+        place = folder / "runs" / f"{arm}-seed{seed}"
+        jobs.append(run_job(f"{arm} seed {seed}", spec.run_settings(settings, arm, seed, str(place))))
     place = folder / "estimators"
     for seed in spec.seeds[: spec.estimator_seeds]:
         own = dataclasses.replace(settings, seed=seed, output_dir=str(place))
@@ -112,6 +111,7 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         "seeds": spec.seeds,
         "tasks": [task["name"] for task in settings.tasks],
         "gain_window": settings.gain_window,
+        **({"decision": spec.decision} if spec.decision else {}),
     }
     before = read_study(folder) if (folder / "study.json").is_file() else None
     if before is None:
@@ -125,6 +125,8 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         for key, value in given.items()
         if old.get(key, value) != value  # a setting or an arm that is newer than the study is no change
     ]
+    if (declared := before.get("decision", {})) != described.get("decision", {}):
+        changed.append(f"decision {declared!r} -> {spec.decision!r}")
     if changed:
         raise UserError(
             f"{folder} holds a study with other settings ({'; '.join(changed)[:400]}): give another --output_dir, or "

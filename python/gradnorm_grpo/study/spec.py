@@ -9,8 +9,13 @@ In YAML, all keys optional::
       arms:                          # what is compared: a name and the settings that make the arm
         uniform: {sampling_strategy: uniform}
         inverse: {sampling_strategy: inverse}
+      stages: [[uniform, inverse]]   # the order of the runs: seed by seed within a stage; default: arm by arm
+      decision:                      # fixed before the runs (see Decision); default: no margins, the end of training
+        primary: average
+        margins: {arms: 0.02}
       estimators: {prompts: 256}     # of the comparison of estimators (see EstimatorSettings)
       estimator_seeds: 1             # for how many of the seeds the estimators are compared
+      intervals: {prompts: 512}      # of the comparison of intervals (see IntervalSettings)
       keep_checkpoints: false        # keep the weights of finished runs
 """
 
@@ -23,6 +28,7 @@ from typing import Any
 
 from ..errors import Parser, UserError, all_of
 from ..settings import Settings
+from .decision import read_decision
 
 #: The paper's interventions. "uniform" is what the others are compared with.
 ARMS: dict[str, dict[str, Any]] = {
@@ -48,8 +54,11 @@ class StudySpec:
     jobs: int = 1
     settings: dict[str, Any] = field(default_factory=lambda: {"full_steps": 1})
     arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: dict(own) for name, own in ARMS.items()})
+    stages: list[list[str]] = field(default_factory=list)
+    decision: dict[str, Any] = field(default_factory=dict)
     estimators: dict[str, Any] = field(default_factory=dict)
     estimator_seeds: int = 1
+    intervals: dict[str, Any] = field(default_factory=dict)
     keep_checkpoints: bool = False
 
     def __post_init__(self) -> None:
@@ -62,7 +71,7 @@ class StudySpec:
                 raise UserError(f"{name} must be a whole number from {lowest}, got {getattr(self, name)!r}")
         if not isinstance(self.keep_checkpoints, bool):
             raise UserError(f"keep_checkpoints must be true or false, got {self.keep_checkpoints!r}")
-        for name in ("settings", "arms", "estimators"):
+        for name in ("settings", "arms", "estimators", "intervals"):
             if not isinstance(getattr(self, name), dict):
                 raise UserError(f"{name} of a study must be a mapping, got {getattr(self, name)!r}")
         if not self.arms:
@@ -73,6 +82,29 @@ class StudySpec:
             all_of(f"a setting of arm {arm!r}", own if isinstance(own, dict) else [own], ARM_SETTINGS)
         known = [spec.name for spec in dataclasses.fields(Settings) if spec.name not in _OWN]
         all_of("a setting of the study", self.settings, known)
+        self._check_stages()
+        read_decision(self.decision)
+
+    def _check_stages(self) -> None:
+        lists = isinstance(self.stages, list) and all(isinstance(stage, list) for stage in self.stages)
+        named = [arm for stage in self.stages for arm in stage] if lists else []
+        if not lists or len(set(map(str, named))) != len(named):
+            raise UserError(f"stages of a study must be a list of lists of different arms, got {self.stages!r}")
+        all_of("an arm of the study's stages", named, self.arms)
+        if missing := [arm for arm in self.arms if arm not in named] if self.stages else []:
+            raise UserError(f"stages of the study must name every arm once; {', '.join(missing)} is not there")
+
+    def order(self) -> list[tuple[str, int]]:
+        """(arm, seed) of every run in the order in which they start.
+
+        One arm after another, so that runs side by side have different seeds and do not repeat the same warm start.
+        With ``stages``: as many seeds as ``jobs`` at a time, all arms of the stage for them, then the next seeds. What
+        is finished when time ends is then the same seeds of all arms.
+        """
+        if not self.stages:
+            return [(arm, seed) for arm in self.arms for seed in self.seeds]
+        blocks = [self.seeds[first : first + self.jobs] for first in range(0, len(self.seeds), self.jobs)]
+        return [(arm, seed) for stage in self.stages for block in blocks for arm in stage for seed in block]
 
     def run_settings(self, settings: Settings, arm: str, seed: int, folder: str) -> Settings:
         """The settings of one run."""
@@ -90,7 +122,8 @@ def read_spec(block: Any, given: dict[str, Any]) -> StudySpec:
     if chosen is None:
         return spec
     all_of("--arms", chosen, spec.arms)
-    return dataclasses.replace(spec, arms={arm: spec.arms[arm] for arm in chosen})
+    stages = [[arm for arm in stage if arm in chosen] for stage in spec.stages]
+    return dataclasses.replace(spec, arms={arm: spec.arms[arm] for arm in chosen}, stages=[s for s in stages if s])
 
 
 @dataclass
@@ -125,6 +158,35 @@ class EstimatorSettings:
                 "widths of the study's estimators must be a list of different whole numbers above 0, "
                 f"got {self.widths!r}"
             )
+
+
+@dataclass
+class IntervalSettings:
+    """The entry `intervals` of the block: how the intervals of U are compared.
+
+    Args:
+        prompts: N, of every task, each with its whole group; at least 32.
+        draws: of n of the N, for every n.
+        resamples: of the bootstrap, at least 99.
+    """
+
+    prompts: int = 512
+    draws: int = 200
+    resamples: int = 299
+
+    def __post_init__(self) -> None:
+        """Hold every entry to its type and range."""
+        for name, lowest in (("prompts", 32), ("draws", 1), ("resamples", 99)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(
+                    f"{name} of the study's intervals must be a whole number from {lowest}, got {getattr(self, name)!r}"
+                )
+
+
+def read_interval_options(block: Mapping[str, Any]) -> IntervalSettings:
+    """:class:`IntervalSettings` from a mapping, as YAML has it."""
+    all_of("a key of the study's intervals", block, [spec.name for spec in dataclasses.fields(IntervalSettings)])
+    return IntervalSettings(**block)
 
 
 def read_options(block: Mapping[str, Any]) -> EstimatorSettings:

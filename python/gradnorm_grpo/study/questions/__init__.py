@@ -44,11 +44,12 @@ def answer(m: Measurements) -> dict[str, Any]:
     answers = []
     for name, question in QUESTIONS.items():
         found = question.answer(m)
-        about = {"id": name, "question": question.QUESTION, "claim": question.CLAIM}
+        about = {"id": name, "question": question.QUESTION, "claim": found.claim or question.CLAIM}
         parts = {"verdict": found.verdict, "sentence": found.sentence, "numbers": found.numbers, "data": found.data}
         answers.append(about | parts)
     study = {key: getattr(m, key) for key in ("tasks", "arms", "seeds", "missing", "gain_window")}
-    whole: dict[str, Any] = plain({"answers": answers, "runs": [_run(m, run) for run in m.runs], **study})
+    declared = {"decision": m.decision} if m.decision else {}
+    whole: dict[str, Any] = plain({"answers": answers, "runs": [_run(m, run) for run in m.runs], **study, **declared})
     return whole
 
 
