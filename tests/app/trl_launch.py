@@ -151,7 +151,7 @@ def main(folder: Path) -> None:
     wrong = ["train", "--config", str(other), "--output_dir", str(folder / "wrong")]
     Launch(folder, "wrong", [train("wrong", *half), wrong]).wait()
     long = ("--max_steps", "40", "--save_steps", "4", "--save_total_limit", "20")
-    follow = ("--sampling_strategy", "proportional", "--sampling_floor", "0.3", "--task_weighting", "equal_pull")
+    follow = ("--sampling_strategy", "proportional", "--sampling_floor", "0.8", "--task_weighting", "equal_pull")
     follow += ("--per_device_train_batch_size", "32")
     whole = train("whole", *follow, "--max_steps", "8", "--save_steps", "4")
     Launch(folder, "whole", [whole], "rewards").wait()
