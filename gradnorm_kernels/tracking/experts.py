@@ -11,6 +11,7 @@ an expert's matrix. An operation that it does not know on this way makes the mod
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,7 @@ class ExpertsTrace(TorchFunctionMode):
         super().__init__()
         self.products: list[Product] = []
         self.unreadable: str | None = None
-        self.entered = False
+        self._thread: int | None = None  # the one that is inside
         self.take: Callable[[Product, Tensor], None] | None = None
         self._layer, self._verify = layer, verify
         self._marks: Any = WeakIdKeyDictionary()
@@ -150,9 +151,15 @@ class ExpertsTrace(TorchFunctionMode):
             self.unreadable = "its experts are spread over ranks"
 
     def __enter__(self) -> ExpertsTrace:
-        self.entered = True
         super().__enter__()
+        self._thread = threading.get_ident()
         return self
+
+    def leave(self) -> None:
+        """Take the mode off the stack of modes of this thread, if this thread put it there."""
+        if self._thread == threading.get_ident():
+            self._thread = None
+            self.__exit__(None, None, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -185,6 +185,12 @@ class Watcher:
         self.recorder, self._probing = recorder, probing
         self._depth, self._probed, self._shared = 0, set(), []
 
+    def end(self) -> None:
+        """The micro-batch is over, whatever ended it."""
+        self.recorder = None
+        for name in reversed(list(self._traces)):
+            self._abandon(name)
+
     def changed(self) -> list[Layer]:
         """Layers whose class, forward, hooks or parametrizations are others than when their formula was verified."""
         found = [
@@ -330,16 +336,26 @@ class Watcher:
         x = first_tensor(args, kwargs)
         if x is None or not torch.is_grad_enabled() or self.left_out(layer):
             return
+        self._abandon(layer.name)
         trace = self._traces[layer.name] = ExpertsTrace(layer, x, verify=layer.name not in self._formulas)
         if compiled:
             trace.unreadable = "torch.compile compiles its forward, which cannot be followed"
         else:
             trace.__enter__()
 
+    def _abandon(self, name: str) -> None:
+        """Stop following a call of experts that ended with something other than an ``Exception``.
+
+        Hooks with ``always_call`` run for exceptions alone: not for a KeyboardInterrupt or a SystemExit.
+        """
+        trace = self._traces.pop(name, None)
+        if trace is not None:
+            trace.leave()
+
     def _end_experts(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         trace = self._traces.pop(layer.name, None)
-        if trace is not None and trace.entered:
-            trace.__exit__(None, None, None)
+        if trace is not None:
+            trace.leave()
         if output is None:  # its forward raised
             return None
         if is_quiet():

@@ -322,6 +322,8 @@ class Probe:
         masks = tensor.dtype == torch.bool or ("mask" in path and tensor.dim() == 2)
         if masks != (level == "mask") or level == "blocks":
             return None
+        if "sizes" in path:  # of images: with other ones a row has another number of tokens, and takes its neighbour's
+            return None
         new, chosen = tensor.cpu().clone(), rows.nonzero()[:, 0].tolist()
         if tensor.dim() == 1:
             values = [new[row].item() for row in chosen]

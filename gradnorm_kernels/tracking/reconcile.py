@@ -4,7 +4,7 @@ With random u and v, ``u^T dW v = sum_t (u . dy_t)(x_t . v)``, so that dW of the
 two sides differ where a use of the parameter was not seen (a functional call, a tied head, a regulariser in the loss),
 where tokens were lost or where x and dy do not belong together. Autograd's side is taken by a hook on the parameter,
 which fires once per engine pass with the sum over the uses in that pass, before it is accumulated into ``.grad`` and
-before ranks reduce it.
+before ranks reduce it. Both sides are computed without the caller's autocast, which may be on during backward too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..backends.torch.numerics import exact_matmuls
 from ..segments import to_device
 from ..tolerances import relative, rounding
 from .parameter_gram import Tokens
@@ -69,7 +70,7 @@ class Reconciliation:
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
-            with torch.no_grad():
+            with torch.no_grad(), exact_matmuls(grad.device):
                 self._add_theirs(name, grad.detach())
 
         return hook
@@ -114,15 +115,16 @@ class Reconciliation:
         dy, x = tokens.dy, tokens.x
         wide = torch.promote_types(dy.dtype, torch.float32)
         rows, columns = self._pair(name, self._totals[name].parameter, dy)
-        if tokens.embedding:
-            along_x = torch.where(x >= 0, rows[:, x.clamp_min(0)], 0.0)
-            along_dy = columns @ dy.to(wide).T
-        elif tokens.expert is not None:
-            inputs, outputs = (dy, x) if transposed else (x, dy)
-            along_x, along_dy = columns @ inputs.to(wide).T, self._along_rows(rows, tokens, outputs.to(wide))
-        else:
-            u, v = (columns, rows) if transposed else (rows, columns)
-            along_x, along_dy = v @ x.to(wide).T, u @ dy.to(wide).T
+        with exact_matmuls(dy.device):
+            if tokens.embedding:
+                along_x = torch.where(x >= 0, rows[:, x.clamp_min(0)], 0.0)
+                along_dy = columns @ dy.to(wide).T
+            elif tokens.expert is not None:
+                inputs, outputs = (dy, x) if transposed else (x, dy)
+                along_x, along_dy = columns @ inputs.to(wide).T, self._along_rows(rows, tokens, outputs.to(wide))
+            else:
+                u, v = (columns, rows) if transposed else (rows, columns)
+                along_x, along_dy = v @ x.to(wide).T, u @ dy.to(wide).T
         products = (along_x * along_dy).double() * factor
         self._add_mine(name, products.sum(1), 16 * rounding(wide) * products.abs().sum(1).mean(), dy.dtype)
 

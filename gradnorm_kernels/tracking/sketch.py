@@ -150,8 +150,6 @@ class MicrobatchSketches:
         for name, sketch in self._found.items():
             if name not in left_out:
                 step.add(name, sketch, self._rows.samples)
-        for sample, share in zip(self._rows.samples, self._rows.weight.tolist(), strict=True):
-            step.shares[sample] = step.shares.get(sample, 0.0) + share
 
 
 def _along_experts(tokens: Tokens, of_rows: Tensor | None, count: int) -> Tensor:
@@ -173,12 +171,8 @@ def _along_experts(tokens: Tokens, of_rows: Tensor | None, count: int) -> Tensor
 
 @dataclass
 class StepSketches:
-    """The sketches of the samples seen in a step so far on this rank, by the parameter's name.
+    """The sketches of the samples seen in a step so far on this rank, by the parameter's name."""
 
-    ``shares``: {sample: the share of its rows that was seen}.
-    """
-
-    shares: dict[Hashable, float] = field(default_factory=dict)
     _values: dict[str, dict[Hashable, Tensor]] = field(default_factory=dict)
     _projected: dict[str, tuple[bool, bool]] = field(default_factory=dict)
 
@@ -191,7 +185,7 @@ class StepSketches:
 
     def reset(self) -> None:
         """Forget the samples."""
-        self.shares, self._values, self._projected = {}, {}, {}
+        self._values, self._projected = {}, {}
 
     def layout(self) -> dict[str, tuple[Any, ...]]:
         """{parameter: (shape, dtype, type of device, projected)} of what was seen."""

@@ -303,7 +303,8 @@ class GradNormTracker:
             kept.spoiled = kept.spoiled or (kept.exact is not None and bool(recorder.reached))
             raise
         finally:
-            self._recorder = self._watcher.recorder = None
+            self._recorder = None
+            self._watcher.end()
             if reconciliation is not None:
                 reconciliation.close()
             # The arguments of every packed micro-batch are looked at: they say how many tokens there are.

@@ -139,7 +139,11 @@ def _train(settings: Settings, name: str, console: Console) -> int:
         training = LoopTraining(settings, name, console)
     folder = training.run()
     if training.interrupted:
-        console.print(f"stopped after step {training.step_number}; go on with: train_grpo.py train --resume {folder}")
+        console.print(
+            f"stopped after step {training.step_number}; go on with: train_grpo.py train --resume {folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return 130
     return _finish(folder, console) if _process("RANK") == 0 else 0
 

@@ -68,7 +68,13 @@ def parse_study(arguments: list[str]) -> tuple[Settings, StudySpec, str]:
     `study: settings:` overrides the preset's own settings, and the options override both.
     """
     given, rest = take_options(arguments)
-    return _shared(rest, given, "a study")
+    settings, spec, name = _shared(rest, given, "a study")
+    if settings.plan_minutes:
+        raise UserError(
+            f"plan_minutes={settings.plan_minutes:g} gives every run a length of its own, so that the runs of a study "
+            "could not be compared: set it to 0, on the command line or under `study: settings:`"
+        )
+    return settings, spec, name
 
 
 def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], str]:

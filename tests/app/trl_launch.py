@@ -61,7 +61,7 @@ def seeded(self: Any, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[i
 
 def parity(self: Any, text: str, example: Any) -> float:
     """A reward that a model with random weights earns about every other time."""
-    return float(ord(text[0]) % 2) if text else 0.0
+    return 1.0 if text == example.answer else float(ord(text[0]) % 2) if text else 0.0
 
 
 def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -69,6 +69,10 @@ def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     file = folder / "metrics.jsonl"
     whole = file.read_text().split("\n")[:-1] if file.is_file() else []
     return [line for line in map(json.loads, whole) if line["kind"] == kind]
+
+
+def _ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 class Launch:
@@ -110,7 +114,7 @@ class Launch:
     def send(self, number: signal.Signals, ranks: Sequence[int], when: Callable[[], bool]) -> None:
         """Wait until ``when``, then send the signal to the processes of these ranks."""
         deadline = time.monotonic() + 200
-        while not when() and time.monotonic() < deadline:
+        while not when() and time.monotonic() < deadline and not any(map(_ended, self.children)):
             time.sleep(0.01)
         for rank in ranks:
             os.kill(self.children[rank], number)
@@ -147,14 +151,25 @@ def main(folder: Path) -> None:
     wrong = ["train", "--config", str(other), "--output_dir", str(folder / "wrong")]
     Launch(folder, "wrong", [train("wrong", *half), wrong]).wait()
     long = ("--max_steps", "40", "--save_steps", "4", "--save_total_limit", "20")
-    follow = ("--sampling_strategy", "proportional", "--sampling_floor", "0.3", "--task_weighting", "equal_pull")
-    follow += ("--per_device_train_batch_size", "32")
+    # With all that a checkpoint has to hold: a sampler that follows U, several updates on a generation, a reference.
+    follow = (
+        "--sampling_strategy",
+        "proportional",
+        "--sampling_floor",
+        "0.8",
+        "--beta",
+        "0.05",
+        "--num_iterations",
+        "2",
+    )
+    follow += ("--warm_start_steps", "2", "--warm_start_examples", "8", "--warm_start_batch_size", "4")
+    follow += ("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2")
     whole = train("whole", *follow, "--max_steps", "8", "--save_steps", "4")
     Launch(folder, "whole", [whole], "rewards").wait()
     killed = Launch(folder, "killed", [train("killed", *follow, *long)], "rewards")
     killed.send(signal.SIGKILL, [0], lambda: len(lines(folder / "killed")) >= 6)
     killed.wait()
-    again = ["train", "--resume", str(folder / "killed" / "checkpoint-4"), "--max_steps", "8"]
+    again = ["train", "--resume", str(folder / "killed" / "checkpoint-8"), "--max_steps", "8"]
     Launch(folder, "again", [again], "rewards").wait()
     lost = Launch(folder, "lost", [train("lost", *half, *long)] * 2)
     lost.send(signal.SIGKILL, [1], lambda: len(lines(folder / "lost")) >= 2)

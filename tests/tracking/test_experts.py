@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -323,10 +324,11 @@ def test_expert_parallelism_is_refused_by_name() -> None:
     assert all("spread over ranks" in reason for reason in skipped.values())
 
 
-def test_a_forward_that_raises_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
+def test_a_forward_that_raises_leaves_nothing_behind(error: type[BaseException]) -> None:
     def products(x: Tensor, expert: Tensor, matrices: Tensor) -> Tensor:
         if fail:
-            raise KeyError("in the middle")
+            raise error("in the middle")
         return loop(x, expert, matrices)
 
     fail = False
@@ -336,9 +338,16 @@ def test_a_forward_that_raises_leaves_nothing_behind() -> None:
     with tracker.microbatch(TASKS):
         losses(range(ROWS)).mean().backward()
     fail = True
-    with pytest.raises(KeyError), tracker.microbatch(TASKS):
+    with pytest.raises(error), tracker.microbatch(TASKS):
         losses(range(ROWS))
     assert _get_current_function_mode_stack() == []
+    with tracker.microbatch(TASKS):  # caught inside the block, which goes on
+        for now in (True, True, False):
+            fail = now
+            with contextlib.suppress(error):
+                losses(range(ROWS)).mean().backward()
+    assert _get_current_function_mode_stack() == []
+    assert tracker.skipped == {}
     tracker.close()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     fail = False

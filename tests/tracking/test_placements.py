@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -269,3 +270,39 @@ def test_hooks_that_the_first_forward_adds_are_added_once() -> None:
     losses(range(ROWS))
     assert model.hooked
     assert len(captured) == 1
+
+
+class Pictures(nn.Module):
+    """Image features take the places of tokens 0, in order over all rows. A row's size says how many it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.vision = nn.Embedding(WORDS, 8), nn.Linear(4, 8)
+        self.hidden, self.head = nn.Linear(8, 8), nn.Linear(8, WORDS)
+
+    def forward(self, ids: Tensor, pixels: Tensor, image_sizes: Tensor) -> Tensor:
+        pictures = self.vision(pixels)
+        found = torch.cat([own[: int(size[0])] for own, size in zip(pictures, image_sizes, strict=True)])
+        places = ids == 0
+        if len(found) != int(places.sum()):
+            raise ValueError("the images have another number of features than the text has places")
+        embedded = self.token(ids).masked_scatter(places[..., None], found)
+        return self.head(torch.tanh(self.hidden(embedded)).cumsum(1))
+
+
+def test_sizes_of_images_are_not_exchanged() -> None:
+    """With two sizes turned around, as many features as before would be in other rows."""
+    torch.manual_seed(0)
+    model = Pictures().double()
+    sizes = torch.tensor([[1, 2], [3, 1], [2, 1], [2, 2], [1, 3], [2, 2]])
+    ids = token_ids(9)
+    for row, (own, _) in enumerate(sizes.tolist()):
+        ids[row, 1 : 1 + own] = 0
+    pixels = torch.randn(ROWS, 3, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+    def losses(rows: Sequence[int]) -> Tensor:
+        rows = list(rows)
+        logits = model(ids[rows], pixels[rows], image_sizes=sizes[rows])[:, :-1]
+        return -torch.log_softmax(logits, -1).gather(-1, ids[rows][:, 1:, None])[..., 0].mean(1)
+
+    assert agree(model, losses, unverified="raise") == {}

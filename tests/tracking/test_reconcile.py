@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,31 @@ def test_a_parameter_whose_gradient_comes_in_several_passes(reentrant: bool) -> 
         with tracker.microbatch(TASKS):
             class_losses(model, features(5))(range(ROWS)).mean().backward()
     assert tracker.step()["a"].n == 2 * TASKS.count("a")
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"accumulate": "exact"}, {"accumulate": "sketch"}], ids=str)
+def test_backward_inside_autocast_leaves_nothing_out(options: dict[str, Any]) -> None:
+    """The gradients are the same to the last bit in and outside autocast here, so the estimates must be too."""
+    torch.manual_seed(0)
+    model = Text("none")
+    losses = next_token_losses(model, token_ids())
+    found, gradients = [], []
+    for inside in (False, True):
+        model.zero_grad()
+        tracker = gk.GradNormTracker(model, "all", unverified="raise", verify="always", **options)
+        with tracker.microbatch(TASKS):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = losses(range(ROWS)).mean()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                loss.backward()
+        found.append(tracker.step())
+        assert tracker.skipped == {}
+        tracker.close()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+    assert set(found[0]) == {"a", "b"}
+    for task, gradient in found[0].items():
+        assert gradient.mean_sq_norm > 0 and repr(found[1][task]) == repr(gradient)  # a NaN may be in it
 
 
 def test_a_hook_of_the_caller_that_changes_a_gradient_is_not_a_fault() -> None:

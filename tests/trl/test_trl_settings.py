@@ -10,7 +10,7 @@ import torch
 
 from gradnorm_kernels import StepStats, TaskGradient
 from gradnorm_kernels.integrations.trl import attach
-from gradnorm_kernels.integrations.trl.validation import grpo_plan
+from gradnorm_kernels.integrations.trl.validation import check_version, grpo_plan
 from tests.trl import trl_tiny as tiny
 
 trl = pytest.importorskip("trl")
@@ -44,6 +44,18 @@ def test_settings_that_are_refused(tmp_path, changes, options, message):
     with pytest.raises(ValueError, match=message):
         attach(trainer, **options)
     assert trainer.__dict__ == before
+
+
+@pytest.mark.parametrize("version", ["0.29.1", "1.0.0", "1.8.0", "1.17.0", "1.17.0.dev0", "2.9.0", "main"])
+def test_other_versions_of_trl_are_refused(tmp_path, version, monkeypatch):
+    trainer = tiny.grpo(tmp_path)
+    before = dict(trainer.__dict__)
+    monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(ValueError, match=rf"TRL {version} is installed; .* TRL 1\.9 to 1\.16 .*trl>=1\.9,<1\.17"):
+        attach(trainer)
+    assert trainer.__dict__ == before
+    for known in ("1.9.0", "1.16.3", "1.16.0.dev0"):
+        check_version(known)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from .sft import SftHooks
 from .validation import (
     check_count,
     check_trainer,
+    check_version,
     grpo_plan,
     refuse_common,
     row_tasks,
@@ -108,10 +109,13 @@ def attach(
 
     Raises:
         TypeError: not a trainer this works on.
-        ValueError: settings that cannot be measured or do not fit together, by name; the trainer is unchanged.
+        ValueError: settings that cannot be measured or do not fit together, or a version of TRL that is not known, by
+            name; the trainer is unchanged.
     """
+    import trl
     from trl import GRPOTrainer, SFTTrainer
 
+    check_version(trl.__version__)
     if not isinstance(trainer, (GRPOTrainer, SFTTrainer)):
         raise TypeError(
             f"trainer must be a GRPOTrainer (or a subclass) or an SFTTrainer, got {type(trainer).__name__}: for a loop "

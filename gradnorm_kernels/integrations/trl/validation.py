@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from ...tracking.accumulate import StepPlan
 from .loss_scale import GRPO_LOSSES, LOSS_TYPES, SFT_LOSSES, own_grpo_loss, own_sft_loss
 
+#: The first and the last minor version of TRL under which the integration tests pass. Before 1.9 the losses divide by
+#: other numbers of micro-batches, so the row scales would be wrong without an error.
+OLDEST_TRL, NEWEST_TRL = (1, 9), (1, 16)
 #: What attach(task_sampling=...) takes -> TaskSampler's strategy; None leaves TRL's own sampler alone.
 TASK_SAMPLING = {
     "off": None,
@@ -30,6 +34,22 @@ SAME_LOSS = (
 )
 
 
+def check_version(version: str) -> None:
+    """Refuse a version of TRL whose losses were not read and compared.
+
+    Raises:
+        ValueError: names the version, what is allowed and what to install.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or not OLDEST_TRL <= tuple(map(int, numbers.groups())) <= NEWEST_TRL:
+        oldest, newest = (".".join(map(str, minor)) for minor in (OLDEST_TRL, NEWEST_TRL))
+        raise ValueError(
+            f"TRL {version} is installed; attach(...) knows how the losses of TRL {oldest} to {newest} average over "
+            f"rows and tokens, and with another version U could be off by a factor: install 'trl>={oldest},<"
+            f"{NEWEST_TRL[0]}.{NEWEST_TRL[1] + 1}'"
+        )
+
+
 def check_trainer(trainer: Any, needs: Sequence[str]) -> None:
     """Refuse a trainer that lacks a method or attribute which attach(...) uses, or that is already attached to.
 
@@ -40,7 +60,7 @@ def check_trainer(trainer: Any, needs: Sequence[str]) -> None:
     if missing:
         raise ValueError(
             f"{type(trainer).__name__} of the installed TRL lacks {', '.join(missing)}, which attach(...) uses: attach "
-            "was written for TRL 1.16"
+            f"is tested with TRL {'.'.join(map(str, OLDEST_TRL))} to {'.'.join(map(str, NEWEST_TRL))}"
         )
     if getattr(trainer, "_gradnorm", None) is not None:
         raise ValueError("attach(...) was already called on this trainer: call .detach() on what it returned first")
