@@ -71,9 +71,14 @@ def describe(batch: Batch, stats: StepStats) -> Line:
                 "response_length": sum(response_lengths[i] for i in at) / len(at),
             }
         line |= task_metrics(name, values)
-    line |= _estimates(stats)
+    return line | estimates(stats, list(batch.sampling))
+
+
+def estimates(stats: StepStats, names: Sequence[str]) -> Line:
+    """The statistics of every task's gradient, and the inner products and cosines of the tasks ``names``, by key."""
+    line = _estimates(stats)
     order = {task: i for i, task in enumerate(stats.tasks)} if stats else {}
-    for a, b in itertools.combinations([name for name in batch.sampling if name in order], 2):
+    for a, b in itertools.combinations([name for name in names if name in order], 2):
         tables = {"cosine": stats.cosines, "inner_product": stats.inner_products}
         line |= pair_metrics(a, b, {name: float(table[order[a], order[b]]) for name, table in tables.items()})
     return line
@@ -145,7 +150,7 @@ class Grpo:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf)
             if iteration == 0:
                 lr = self.scheduler.get_last_lr()[0]
-                line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **self.describe(batch, stats)}
+                line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **describe(batch, stats)}
                 if full and self.full_tracker is not None:
                     line |= _estimates(self.full_tracker.step(), FULL)
                 self.sampler.update(stats)
@@ -175,18 +180,28 @@ class Grpo:
         return Batch(tasks, examples, rollouts, rewards, advantages(rewards, settings.scale_rewards), sampling, weights)
 
     def backward(self, batch: Batch, old: list[Tensor], measure: bool, full: bool = False) -> tuple[float, StepStats]:
-        """Accumulate the gradient of the step's loss in micro-batches of whole groups.
+        """Accumulate the gradient of the step's loss; returns the loss and, with ``measure``, the tasks' estimates.
 
         ``old`` receives the sampling-time log-probabilities in the first iteration and holds them for the later ones.
         ``full``: let ``full_tracker`` watch as well; its ``step()`` is the caller's.
+        """
+        trackers = [self.tracker if measure else None, self.full_tracker if full else None]
+        total = self.accumulate(batch, old, [tracker for tracker in trackers if tracker is not None])
+        return total, self.tracker.step() if measure and self.tracker else StepStats()
+
+    def accumulate(
+        self, batch: Batch, old: list[Tensor], watching: Sequence[GradNormTracker], first_sample: int = 0
+    ) -> float:
+        """Accumulate the gradient of the batch's loss in micro-batches of whole groups; returns the loss.
+
+        ``old``: as in :meth:`backward`. ``watching``: the trackers that see it, for which the batch's prompts are the
+        samples from ``first_sample`` on.
         """
         settings, total = self.settings, 0.0
         first_iteration, group = not old, settings.num_generations
         per_micro = settings.per_device_train_batch_size // group
         counted = self._counted(batch.rollouts)
         step_tokens = int(counted.sum())
-        trackers = [self.tracker if measure else None, self.full_tracker if full else None]
-        watching = [tracker for tracker in trackers if tracker is not None]
         self.model.train()
         for micro, first in enumerate(range(0, len(batch.tasks), per_micro)):
             last = min(first + per_micro, len(batch.tasks))
@@ -199,7 +214,7 @@ class Grpo:
                 factor = factor.repeat_interleave(group)
                 # What is measured stays the gradient of the unweighted loss.
                 advantage, scale = advantage * factor.to(advantage), scale / factor
-            with self._measuring(watching, batch.tasks[first:last], first, scale):
+            with self._measuring(watching, batch.tasks[first:last], first_sample + first, scale):
                 logprobs = self.logprobs(self.model, rollouts, watching)
                 if first_iteration:
                     old.append(logprobs.detach())
@@ -207,7 +222,7 @@ class Grpo:
                 loss = (weights * torch.where(mask > 0, losses, 0.0).sum(1)).sum()
                 loss.backward()
             total += float(loss.detach())
-        return total, self.tracker.step() if measure and self.tracker else StepStats()
+        return total
 
     @contextmanager
     def _measuring(
@@ -240,12 +255,6 @@ class Grpo:
         with torch.no_grad():
             return self.logprobs(self.reference, rollouts)
 
-    # What is logged
-
-    def describe(self, batch: Batch, stats: StepStats) -> Line:
-        """As :func:`describe`."""
-        return describe(batch, stats)
-
     def close(self) -> None:
         """Remove the trackers' hooks from the model."""
         for tracker in (self.tracker, self.full_tracker):
@@ -263,6 +272,20 @@ class Grpo:
             "tracker": self.tracker.state_dict() if self.tracker else None,
             "full_tracker": self.full_tracker.state_dict() if self.full_tracker else None,
         }
+
+    def plan_steps(self, steps: int) -> None:
+        """Take the learning rate of the steps to come from the schedule of a run of ``steps`` steps.
+
+        A schedule that does not depend on the number of steps, as a constant one, is left as it is.
+        """
+        scheduler, settings = self.scheduler, self.settings
+        if not isinstance(scheduler, LambdaLR):
+            return
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        total = max(1, steps * settings.num_iterations)
+        planned = get_scheduler(settings.lr_scheduler_type, stand_in, settings.warmup_steps, total)
+        scheduler.lr_lambdas = planned.lr_lambdas * len(scheduler.base_lrs)
+        self._take_optimizer_settings()
 
     def _take_optimizer_settings(self) -> None:
         """The optimizer's settings of this run in place of the loaded ones: the same bits where nothing changed."""

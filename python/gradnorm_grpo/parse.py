@@ -13,7 +13,15 @@ import yaml
 from .errors import Parser, UserError, all_of, one_of
 from .runlog import RUN_FILE, read_info
 from .settings import Settings
-from .study.spec import IntervalSettings, StudySpec, read_interval_options, read_spec, take_options
+from .study.spec import (
+    FrozenSettings,
+    IntervalSettings,
+    StudySpec,
+    read_frozen,
+    read_interval_options,
+    read_spec,
+    take_options,
+)
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -60,13 +68,27 @@ def parse_study(arguments: list[str]) -> tuple[Settings, StudySpec, str]:
     `study: settings:` overrides the preset's own settings, and the options override both.
     """
     given, rest = take_options(arguments)
-    return _shared(rest, given, "a study")
+    settings, spec, name = _shared(rest, given, "a study")
+    if settings.plan_minutes:
+        raise UserError(
+            f"plan_minutes={settings.plan_minutes:g} gives every run a length of its own, so that the runs of a study "
+            "could not be compared: set it to 0, on the command line or under `study: settings:`"
+        )
+    return settings, spec, name
 
 
 def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], str]:
     """The settings whose rollouts are stored, the block `study: estimators:`, and the name."""
     settings, spec, name = _shared(arguments, {}, "estimators")
     return settings, spec.estimators, name
+
+
+def parse_frozen(arguments: list[str]) -> tuple[Settings, FrozenSettings]:
+    """The settings of a run at fixed weights, whose folder must be named, and the block `study: frozen:`."""
+    settings, spec, _ = _shared(arguments, {}, "frozen")
+    if not settings.output_dir:
+        raise UserError("frozen needs output_dir, the folder of its run; `study --frozen` names one")
+    return settings, read_frozen(spec.frozen or {})
 
 
 def parse_intervals(arguments: list[str]) -> tuple[Settings, IntervalSettings, list[int], str]:

@@ -66,7 +66,11 @@ class Settings:
         False, "Matrix products in bfloat16 (autocast); weights and optimizer stay float32. For GPUs."
     )
     device: str = _setting("auto", "'auto' (CUDA when there is one), 'cpu' or 'cuda'.", choices=("auto", "cpu", "cuda"))
-    num_threads: int = _setting(0, "Processor threads of torch; 0 leaves torch's choice.", least=0)
+    num_threads: int = _setting(
+        0,
+        "Processor threads of torch; 0: OMP_NUM_THREADS if set, else the cores that the process may use.",
+        least=0,
+    )
     train_layers: str = _setting(
         "all", "'all', or N: the last N decoder layers and the final norm; the rest is frozen.", resume=_WEIGHTS
     )
@@ -102,6 +106,12 @@ class Settings:
     max_minutes: float = _setting(
         0.0,
         "End the run, evaluated and reported, after the step in which this many have passed; 0: no limit.",
+        least=0.0,
+    )
+    plan_minutes: float = _setting(
+        0.0,
+        "Fit steps, held-out questions and the final probe into this many minutes, by what the first steps take; 0: do "
+        "what the other settings say.",
         least=0.0,
     )
     num_generations: int = _setting(8, "Completions of one prompt: the group.", least=2)
@@ -200,7 +210,13 @@ class Settings:
     )
     seed: int = _setting(42, "Of everything random.", resume=_TASKS)
 
-    # The probe
+    # The probes
+    final_probe_prompts: int = _setting(
+        0,
+        "Prompts of each task measured after the last step, with the weights fixed, in the last attention block; 0: "
+        "none.",
+        least=0,
+    )
     probe_prompts: int = _setting(64, "Prompts of each task that `probe` measures.", least=2, resume="")
 
     def __post_init__(self) -> None:
@@ -252,6 +268,13 @@ class Settings:
             )
         if self.share_prompt == "true" and self.gradient_checkpointing:
             raise UserError("gradient_checkpointing works with share_prompt=false only: it drops the prompt's cache")
+        if self.final_probe_prompts == 1:
+            raise UserError("final_probe_prompts must be 0 or at least 2, got 1: U takes pairs of prompts")
+        if self.final_probe_prompts and not self.track:
+            raise UserError(
+                f"final_probe_prompts={self.final_probe_prompts} measures gradients, which track=false turns off: set "
+                "it to 0"
+            )
         if self.trl and self.engine != "trl":
             raise UserError(
                 f"trl holds {', '.join(map(str, self.trl))}, which only engine 'trl' uses: set engine to trl, or leave "

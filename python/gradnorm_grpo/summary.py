@@ -16,6 +16,7 @@ import numpy as np
 from gradnorm_kernels import RunningEstimate
 from gradnorm_kernels.estimation.estimator import too_few_informative
 
+from .numbers import clean
 from .runlog import Array, EvalPoint, Line, Run, run_of
 
 NAN = math.nan
@@ -68,6 +69,20 @@ class TaskResult:
     def warm_start_change(self) -> tuple[float, float]:
         """The same for the supervised warm start: held-out reward before GRPO - that of the model as given."""
         return _difference(self.base, self.before)
+
+
+def few_with_gradient(results: Sequence[TaskResult]) -> list[str]:
+    """A sentence on the tasks whose U is undecided while under a third of their prompts have a gradient.
+
+    It leaves out those of which ``caution`` tells. The other prompts count in n: leaving them out would bias U.
+    """
+    few = [
+        f"{r.n_effective:.0f} of {r.n:.0f} in {clean(r.name)}"
+        for r in results
+        if math.isfinite(r.sq_norm) and not r.resolved and not r.caution and r.n_effective < r.n / 3
+    ]
+    what = "Few prompts have a gradient, that is, rewards that are not all equal"
+    return [f"{what}: {', '.join(few)}."] if few else []
 
 
 #: Fields of TaskResult and their keys in summary.json.
@@ -256,5 +271,20 @@ def summarize(lines: Sequence[Line], tasks: Sequence[str], gain_window: int, sec
         "tasks": table,
         "cosines": {"tasks": list(tasks), "matrix": matrix, "n_steps": len(run.steps)},
         "steps": len(run.steps),
+        **({"final_probe": _summarize_probe(run.final_probe)} if run.final_probe else {}),
         "seconds": seconds,
     }
+
+
+#: What a final probe has of _NUMBERS: at fixed weights there is neither a first third of the steps nor a gain.
+_PROBED = {k: v for k, v in _NUMBERS.items() if k not in ("reward_first", "gain")}
+
+
+def _summarize_probe(run: Run) -> dict[str, Any]:
+    """The entry ``final_probe`` of summary.json: the steps before it, and every task's numbers."""
+    tasks = {
+        result.name: {key: getattr(result, field) for field, key in _PROBED.items()}
+        | {"n": int(result.n), "pull_share": result.pull_share}
+        for result in task_results(run)
+    }
+    return {"step": int(run.steps[-1]), "tasks": tasks}

@@ -22,9 +22,13 @@ from .errors import UserError
 from .folder import describe_run, device_name, new_folder, newest_folder
 from .loop import Grpo
 from .models import load_model
+from .numbers import duration
+from .plan import Plan, Planner
+from .probe import final_probe
 from .progress import Display
 from .rollout import Prompter, evaluate
 from .runlog import (
+    FINAL_PROBE,
     LOG_FILE,
     RUN_FILE,
     SUMMARY_FILE,
@@ -250,17 +254,22 @@ class Training:
         steps = self.settings.warm_start_steps
         if not steps:
             return
+        began = time.monotonic()
         with Display(self.console, "warm start", [], steps) as display:
-            cached = warm_start(
-                self.model,
-                self.tokenizer,
-                self.tasks,
-                self.prompter,
-                self.settings,
-                lambda step, loss: display.show(self._log({"kind": "warm_start", "step": step, "loss": loss})),
-            )
+
+            def on_step(step: int, loss: float) -> int:
+                display.show(self._log({"kind": "warm_start", "step": step, "loss": loss}))
+                planned = self._plan_warm_start(step, time.monotonic() - began)
+                display.expect(planned)
+                return planned
+
+            cached = warm_start(self.model, self.tokenizer, self.tasks, self.prompter, self.settings, on_step)
         if cached:
             self.console.print("warm start: weights from the cache", highlight=False)
+
+    def _plan_warm_start(self, step: int, seconds: float) -> int:
+        """How many steps of the warm start to make, after ``step`` of them took ``seconds``."""
+        return self.settings.warm_start_steps
 
     def _add_gains(self, line: Line) -> None:
         """``learning_gain``: Gain(t) for the latest t with ``gain_window`` steps from it on, this one the last."""
@@ -286,6 +295,10 @@ class LoopTraining(Training):
         reference = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.beta > 0.0 else None
         # Made before the warm start, so that a setting that does not fit is found out at once.
         self.grpo = Grpo(settings, self.model, self.tokenizer, self.tasks, self.prompter, reference)
+        wanted = Plan(
+            settings.max_steps, settings.eval_prompts, settings.final_probe_prompts, settings.warm_start_steps
+        )
+        self.planner = Planner(wanted, 60 * settings.plan_minutes, settings.eval_steps, settings.save_steps)
         if self.state and checkpoint:
             self._load_reference(checkpoint.parent)
             try:
@@ -293,6 +306,8 @@ class LoopTraining(Training):
             except (ValueError, KeyError) as error:
                 raise UserError(f"{checkpoint} does not fit the settings: {error}") from error
             self.started -= self.state["seconds"]
+            if "planner" in self.state and self.planner.load_state_dict(self.state["planner"]):
+                self.grpo.plan_steps(self.planner.plan.steps)
             check_log(checkpoint.parent / LOG_FILE, self.state["metrics_bytes"])
         self._open(name, self.state["metrics_bytes"] if self.state else None)
 
@@ -304,7 +319,8 @@ class LoopTraining(Training):
     def run(self) -> Path:
         """Everything from the warm start to the summary; returns the run's folder."""
         try:
-            self._describe(self.grpo.tracker.layers if self.grpo.tracker else [], {})
+            plan = {"plan": dataclasses.asdict(self.planner.plan)} if self.planner.on else {}
+            self._describe(self.grpo.tracker.layers if self.grpo.tracker else [], plan)
             if self.state is None:
                 if self.settings.warm_start_steps and self.settings.eval_base:
                     self._evaluate(0, "eval_base")
@@ -316,6 +332,8 @@ class LoopTraining(Training):
             else:
                 restore_random_state(self.state["random"], self.model.device)
             self._loop()
+            if not self.interrupted:
+                self._final_probe()
         finally:
             self.log.close()
             self.grpo.close()
@@ -341,17 +359,20 @@ class LoopTraining(Training):
             self.grpo.reference.load_state_dict(load_file(path), strict=False)
 
     def _loop(self) -> None:
-        settings, grpo = self.settings, self.grpo
+        settings, grpo, planner = self.settings, self.grpo, self.planner
         names = [task.name for task in self.tasks]
-        stop, done = Interruption(), grpo.step_number >= settings.max_steps
-        with stop.watch(), Display(self.console, "step", names, settings.max_steps, grpo.step_number) as display:
+        stop, done = Interruption(), grpo.step_number >= planner.plan.steps
+        with stop.watch(), Display(self.console, "step", names, planner.plan.steps, grpo.step_number) as display:
             while not done and not stop.requested:
+                began = time.monotonic()
                 line = grpo.step()
                 self._add_gains(line)
                 display.show(self._log(line))
+                self._plan(line, time.monotonic() - began)
+                display.expect(planner.plan.steps)
                 self._remark_left_out()
                 step, out_of_time = grpo.step_number, 0 < 60 * settings.max_minutes <= self.seconds
-                done = step == settings.max_steps or out_of_time
+                done = step >= planner.plan.steps or out_of_time
                 if out_of_time:
                     text = f"max_minutes {settings.max_minutes:g} are over: the run ends with step {step}"
                     self.console.print(text, highlight=False)
@@ -361,11 +382,62 @@ class LoopTraining(Training):
                     self._save()
         self.interrupted = not done
 
+    def _plan_warm_start(self, step: int, seconds: float) -> int:
+        if self.planner.fit_warm_start(step, seconds):
+            self._tell_plan("plan changed in the warm start")
+        return self.planner.plan.warm_start
+
+    def _plan(self, line: Line, seconds: float) -> None:
+        """Fit what is left of the run into the time that is left, after a step that took ``seconds``."""
+        planner, step = self.planner, self.grpo.step_number
+        # A probe prompt takes its rollout and a forward pass, about 0.4 of an update, until the probe has measured it.
+        prompt = (line["rollout_seconds"] + 0.4 * line["update_seconds"]) / self.settings.prompts_per_step
+        planner.costs.steps.append((seconds, prompt * len(self.tasks)))
+        if planner.fit(step, self.seconds) or (planner.on and step == 1):
+            self._tell_plan("plan" if step == 1 else "plan changed")
+
+    def _tell_plan(self, title: str) -> None:
+        """Print, log and keep the plan, and let the learning rate follow it."""
+        planner, step = self.planner, self.grpo.step_number
+        self.grpo.plan_steps(planner.plan.steps)
+        self.console.print(
+            f"{title} after step {step}, {duration(self.seconds)} of {duration(planner.budget)}: "
+            f"{planner.plan.describe()}{', which is the least and takes longer' if planner.over else ''}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        self._log(planner.line(step))
+        info = read_info(self.folder)
+        write_json(self.folder / RUN_FILE, info | {"plan": dataclasses.asdict(planner.plan)})
+
+    def _final_probe(self) -> None:
+        """Measure ``final_probe_prompts`` of each task with the weights fixed; a run killed here does it again."""
+        planner, names = self.planner, [task.name for task in self.tasks]
+        if not planner.plan.prompts:
+            return
+        with Display(self.console, "probe", names, planner.plan.prompts) as display:
+
+            def on_round(done: int, seconds: float, line: Line) -> int:
+                display.show({**line, "step": done, "time": self.seconds})
+                planner.costs.prompt = seconds
+                if planner.fit_prompts(done, self.seconds):
+                    self._tell_plan("plan changed in the probe")
+                    display.expect(planner.plan.prompts)
+                return planner.plan.prompts
+
+            measured = final_probe(self.grpo, planner.plan.prompts, on_round)
+        self._log({"kind": FINAL_PROBE, "step": self.grpo.step_number, **measured})
+
     def _evaluate(self, step: int, kind: str = "eval") -> None:
         """``kind``: "eval_base" for the model as it was given, before the warm start."""
-        if self.settings.eval_prompts:
-            line = evaluate(self.model, self.tokenizer, self.tasks, self.prompter, self.settings)
+        planner, questions = self.planner, self.planner.plan.questions
+        if questions:
+            began = time.monotonic()
+            line = evaluate(self.model, self.tokenizer, self.tasks, self.prompter, self.settings, questions)
             self._log({"kind": kind, "step": step, **line})
+            planner.costs.question = (time.monotonic() - began) / questions
+            if planner.fit_questions(2 if kind == "eval_base" else 1):
+                self._tell_plan("plan changed")
 
     def _save(self) -> None:
         state = {
@@ -373,7 +445,10 @@ class LoopTraining(Training):
             "random": random_state(self.model.device),
             "metrics_bytes": self.log.size,
             "seconds": self.seconds,
+            "planner": self.planner.state_dict(),
         }
+        began = time.monotonic()
         save_checkpoint(
             self.folder, self.grpo.step_number, self.model, self.tokenizer, state, self.settings.save_total_limit
         )
+        self.planner.costs.save = time.monotonic() - began

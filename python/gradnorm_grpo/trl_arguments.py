@@ -60,6 +60,7 @@ SETTINGS: dict[str, Place] = {
     # GRPO
     "max_steps": Place("GRPOConfig", "max_steps, times num_iterations: TRL counts updates"),
     "max_minutes": _OWN,
+    "plan_minutes": Place("refused", "it plans the loop; set it to 0, and max_minutes to end a run by time"),
     "num_generations": _CONFIG,
     "per_device_train_batch_size": Place("GRPOConfig", "the same, per process"),
     "gradient_accumulation_steps": Place("GRPOConfig", "the same, and steps_per_generation"),
@@ -119,7 +120,8 @@ SETTINGS: dict[str, Place] = {
     "save_total_limit": _OWN,
     "resume_from_checkpoint": _OWN,
     "seed": Place("GRPOConfig", "the same; process i samples with seed + i"),
-    # The probe
+    # The probes
+    "final_probe_prompts": Place("refused", "it is of the loop; set it to 0, and use `probe` on a checkpoint"),
     "probe_prompts": Place("own", "`probe` runs by itself, on a checkpoint"),
 }
 
