@@ -1,4 +1,4 @@
-"""The command line: `train`, `probe`, `study`, `estimators`, `intervals` and `report`."""
+"""The command line: `train`, `probe`, `study`, `frozen`, `estimators`, `intervals` and `report`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {
        train_grpo.py study  --preset NAME [--seeds 1 2 3] [--arms uniform ...] [--jobs 2] [--setting value ...]
                                                                   every arm and seed, and the answers; continues an
                                                                   interrupted study
+       train_grpo.py study  --preset NAME --frozen [...]          the same without training: gradients at fixed weights
+       train_grpo.py frozen --config FILE                         one run of such a study
        train_grpo.py estimators --preset NAME [--setting value ...]  the estimators side by side on stored rollouts
        train_grpo.py intervals --preset NAME [--seeds 1 2 3] [--setting value ...]
                                                                   how often each interval of U holds it
@@ -32,7 +34,7 @@ usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {
 
 settings, as options or as keys of the YAML file:
 """
-COMMANDS = ("train", "probe", "study", "estimators", "intervals", "report")
+COMMANDS = ("train", "probe", "study", "frozen", "estimators", "intervals", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,6 +92,13 @@ def _run(arguments: list[str], console: Console) -> int:
         from .study.estimators import estimators
 
         return estimators(arguments, console)
+    if command == "frozen":
+        from .parse import parse_frozen
+        from .study.frozen import measure
+
+        folder = measure(*parse_frozen(arguments), console)
+        console.print(f"measured: {folder}", highlight=False, soft_wrap=True)
+        return 0
     if command == "intervals":
         from .study.intervals import intervals
 

@@ -8,6 +8,7 @@ the run's folder. Batch sizes are per process, as in TRL; everything that is log
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import GenerationConfig, PrinterCallback, TrainerCallback
@@ -329,8 +330,13 @@ class TrlTraining(Training):
         """TRL loads the reference model from where the config says that the model came from."""
         config, before = self.model.config, self.model.config._name_or_path
         if self.settings.beta and self.settings.model in ("tiny", "smollm2"):
-            self.model.save_pretrained(scratch / "reference")
-            config._name_or_path = str(scratch / "reference")
+            place = scratch / "reference"  # of each process: save_pretrained would write on the first alone
+            place.mkdir()
+            described = copy.deepcopy(config)
+            described.architectures = [type(self.model).__name__]
+            described.save_pretrained(place)
+            save_model(self.model, str(place / "model.safetensors"), metadata={"format": "pt"})
+            config._name_or_path = str(place)
         try:
             yield
         finally:

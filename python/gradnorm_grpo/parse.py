@@ -13,7 +13,15 @@ import yaml
 from .errors import Parser, UserError, all_of, one_of
 from .runlog import RUN_FILE, read_info
 from .settings import Settings
-from .study.spec import IntervalSettings, StudySpec, read_interval_options, read_spec, take_options
+from .study.spec import (
+    FrozenSettings,
+    IntervalSettings,
+    StudySpec,
+    read_frozen,
+    read_interval_options,
+    read_spec,
+    take_options,
+)
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -73,6 +81,14 @@ def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], st
     """The settings whose rollouts are stored, the block `study: estimators:`, and the name."""
     settings, spec, name = _shared(arguments, {}, "estimators")
     return settings, spec.estimators, name
+
+
+def parse_frozen(arguments: list[str]) -> tuple[Settings, FrozenSettings]:
+    """The settings of a run at fixed weights, whose folder must be named, and the block `study: frozen:`."""
+    settings, spec, _ = _shared(arguments, {}, "frozen")
+    if not settings.output_dir:
+        raise UserError("frozen needs output_dir, the folder of its run; `study --frozen` names one")
+    return settings, read_frozen(spec.frozen or {})
 
 
 def parse_intervals(arguments: list[str]) -> tuple[Settings, IntervalSettings, list[int], str]:

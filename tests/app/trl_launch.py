@@ -151,14 +151,25 @@ def main(folder: Path) -> None:
     wrong = ["train", "--config", str(other), "--output_dir", str(folder / "wrong")]
     Launch(folder, "wrong", [train("wrong", *half), wrong]).wait()
     long = ("--max_steps", "40", "--save_steps", "4", "--save_total_limit", "20")
-    follow = ("--sampling_strategy", "proportional", "--sampling_floor", "0.8", "--task_weighting", "equal_pull")
-    follow += ("--per_device_train_batch_size", "32")
+    # With all that a checkpoint has to hold: a sampler that follows U, several updates on a generation, a reference.
+    follow = (
+        "--sampling_strategy",
+        "proportional",
+        "--sampling_floor",
+        "0.8",
+        "--beta",
+        "0.05",
+        "--num_iterations",
+        "2",
+    )
+    follow += ("--warm_start_steps", "2", "--warm_start_examples", "8", "--warm_start_batch_size", "4")
+    follow += ("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2")
     whole = train("whole", *follow, "--max_steps", "8", "--save_steps", "4")
     Launch(folder, "whole", [whole], "rewards").wait()
     killed = Launch(folder, "killed", [train("killed", *follow, *long)], "rewards")
     killed.send(signal.SIGKILL, [0], lambda: len(lines(folder / "killed")) >= 6)
     killed.wait()
-    again = ["train", "--resume", str(folder / "killed" / "checkpoint-4"), "--max_steps", "8"]
+    again = ["train", "--resume", str(folder / "killed" / "checkpoint-8"), "--max_steps", "8"]
     Launch(folder, "again", [again], "rewards").wait()
     lost = Launch(folder, "lost", [train("lost", *half, *long)] * 2)
     lost.send(signal.SIGKILL, [1], lambda: len(lines(folder / "lost")) >= 2)

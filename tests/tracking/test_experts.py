@@ -342,7 +342,8 @@ def test_a_forward_that_raises_leaves_nothing_behind(error: type[BaseException])
         losses(range(ROWS))
     assert _get_current_function_mode_stack() == []
     with tracker.microbatch(TASKS):  # caught inside the block, which goes on
-        for fail in (True, True, False):
+        for now in (True, True, False):
+            fail = now
             with contextlib.suppress(error):
                 losses(range(ROWS)).mean().backward()
     assert _get_current_function_mode_stack() == []

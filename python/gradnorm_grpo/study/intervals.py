@@ -83,13 +83,12 @@ def compare(settings: Settings, name: str, options: IntervalSettings, folder: Pa
             "seed": settings.seed,
             "options": dataclasses.asdict(options),
             "tasks": tasks,
-            "seconds": round(time.monotonic() - started, 1),
         }
     finally:
         grpo.close()
     file = folder / f"seed{settings.seed}.json"
     write_json(file, result)
-    console.print(f"intervals: {file}, {result['seconds']:.0f} s", highlight=False, soft_wrap=True)
+    console.print(f"intervals: {file}, {time.monotonic() - started:.0f} s", highlight=False, soft_wrap=True)
     return file
 
 

@@ -82,7 +82,8 @@ def _jobs(settings: Settings, spec: StudySpec, folder: Path) -> list[Job]:
     jobs = []
     for arm, seed in spec.order():
         place = folder / "runs" / f"{arm}-seed{seed}"
-        jobs.append(run_job(f"{arm} seed {seed}", spec.run_settings(settings, arm, seed, str(place))))
+        own = spec.run_settings(settings, arm, seed, str(place))
+        jobs.append(run_job(f"{arm} seed {seed}", own) if spec.frozen is None else frozen_job(own, spec.frozen))
     place = folder / "estimators"
     for seed in spec.seeds[: spec.estimator_seeds]:
         own = dataclasses.replace(settings, seed=seed, output_dir=str(place))
@@ -112,6 +113,7 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         "tasks": [task["name"] for task in settings.tasks],
         "gain_window": settings.gain_window,
         **({"decision": spec.decision} if spec.decision else {}),
+        **({"frozen": spec.frozen} if spec.frozen is not None else {}),
     }
     before = read_study(folder) if (folder / "study.json").is_file() else None
     if before is None:
@@ -127,6 +129,8 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
     ]
     if (declared := before.get("decision", {})) != described.get("decision", {}):
         changed.append(f"decision {declared!r} -> {spec.decision!r}")
+    if (frozen := before.get("frozen")) != json.loads(json.dumps(described.get("frozen"))):
+        changed.append(f"frozen {frozen!r} -> {spec.frozen!r}")
     if changed:
         raise UserError(
             f"{folder} holds a study with other settings ({'; '.join(changed)[:400]}): give another --output_dir, or "
@@ -220,6 +224,15 @@ def run_job(name: str, settings: Settings) -> Job:
         write_config(folder / "config.yaml", settings)
         arguments = ("train", "--config", str(folder / "config.yaml"))
     return Job(name, arguments, folder, folder / SUMMARY_FILE, settings.max_steps)
+
+
+def frozen_job(settings: Settings, frozen: dict[str, Any]) -> Job:
+    """The process that measures at fixed weights what ``settings.output_dir`` still lacks."""
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / "config.yaml", settings, study={"frozen": frozen, "arms": {"uniform": {}}})
+    arguments = ("frozen", "--config", str(folder / "config.yaml"))
+    return Job(f"frozen seed {settings.seed}", arguments, folder, folder / SUMMARY_FILE)
 
 
 def set_aside(folder: Path) -> None:

@@ -16,6 +16,7 @@ In YAML, all keys optional::
       estimators: {prompts: 256}     # of the comparison of estimators (see EstimatorSettings)
       estimator_seeds: 1             # for how many of the seeds the estimators are compared
       intervals: {prompts: 512}      # of the comparison of intervals (see IntervalSettings)
+      frozen: {steps: 2}             # measure at fixed weights instead of training (see FrozenSettings)
       keep_checkpoints: false        # keep the weights of finished runs
 """
 
@@ -59,6 +60,7 @@ class StudySpec:
     estimators: dict[str, Any] = field(default_factory=dict)
     estimator_seeds: int = 1
     intervals: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, Any] | None = None
     keep_checkpoints: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +85,10 @@ class StudySpec:
         known = [spec.name for spec in dataclasses.fields(Settings) if spec.name not in _OWN]
         all_of("a setting of the study", self.settings, known)
         self._check_stages()
+        if self.frozen is not None:
+            read_frozen(self.frozen)
+            if list(self.arms) != ["uniform"]:
+                raise UserError(f"a frozen study has the one arm uniform, got {', '.join(self.arms)}")
         read_decision(self.decision)
 
     def _check_stages(self) -> None:
@@ -117,6 +123,8 @@ def read_spec(block: Any, given: dict[str, Any]) -> StudySpec:
         raise UserError(f"study must be a mapping, got {block!r}")
     known = [spec.name for spec in dataclasses.fields(StudySpec)]
     all_of("a key of study", block, known)
+    if given.pop("frozen", False) and block.get("frozen") is None:
+        block = {**block, "frozen": {}, "arms": {"uniform": dict(ARMS["uniform"])}, "stages": [], "estimator_seeds": 0}
     chosen = given.pop("arms", None)
     spec = StudySpec(**{**block, **given})
     if chosen is None:
@@ -158,6 +166,49 @@ class EstimatorSettings:
                 "widths of the study's estimators must be a list of different whole numbers above 0, "
                 f"got {self.widths!r}"
             )
+
+
+@dataclass(frozen=True)
+class FrozenSettings:
+    """The entry `frozen` of a study.
+
+    Args:
+        steps: rounds, at least 2: the questions compare different rounds.
+        prompts: of every task in a round, each with its whole group; at least 3.
+        full_steps: in the first so many rounds all parameters are measured too.
+        proxies: name -> a regular expression searched in module names, or "last_attention": measured beside the last
+            attention block.
+    """
+
+    steps: int = 2
+    prompts: int = 32
+    full_steps: int = 2
+    proxies: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Hold every entry to its type and range."""
+        for name, lowest in (("steps", 2), ("prompts", 3), ("full_steps", 0)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(
+                    f"{name} of a frozen study must be a whole number from {lowest}, got {getattr(self, name)!r}"
+                )
+        known = isinstance(self.proxies, Mapping) and all(
+            isinstance(name, str) and name.isidentifier() and name not in ("full", "last") and isinstance(layers, str)
+            for name, layers in self.proxies.items()
+        )
+        if not known:
+            raise UserError(
+                "proxies of a frozen study must map names (letters, digits, underscores; not full or last) to layers, "
+                f"got {self.proxies!r}"
+            )
+
+
+def read_frozen(block: Any) -> FrozenSettings:
+    """:class:`FrozenSettings` from a mapping, as YAML has it."""
+    if not isinstance(block, Mapping):
+        raise UserError(f"frozen of a study must be a mapping, got {block!r}")
+    all_of("a key of a frozen study", block, [spec.name for spec in dataclasses.fields(FrozenSettings)])
+    return FrozenSettings(**block)
 
 
 @dataclass
@@ -202,6 +253,7 @@ def take_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--jobs", type=int)
+    parser.add_argument("--frozen", action="store_true", default=None)
     parser.add_argument("--seed", nargs="?")
     found, rest = parser.parse_known_args(arguments)
     if found.seed is not None:
