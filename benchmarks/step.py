@@ -289,7 +289,9 @@ class StepJobs:
     def _tracker(self, variant: Variant) -> gk.GradNormTracker:
         assert variant.layers is not None
         names = layer_names(self._setting, variant.layers)
-        return gk.GradNormTracker(self._setting.model, names, fused=variant.fused, accumulate=variant.accumulate)
+        return gk.GradNormTracker(
+            self._setting.model, names, fused=variant.fused, accumulate=variant.accumulate, errors=variant.errors
+        )
 
     def _time(self, variant: Variant) -> dict[str, Any]:
         count = self._settings["pairs"]

@@ -149,7 +149,7 @@ class Setting:
 class Variant:
     """``layers``: "last_attention" or "linears", with the tracker; ``rival``: a way without the tracker.
 
-    ``accumulate``: the tracker's, "pairs" or "sketch".
+    ``accumulate``, ``errors``: the tracker's.
     """
 
     name: str
@@ -158,6 +158,7 @@ class Variant:
     fused: bool = False
     rival: bool = False
     accumulate: str = "pairs"
+    errors: str = "samples"
 
     @property
     def ours(self) -> bool:
@@ -173,6 +174,16 @@ VARIANTS = {
         Variant("last_attention_fused", "the same, their backward replaced", "last_attention", True),
         Variant("linears", "all linear layers except the head observed", "linears"),
         Variant("linears_fused", "the same, their backward replaced", "linears", True),
+        *(
+            Variant(
+                f"linears_fused_{errors}",
+                f"the same, errors from the spread over steps (errors={errors!r})",
+                "linears",
+                True,
+                errors=errors,
+            )
+            for errors in ("tasks", "steps")
+        ),
         Variant(
             "last_attention_sketch",
             "the last block's attention projections, a sketch per prompt",

@@ -1,10 +1,11 @@
 """The table of segments: which rows belong to which sample and group.
 
 A segment is a run of consecutive rows of x and dy; ``cu_seqlens``, ``sample_ids`` and ``group_ids`` describe all of
-them. The table has two forms:
+them. The table has three forms:
 
 - :class:`HostSegments`, Python numbers, for backends that walk the samples on the host. Making it reads the integer
   tensors, which synchronises where they are on a GPU.
+- :class:`PlainSegments`, of a call without sample_ids and group_ids: cu_seqlens is the table. For kernels that read it.
 - :class:`Segments`, tensors on x's device, for backends whose kernels read it. Values that are on the CPU are checked
   there and raise. Values on a GPU are never read back: they are clamped so that no kernel leaves its arrays, and
   ``Segments.valid`` turns every result into NaN where they were wrong (dW in its first row). Only sizes that nothing
@@ -117,6 +118,39 @@ class Segments:
         order = torch.argsort(self.start, stable=True)
         lengths = (self.end - self.start)[order]
         return torch.repeat_interleave(of_segment[order], lengths, output_size=tokens)
+
+
+@dataclass(frozen=True)
+class PlainSegments:
+    """The form of a call without sample_ids and group_ids: segment s is sample s, and all samples are one group.
+
+    ``offsets`` [S+1] int32 or int64 on x's device, not checked where it was given there; None: every segment has
+    ``length`` rows. ``tokens`` T, ``samples`` S, at least one.
+    """
+
+    offsets: Tensor | None
+    length: int
+    tokens: int
+    samples: int
+    groups: int = 1
+
+
+def plain_segments(batch: GradBatch) -> PlainSegments | None:
+    """The plain form for a checked call; None where the call has no such form.
+
+    Raises ValueError for cu_seqlens on the CPU that do not ascend from 0 to T.
+    """
+    if batch.sample_ids is not None or batch.group_ids is not None or not batch.segments:
+        return None
+    offsets = batch.cu_seqlens
+    if offsets is None:
+        length = batch.tokens if batch.dy.dim() == 2 else batch.dy.shape[1]
+        return PlainSegments(None, length, batch.tokens, batch.segments)
+    if _on_host(offsets.device):
+        rows_of, name, _ = batch.names
+        checks.read_offsets(offsets, batch.tokens, name, rows_of)
+        offsets = _moved(offsets, offsets.dtype, batch.dy.device)
+    return PlainSegments(offsets.contiguous(), 0, batch.tokens, batch.segments)
 
 
 def host_segments(batch: GradBatch) -> HostSegments:

@@ -229,6 +229,11 @@ class TaskBalancer:
         if strategy not in OWN:
             weigh(strategy, torch.eye(len(self.tasks), dtype=torch.float64), seed, self.options)
 
+    @property
+    def needs_inner_products(self) -> bool:
+        """Whether the weights follow from the tasks' inner products, and not from their norms or rewards alone."""
+        return self.strategy not in OWN and len(self.tasks) > 1
+
     def update(self, stats: StepStats, rewards: Mapping[Any, float] | None = None) -> None:
         """Add one step.
 
@@ -239,12 +244,18 @@ class TaskBalancer:
 
         Raises:
             TypeError: stats is not a StepStats.
-            ValueError: no rewards, and the strategy needs them.
+            ValueError: the strategy needs rewards, or the tasks' inner products, and there are none.
         """
         if not isinstance(stats, StepStats):
             raise TypeError(f"stats must be what GradNormTracker.step() returned, got {type(stats).__name__}")
         if self.strategy in NEED_REWARDS and rewards is None:
             raise ValueError(f"strategy {self.strategy!r} needs rewards=, the mean reward of each task of the step")
+        if self.needs_inner_products and stats.errors == "steps" and stats.accumulate == "pairs":
+            raise ValueError(
+                f"strategy {self.strategy!r} needs the tasks' inner products, which a tracker with errors='steps' does "
+                "not compute: make the tracker with errors='tasks' or 'samples', or take one of "
+                f"{', '.join(map(repr, OWN))}"
+            )
         fade = 1.0 if self.decay is None else self.decay
         self.gram.update(stats)
         if stats:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 NAN = float("nan")
+#: A sample whose squared norm is at most this share of the largest in its task does not count as informative. A group
+#: of equal rewards has a zero gradient, but for the rounding of its mean reward.
+NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class StepSums:
     micro-batches; the column of a block's own task leaves out samples paired with themselves. own_inner, own_pairs [D]:
     what deleting the block takes from its own task's numerator and denominator. self_sq, weight_sq, whole,
     whole_weight [K]: sums of the samples' own squares and squared weights, of ``||sum of a micro-batch||^2`` and of its
-    squared weight. sample_task: the task's index of every sample seen.
+    squared weight. sample_task: the task's index of every sample seen. sample_sq: its squared norm, added up over the
+    micro-batches that hold rows of it.
     """
 
     tasks: tuple[Hashable, ...]
@@ -54,6 +58,7 @@ class StepSums:
     whole: Tensor
     whole_weight: Tensor
     sample_task: Mapping[Hashable, int] = field(default_factory=dict)
+    sample_sq: Mapping[Hashable, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,17 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 def noise_scale(mean_sq_norm: Tensor, sq_norm: Tensor) -> Tensor:
     """``tr(Cov) / U``, NaN where U is zero."""
     return torch.where(sq_norm != 0, (mean_sq_norm - sq_norm) / sq_norm, NAN)
+
+
+def informative(sq_norms: Tensor, task: Tensor, num_tasks: int) -> Tensor:
+    """[K] int64: how many samples of each task have a gradient, ``||G_i||^2 > NEGLIGIBLE max_j ||G_j||^2``.
+
+    sq_norms [N] float64, task [N] int64 in [0, K). A norm that is not finite counts, and is no scale for others.
+    """
+    finite = torch.where(sq_norms.isfinite(), sq_norms, 0.0)
+    largest = torch.zeros(num_tasks, dtype=torch.float64, device="cpu").scatter_reduce_(0, task, finite, "amax")
+    counts = ~(sq_norms <= NEGLIGIBLE * largest[task])
+    return torch.bincount(task[counts], minlength=num_tasks)
 
 
 def _cosine(inner: Tensor, sq_a: Tensor, sq_b: Tensor) -> Tensor:
@@ -157,6 +173,7 @@ def merge(sums: Sequence[StepSums]) -> StepSums:
     own = torch.zeros(2, len(keys), dtype=torch.float64, device="cpu")
     by_task = torch.zeros(4, len(tasks), dtype=torch.float64, device="cpu")
     sample_task: dict[Hashable, int] = {}
+    sample_sq: dict[Hashable, float] = {}
     for part in sums:
         columns = torch.tensor([column[task] for task in part.tasks], dtype=torch.long, device="cpu")
         rows = torch.tensor([row[key] for key in part.keys], dtype=torch.long, device="cpu")
@@ -165,6 +182,8 @@ def merge(sums: Sequence[StepSums]) -> StepSums:
         total.index_add_(1, rows, wide.index_add_(2, columns, torch.stack([part.inner, part.pairs])))
         own.index_add_(1, rows, torch.stack([part.own_inner, part.own_pairs]))
         by_task.index_add_(1, columns, torch.stack([part.self_sq, part.weight_sq, part.whole, part.whole_weight]))
+        for sample, sq_norm in part.sample_sq.items():
+            sample_sq[sample] = sample_sq.get(sample, 0.0) + sq_norm
         for sample, task in part.sample_task.items():
             if sample_task.setdefault(sample, int(columns[task])) != int(columns[task]):
                 raise ValueError(
@@ -186,6 +205,7 @@ def merge(sums: Sequence[StepSums]) -> StepSums:
         whole,
         whole_weight,
         sample_task,
+        sample_sq,
     )
 
 

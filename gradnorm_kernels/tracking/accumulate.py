@@ -23,6 +23,9 @@ from .rows import Rows, make_blocks
 from .sketch import MicrobatchSketches, Projections, StepSketches, sketch_sums
 
 ACCUMULATE = ("auto", "pairs", "exact", "sketch")
+#: What the standard errors of pairs inside micro-batches come from, and so which inner products are computed: those of
+#: all samples (a jackknife in each step), those of the tasks, or only the tasks' squares (both: the spread over steps).
+ERRORS = ("samples", "tasks", "steps")
 #: The default of ``memory_budget``: what exact sums may take, in bytes.
 MEMORY_BUDGET = 256 << 20
 
@@ -85,7 +88,8 @@ class RankPart:
     ``sums``: of its pairs inside micro-batches, with its samples' tasks. ``folded``: whether its blocks are folds.
     ``skipped``: the parameters it leaves out. ``spoiled``: its exact sums are not those of its samples. ``mode``: of
     accumulation, None while undecided. ``step``: the step's number. ``shares``: {sample: share of its rows seen}.
-    ``partial``: whether a micro-batch had only a part of a sample. ``layout``: of its sketches.
+    ``partial``: whether a micro-batch had only a part of a sample. ``layout``: of its sketches. ``errors``: what its
+    standard errors come from.
     ``sharded``: {parameter: over how many groups it is sharded}, of those that are.
     """
 
@@ -99,6 +103,7 @@ class RankPart:
     partial: bool
     layout: Mapping[str, tuple[Any, ...]]
     sharded: Mapping[str, int]
+    errors: str
 
 
 class StepResult(NamedTuple):
@@ -106,6 +111,7 @@ class StepResult(NamedTuple):
 
     ``exact`` [K, K]: inner products of the tasks' sums, or None. ``variance`` [K, K]: what projections add to the sums
     over pairs, or None. ``mode``: "pairs", "exact" or "sketch". ``sketched``: whether errors come from sketches.
+    ``errors``: one of :data:`ERRORS`.
     """
 
     sums: StepSums
@@ -114,6 +120,7 @@ class StepResult(NamedTuple):
     mode: str
     folded: bool
     sketched: bool
+    errors: str = "samples"
 
 
 class Accumulation:
@@ -126,8 +133,18 @@ class Accumulation:
         step: the number of the step, which the projections follow from.
     """
 
-    def __init__(self, accumulate: str, budget: int, width: int, parameter_bytes: int, plan: StepPlan | None) -> None:
+    def __init__(
+        self,
+        accumulate: str,
+        budget: int,
+        width: int,
+        parameter_bytes: int,
+        plan: StepPlan | None,
+        errors: str = "samples",
+    ) -> None:
+        """``errors``: one of :data:`ERRORS`."""
         self._budget, self._width, self._bytes = budget, width, parameter_bytes
+        self.errors = errors
         self.automatic = accumulate == "auto"
         self._plan = plan
         self.step = 0
@@ -139,7 +156,9 @@ class Accumulation:
         self._reset_step()
 
     def _choose(self, paired: bool, whole: bool, tasks: int) -> Choice:
-        return choose(paired=paired, whole=whole, tasks=tasks, parameter_bytes=self._bytes, budget=self._budget)
+        found = choose(paired=paired, whole=whole, tasks=tasks, parameter_bytes=self._bytes, budget=self._budget)
+        # Sketches that would only give a jackknife's errors to exact sums are not kept where nobody wants those.
+        return replace(found, errors=found.errors and self.errors == "samples")
 
     def _reset_step(self) -> None:
         mode, errors = (None, True) if self.choice is None else (self.choice.mode, self.choice.errors)
@@ -231,7 +250,7 @@ class Accumulation:
         self._decide(sums, any(part.partial for part in parts))
         exact = None if self.exact is None else self.exact.gram(sums.tasks, group, shards)
         if self.sketches is None or not samples or (undecided and (self.choice is None or self.choice.mode == "pairs")):
-            return StepResult(sums, exact, None, "pairs" if exact is None else "exact", folded, False)
+            return StepResult(sums, exact, None, "pairs" if exact is None else "exact", folded, False, self.errors)
         index, keys, _ = make_blocks(tasks, samples, max_blocks, 0)
         found = sketch_sums(
             self.sketches.whole([part.layout for part in parts], samples, mine, group, shards),
@@ -241,6 +260,9 @@ class Accumulation:
             (index, keys),
         )
         sketched = add_up([found.pairs], sums.tasks, sums.sample_task)
+        # The operators' squares where there are any: a sketch of a gradient that is not zero may vanish.
+        own = sums.sample_sq or dict(zip(samples, found.sample_sq.tolist(), strict=True))
+        sketched = replace(sketched, sample_sq=own)
         folded = len(keys) < len(samples)
         if exact is None:
             return StepResult(sketched, None, found.variance, "sketch", folded, True)

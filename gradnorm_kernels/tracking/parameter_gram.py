@@ -21,7 +21,7 @@ from ..ops import embedding_grad_norm, fused_grad_norm, tied_grad_gram
 from ..segments import to_device
 from . import distributed
 from .calls import Call
-from .rows import Rows, on_gpu, sum_by
+from .rows import Rows, on_gpu
 
 #: The most tokens and blocks of several experts in one call of the operator: the inner products between different
 #: experts, which nobody needs, stay few. Not tuned.
@@ -29,10 +29,13 @@ _TOKENS, _BLOCKS = 256, 512
 
 
 class BlockSums(NamedTuple):
-    """Over blocks, float64: gram [b, b] and the samples' own squares summed [b]; dW [d_out, d_in] if asked for."""
+    """Float64: gram [b, b] over blocks, the samples' own squares [N]; dW [d_out, d_in] if asked for.
+
+    The gram is diagonal where the rows' ``inner_products`` are not wanted.
+    """
 
     gram: Tensor
-    self_sq: Tensor
+    sample_sq: Tensor
     weight_grad: Tensor | None
 
 
@@ -112,7 +115,8 @@ def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = Fals
         sums = _linear_sums(scaled, rows, weight_grad and factors is not None)
     if factors is not None:
         factor = to_device(factors, sums.gram.device)
-        return BlockSums(sums.gram * factor[:, None] * factor, sums.self_sq * factor**2, sums.weight_grad)
+        own = to_device(factors[rows.sample_block], sums.gram.device)
+        return BlockSums(sums.gram * factor[:, None] * factor, sums.sample_sq * own**2, sums.weight_grad)
     plain = parts[0]
     return sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype) if weight_grad else None)
 
@@ -129,7 +133,7 @@ def _expert_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
             own.setdefault(expert, []).append(tokens)
     device = parts[0].dy.device
     gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64, device=device)
-    self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device=device)
+    sample_sq = torch.zeros(rows.num_samples, dtype=torch.float64, device=device)
     for uses in _calls([own[expert] for expert in sorted(own)], rows):
         count = len(uses)
         together = [
@@ -143,8 +147,8 @@ def _expert_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
         )
         sums = weight_sums(together, stacked)
         gram += sums.gram.view(count, rows.num_blocks, count, rows.num_blocks).diagonal(dim1=0, dim2=2).sum(-1)
-        self_sq += sums.self_sq.view(count, rows.num_blocks).sum(0)
-    return BlockSums(gram, self_sq, None)
+        sample_sq += sums.sample_sq.view(count, rows.num_samples).sum(0)
+    return BlockSums(gram, sample_sq, None)
 
 
 def _calls(experts: Sequence[list[Tokens]], rows: Rows) -> Iterator[list[list[Tokens]]]:
@@ -215,11 +219,11 @@ def _linear_sums(parts: Sequence[Tokens], rows: Rows, weight_grad: bool) -> Bloc
         sample_ids=torch.cat([part.row_sample for part in parts]),
         group_ids=rows.sample_block,
         num_groups=rows.num_blocks,
-        group_gram=True,
+        group_gram=rows.inner_products,
         weight_grad=weight_grad,
     )
-    assert r.group_gram is not None
-    return BlockSums(r.group_gram, sum_by(r.sample_sq_norms, rows.sample_block, rows.num_blocks), r.weight_grad)
+    gram = r.group_sq_norms.diag() if r.group_gram is None else r.group_gram
+    return BlockSums(gram, r.sample_sq_norms, r.weight_grad)
 
 
 def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
@@ -236,12 +240,11 @@ def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
         sample_ids=e_sample_ids,
         group_ids=rows.sample_block,
         num_groups=rows.num_blocks,
-        group_gram=True,
+        group_gram=rows.inner_products,
     )
-    assert own.group_gram is not None
-    gram, sample_sq = own.group_gram, own.sample_sq_norms
+    gram, sample_sq = own.group_sq_norms.diag() if own.group_gram is None else own.group_gram, own.sample_sq_norms
     if not heads:
-        return BlockSums(gram, sum_by(sample_sq, rows.sample_block, rows.num_blocks), None)
+        return BlockSums(gram, sample_sq, None)
     x, dy, cu_seqlens, sample_ids = _packed(heads)
     dtype = torch.promote_types(x.dtype, e.dtype)
     cross = tied_grad_gram(
@@ -256,10 +259,10 @@ def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
         group_ids=rows.sample_block,
         num_groups=rows.num_blocks,
     )
-    gram = gram + cross.group_gram + cross.group_gram.T
-    self_sq = sum_by(sample_sq + 2 * cross.sample_dots, rows.sample_block, rows.num_blocks)
+    cross_gram = cross.group_gram if rows.inner_products else cross.group_gram.diagonal().diag()
+    gram = gram + cross_gram + cross_gram.T
     head = _linear_sums(heads, rows, False)
-    return BlockSums(head.gram + gram, head.self_sq + self_sq, None)
+    return BlockSums(head.gram + gram, head.sample_sq + (sample_sq + 2 * cross.sample_dots), None)
 
 
 def _packed(parts: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -72,6 +72,7 @@ class Recorder:
         self._vectors: dict[str, Tensor] = {}
         # (parameter, or "" while nothing is reconciled; device; groups over which matrices are sharded) -> sums
         self._sums: dict[tuple[str, torch.device, tuple[Any, ...]], tuple[Tensor, Tensor]] = {}
+        self.sample_sq: dict[Hashable, float] = {}  # ||G_p||^2 of every sample, once finished; empty without pairs
         self.groups: dict[str, tuple[Any, ...]] = {}  # over which each parameter is sharded while its layer computes
 
     def called(self, layer: Layer) -> None:
@@ -127,7 +128,7 @@ class Recorder:
             return plain_weight_grad(call, dy) if weight_grad else None
         self._done.add(name)
         sums = weight_sums([tokens], self.rows, weight_grad=weight_grad)
-        self._add(name, sums.gram, sums.self_sq)
+        self._add(name, sums.gram, sums.sample_sq)
         outside = padding_weight_grad(call, dy) if weight_grad else None
         return sums.weight_grad if outside is None or sums.weight_grad is None else sums.weight_grad + outside
 
@@ -198,11 +199,11 @@ class Recorder:
         total = self._vectors.get(name)
         self._vectors[name] = sums if total is None else total + sums
 
-    def _add(self, name: str, gram: Tensor, self_sq: Tensor) -> None:
+    def _add(self, name: str, gram: Tensor, sample_sq: Tensor) -> None:
         groups = self.groups[name]
         key = ("" if self._reconciliation is None else name, gram.device, groups)
         total = self._sums.get(key)
-        self._sums[key] = (gram, self_sq) if total is None else (total[0] + gram, total[1] + self_sq)
+        self._sums[key] = (gram, sample_sq) if total is None else (total[0] + gram, total[1] + sample_sq)
 
     def finish(self, task_index: Mapping[Hashable, int]) -> PairSums | None:
         """Square what was kept, add everything up, and return the micro-batch's sums (on the CPU), if pairs count.
@@ -230,19 +231,23 @@ class Recorder:
             if not self._pairs:
                 continue
             sums = sum_by(vector, rows.sample_block, rows.num_blocks)
-            own = sum_by(vector.square().sum(1), rows.sample_block, rows.num_blocks)
-            self._add(name, sums @ sums.T, own)
+            self._add(name, sums @ sums.T, vector.square().sum(1))
         if not self._pairs:
             return None
         gram = torch.zeros(rows.num_blocks, rows.num_blocks, dtype=torch.float64, device="cpu")
-        self_sq = torch.zeros(rows.num_blocks, dtype=torch.float64, device="cpu")
+        sample_sq = torch.zeros(rows.num_samples, dtype=torch.float64, device="cpu")
         for (name, _, groups), (part, own) in self._sums.items():
             if name in self._skipped:
                 continue
             for group in groups:
                 distributed.sum_over([part, own], group)
             gram += part.cpu()
-            self_sq += own.cpu()
+            sample_sq += own.cpu()
+        self.sample_sq = dict(zip(rows.samples, sample_sq.tolist(), strict=True))
+        self_sq = sum_by(sample_sq, rows.sample_block, rows.num_blocks)
+        if not rows.inner_products:
+            # Zeros off the diagonal would read as orthogonal tasks.
+            gram = torch.where(torch.eye(rows.num_blocks, dtype=torch.bool, device="cpu"), gram, float("nan"))
         weight, weight_sq = (sum_by(w, rows.sample_block, rows.num_blocks) for w in (rows.weight, rows.weight**2))
         block_task = torch.tensor([task_index[task] for task in rows.block_tasks], device="cpu")
         return PairSums(gram, self_sq, weight, weight_sq, block_task, rows.block_keys)

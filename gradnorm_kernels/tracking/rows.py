@@ -38,6 +38,7 @@ class Rows:
     rows_present: list[int]  # [N]
     mask: Tensor | None  # [B, L] bool; None for packed rows
     packing: Packing | None = None  # where B packed sequences lie
+    inner_products: bool = True  # whether those between blocks are wanted, or only the blocks' squares
 
     @property
     def num_samples(self) -> int:
@@ -104,13 +105,22 @@ def _packed(cu_seqlens: CuSeqlens, batch: int, attention_mask: Tensor | None) ->
     return packing
 
 
+def is_task_block(key: Hashable) -> bool:
+    """Whether a block's key stands for all samples of a task, in every micro-batch and on every rank."""
+    return isinstance(key, tuple) and key[0] == "task"
+
+
 def make_blocks(
-    tasks: Sequence[Hashable], samples: Sequence[Hashable], max_blocks: int, serial: int
+    tasks: Sequence[Hashable], samples: Sequence[Hashable], max_blocks: int | None, serial: int
 ) -> tuple[list[int], list[Hashable], list[Hashable]]:
     """(the block of each sample, the blocks' keys, the blocks' tasks).
 
-    A block is one sample while there are at most ``max_blocks``, else one of equal folds inside each task.
+    A block is one sample while there are at most ``max_blocks``, else one of equal folds inside each task. With
+    ``max_blocks`` None it is a whole task.
     """
+    if max_blocks is None:
+        names = list(dict.fromkeys(tasks))
+        return [names.index(task) for task in tasks], [("task", task) for task in names], names
     if len(samples) <= max_blocks:
         return list(range(len(samples))), list(samples), list(tasks)
     names = list(dict.fromkeys(tasks))
@@ -134,9 +144,14 @@ def make_rows(
     *,
     cu_seqlens: CuSeqlens | None = None,
     serial: int,
-    max_blocks: int,
+    max_blocks: int | None,
+    inner_products: bool = True,
 ) -> Rows:
-    """Check one micro-batch's description and work out its weights. ``serial`` tells micro-batches of a step apart."""
+    """Check one micro-batch's description and work out its weights.
+
+    ``serial`` tells micro-batches of a step apart. ``max_blocks``: as in :func:`make_blocks`. ``inner_products``: as in
+    :class:`Rows`.
+    """
     tasks_of_rows = _as_list(task_ids, "task_ids")
     batch = len(tasks_of_rows)
     if not batch:
@@ -198,6 +213,7 @@ def make_rows(
         rows_present=present.tolist(),
         mask=mask,
         packing=packing,
+        inner_products=inner_products,
     )
 
 

@@ -231,11 +231,13 @@ class StepSketches:
 class SketchSums(NamedTuple):
     """A step's sketches as the estimator needs them.
 
-    ``pairs``: the sums of its one "micro-batch" of all samples. ``variance`` [K, K] float64: the estimated variance
-    that the projections add to the tasks' ``sum over pairs of <S_p, S_q>``.
+    ``pairs``: the sums of its one "micro-batch" of all samples. ``sample_sq`` [N] float64: the samples' own squares.
+    ``variance`` [K, K] float64: the estimated variance that the projections add to the tasks'
+    ``sum over pairs of <S_p, S_q>``.
     """
 
     pairs: PairSums
+    sample_sq: Tensor
     variance: Tensor
 
 
@@ -255,31 +257,32 @@ def sketch_sums(
     task = torch.tensor(sample_task, dtype=torch.long, device="cpu")
     count = len(keys)
     gram = torch.zeros(count, count, dtype=torch.float64, device="cpu")
-    self_sq = torch.zeros(count, dtype=torch.float64, device="cpu")
+    sample_sq = torch.zeros(len(sample_task), dtype=torch.float64, device="cpu")
     variance = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device="cpu")
     for _, sketch, groups in sketches:
         parts = [*_gram(sketch.values, block, count), _variance(sketch, task, num_tasks)]
         for shards in groups:
             distributed.sum_over(parts, shards)
-        for total, part in zip((gram, self_sq, variance), parts, strict=True):
+        for total, part in zip((gram, sample_sq, variance), parts, strict=True):
             total += part.cpu()
     weights = torch.tensor(shares, dtype=torch.float64, device="cpu")
-    weight, weight_sq = (sum_by(w, block, count) for w in (weights, weights**2))
+    weight, weight_sq, self_sq = (sum_by(w, block, count) for w in (weights, weights**2, sample_sq))
     block_task = torch.zeros(count, dtype=torch.long, device="cpu").scatter_(0, block, task)
-    return SketchSums(PairSums(gram, self_sq, weight, weight_sq, block_task, keys), variance.clamp_min(0.0))
+    pairs = PairSums(gram, self_sq, weight, weight_sq, block_task, keys)
+    return SketchSums(pairs, sample_sq, variance.clamp_min(0.0))
 
 
 def _gram(values: Tensor, block: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(inner products of the blocks' sums, the samples' own squares added up by block), float64 on values' device."""
+    """(inner products of the blocks' sums [count, count], the samples' own squares [N]), float64 on values' device."""
     flat = values.flatten(1)
     gram = torch.zeros(count, count, dtype=torch.float64, device=flat.device)
-    self_sq = torch.zeros(count, dtype=torch.float64, device=flat.device)
+    sample_sq = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     for lo in range(0, flat.shape[1], _COLUMNS):
         part = flat[:, lo : lo + _COLUMNS].double()
-        self_sq += sum_by(part.square().sum(1), block, count)
+        sample_sq += part.square().sum(1)
         sums = sum_by(part, block, count)
         gram += sums @ sums.T
-    return gram, self_sq
+    return gram, sample_sq
 
 
 def _variance(sketch: Sketch, task: Tensor, num_tasks: int) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+import torch
 from torch import Tensor
 
 from ..estimation.estimator import TaskGradient
-from ..estimation.moments import moments
+from ..estimation.moments import informative, moments
 from .accumulate import StepResult
 
 
@@ -17,11 +18,13 @@ class StepStats(dict[Hashable, TaskGradient]):
     Attributes:
         tasks: the K tasks, in the order of the matrices' rows.
         inner_products: [K, K] float64, ``<E G_a, E G_b>`` unbiased; the diagonal is U. NaN where no pair was seen
-            together.
+            together, and off the diagonal with ``errors="steps"``.
         inner_products_se: [K, K] float64, jackknife standard errors.
         cosines: [K, K] float64, ``M_ab / sqrt(U_a U_b)``; NaN where a U is not positive.
         cosines_se: [K, K] float64, jackknife standard errors (0 on the diagonal).
         accumulate: which pairs the estimates are of: "pairs", "exact" or "sketch"; "" for a step without estimates.
+        errors: what standard errors come from: "samples", a jackknife in this step; "tasks" and "steps", none in this
+            step: ``tracker.running`` has them from the spread over steps. Sketches always give "samples".
     """
 
     tasks: list[Hashable]
@@ -30,6 +33,7 @@ class StepStats(dict[Hashable, TaskGradient]):
     cosines: Tensor
     cosines_se: Tensor
     accumulate: str = ""
+    errors: str = "samples"
 
 
 def step_stats(found: StepResult) -> StepStats:
@@ -39,10 +43,12 @@ def step_stats(found: StepResult) -> StepStats:
     result = moments(sums, found.exact, found.variance)
     stats.inner_products, stats.inner_products_se = result.inner_products, result.inner_products_se
     stats.cosines, stats.cosines_se = result.cosines, result.cosines_se
-    stats.accumulate = found.mode if tasks else ""
-    counts = [0] * len(tasks)
-    for k in sums.sample_task.values():
-        counts[k] += 1
+    stats.accumulate, stats.errors = found.mode if tasks else "", found.errors
+    samples = list(sums.sample_task)
+    own_task = torch.tensor([sums.sample_task[p] for p in samples], dtype=torch.long, device="cpu")
+    sq_norms = torch.tensor([sums.sample_sq[p] for p in samples], dtype=torch.float64, device="cpu")
+    counts = torch.bincount(own_task, minlength=len(tasks)).tolist()
+    with_gradient = informative(sq_norms, own_task, len(tasks)).tolist()
     method = "jackknife over folds" if found.folded else "jackknife over samples"
     if found.sketched:
         method += ", sketched"
@@ -59,5 +65,6 @@ def step_stats(found: StepResult) -> StepStats:
             mean_sq_norm=float(result.mean_sq_norm[k]),
             pair_weight=float(result.pair_weight[k]),
             std_error_method="none" if error != error else method,
+            n_effective=with_gradient[k],
         )
     return stats

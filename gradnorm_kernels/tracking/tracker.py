@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..estimation.estimator import RunningEstimate
 from ..estimation.moments import PairSums, add_up
 from . import distributed
-from .accumulate import ACCUMULATE, MEMORY_BUDGET, Accumulation, RankPart, StepPlan, StepResult
+from .accumulate import ACCUMULATE, ERRORS, MEMORY_BUDGET, Accumulation, RankPart, StepPlan, StepResult
 from .calls import BatchDim, Placements, check_batch_dim
 from .hooks import Watcher
 from .layers import KINDS, Layer, LayerChoice, Parameters, select_layers
@@ -22,6 +22,7 @@ from .packing import CuSeqlens
 from .reconcile import Reconciliation
 from .recorder import Recorder
 from .rows import Ids, Rows, make_rows
+from .samples import StepSamples
 from .sketch import default_width
 from .skipped import Skipped, some
 from .stats import StepStats, step_stats
@@ -54,6 +55,11 @@ class GradNormTracker:
             unbiased, with an error of the projection's, which std_error contains. "auto": pairs where every task with
             two samples has some; else exact sums (with errors from sketches), where samples are whole and
             ``memory_budget`` allows; else sketches. It decides from ``plan``, or at the end of the first step.
+        errors: where standard errors come from, and so what is computed. "samples": a jackknife over the samples of a
+            step, from all inner products of a micro-batch's samples. "tasks": the spread of U over steps (in
+            ``running``; a step's own are NaN), from the inner products of the tasks; cosines stay. "steps": the same,
+            from the tasks' squares only; cosines and inner products of two tasks are NaN. U and the plug-in are the
+            same in all three. The last two are cheaper for many layers. Sketches have a jackknife in any case.
         sketch_width: r of the projections, at least 2. A side no wider than r is not projected. Default:
             128 for up to four measured matrices, less for more (docs/mathematics.md).
         memory_budget: the most bytes of exact sums that "auto" allows.
@@ -90,6 +96,7 @@ class GradNormTracker:
         fused: bool = False,
         *,
         accumulate: str = "auto",
+        errors: str = "samples",
         sketch_width: int | None = None,
         memory_budget: int = MEMORY_BUDGET,
         plan: StepPlan | None = None,
@@ -101,6 +108,7 @@ class GradNormTracker:
     ) -> None:
         for name, value, allowed in (
             ("accumulate", accumulate, ACCUMULATE),
+            ("errors", errors, ERRORS),
             ("unverified", unverified, UNVERIFIED),
             ("verify", verify, VERIFY),
         ):
@@ -109,6 +117,11 @@ class GradNormTracker:
         for name, number, low in (("sketch_width", sketch_width, 2), ("memory_budget", memory_budget, 0)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < low):
                 raise ValueError(f"{name} must be an int of at least {low}, got {number!r}")
+        if accumulate == "sketch" and errors != "samples":
+            raise ValueError(
+                f"errors={errors!r} is for accumulate='pairs', 'exact' or 'auto', got 'sketch', whose inner products "
+                "of all samples cost nothing more: leave errors at 'samples'"
+            )
         check_batch_dim(batch_dim)
         distributed.resolve(process_group)
         if not isinstance(model, nn.Module):
@@ -136,7 +149,7 @@ class GradNormTracker:
         measured = self._measured()
         width = default_width(sum(p.dim() > 1 for p in measured.values())) if sketch_width is None else sketch_width
         self._accumulation = Accumulation(
-            accumulate, memory_budget, width, 4 * sum(p.numel() for p in measured.values()), plan
+            accumulate, memory_budget, width, 4 * sum(p.numel() for p in measured.values()), plan, errors
         )
         self.running: dict[Hashable, RunningEstimate] = {}
         self._probes = batch_dim is None or isinstance(batch_dim, Mapping)
@@ -145,14 +158,8 @@ class GradNormTracker:
         self._recorder: Recorder | None = None
         self._shards: dict[str, tuple[Any, ...]] = {}  # over which groups each parameter is sharded, as far as seen
         self._parts: list[PairSums] = []
-        self._microbatches = 0  # of this step
-        self._partial = False  # whether one of them had a part of a sample
-        self._sample_share: dict[Hashable, float] = {}
+        self._samples = StepSamples()
         self._task_index: dict[Hashable, int] = {}
-        self._sample_task: dict[Hashable, Hashable] = {}
-        self._sample_rows: dict[Hashable, int] = {}
-        self._spread: set[Hashable] = set()  # samples whose rows may lie in other micro-batches, and on other ranks
-        self._serial = 0
         self._warned: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         self._stop_watching: Callable[[], None] | None = None  # takes the hooks of containers out
@@ -258,10 +265,11 @@ class GradNormTracker:
             row_scale,
             rows_per_sample,
             cu_seqlens=cu_seqlens,
-            serial=self._serial,
-            max_blocks=MAX_BLOCKS,
+            serial=self._samples.serial,
+            max_blocks=MAX_BLOCKS if self._accumulation.errors == "samples" else None,
+            inner_products=self._accumulation.errors != "steps",
         )
-        self._check_samples(rows, spread=rows_per_sample is not None)
+        self._samples.check(rows, spread=rows_per_sample is not None)
         self._check_whole(rows)
         for layer in self._watcher.changed():
             self._unreconciled.update(self._watcher.names_of(layer))
@@ -308,11 +316,11 @@ class GradNormTracker:
         if nothing:
             self._reset(next_step=False)
             return
-        if self._microbatches and known != set(self._skipped.reasons):
+        if self._samples.serial and known != set(self._skipped.reasons):
             # Earlier micro-batches of this step counted what this one leaves out: their sums do not belong together.
             warnings.warn(
-                f"the {self._microbatches + 1} micro-batches of this step so far are dropped: they were measured with "
-                "parameters that are now left out, as were earlier steps",
+                f"the {self._samples.serial + 1} micro-batches of this step so far are dropped: they were measured "
+                "with parameters that are now left out, as were earlier steps",
                 stacklevel=3,
             )
             self._reset(next_step=False)
@@ -322,16 +330,7 @@ class GradNormTracker:
         if sketches is not None and kept.sketches is not None:
             sketches.complete(kept.sketches, self._skipped.reasons)
         self._shards.update(recorder.groups)
-        self._microbatches += 1
-        self._serial += 1
-        if rows_per_sample is not None:
-            self._spread.update(rows.samples)
-        for sample, task, present in zip(rows.samples, rows.tasks, rows.rows_present, strict=True):
-            self._sample_task[sample] = task
-            self._sample_rows[sample] = self._sample_rows.get(sample, 0) + present
-        for sample, share in zip(rows.samples, rows.weight.tolist(), strict=True):
-            self._sample_share[sample] = self._sample_share.get(sample, 0.0) + share
-            self._partial |= share != 1.0
+        self._samples.add(rows, recorder.sample_sq, spread=rows_per_sample is not None)
 
     def _check_whole(self, rows: Rows) -> None:
         """Exact sums that were asked for need whole samples in a micro-batch."""
@@ -402,29 +401,6 @@ class GradNormTracker:
             warnings.warn("nothing that layers= picks can be measured: there will be no estimates", stacklevel=4)
         return nothing
 
-    def _check_samples(self, rows: Rows, spread: bool) -> None:
-        """A sample that comes back within a step must say how many rows it has, and must keep its task."""
-        whole = [round(present / share) for present, share in zip(rows.rows_present, rows.weight.tolist(), strict=True)]
-        for sample, task, present, limit in zip(rows.samples, rows.tasks, rows.rows_present, whole, strict=True):
-            if sample not in self._sample_task:
-                continue
-            if self._sample_task[sample] != task:
-                raise ValueError(
-                    f"sample_ids: sample {sample!r} belonged to task {self._sample_task[sample]!r} earlier in this "
-                    f"step, now to {task!r}"
-                )
-            if not spread:
-                raise ValueError(
-                    f"sample_ids: sample {sample!r} was already in an earlier micro-batch of this step; if its rows "
-                    f"are spread over several, "
-                    "pass rows_per_sample= (its number of rows in all), else give every sample an id of its own"
-                )
-            if self._sample_rows[sample] + present > limit:
-                raise ValueError(
-                    f"rows_per_sample: sample {sample!r} has {self._sample_rows[sample] + present} rows in this step, "
-                    f"more than the {limit} given"
-                )
-
     def _warn_never_called(self, recorder: Recorder) -> None:
         missing = [
             layer.name
@@ -456,7 +432,7 @@ class GradNormTracker:
             parts = distributed.gather(self._part(rank), group)
             if self._ranks_differ(parts):
                 return self._publish(StepResult(add_up([], []), None, None, "", False, False))
-            mine = {self._named(sample, rank): sample for sample in self._sample_task}
+            mine = {self._samples.named(sample, rank): sample for sample in self._samples.tasks}
             self._learn_shards(parts, group)
             found = self._accumulation.combine(parts, mine, group, self._shards, MAX_BLOCKS)
         finally:
@@ -474,11 +450,12 @@ class GradNormTracker:
                 'accumulate="exact": a micro-batch failed halfway, so this step has no estimate; the next one will'
             )
         steps, modes = {part.step for part in parts}, {part.mode for part in parts}
-        if len(steps) > 1 or (len(modes) > 1 and not self._accumulation.automatic):
+        errors = {part.errors for part in parts}
+        if len(steps) > 1 or len(errors) > 1 or (len(modes) > 1 and not self._accumulation.automatic):
             raise RuntimeError(
                 f"ranks are at different steps or accumulate differently (steps {sorted(steps)}, accumulate "
-                f"{sorted(map(str, modes))}): make every rank's tracker with the same options, restore the same state "
-                "on all, and call step() once per optimizer step on each"
+                f"{sorted(map(str, modes))}, errors {sorted(errors)}): make every rank's tracker with the same "
+                "options, restore the same state on all, and call step() once per optimizer step on each"
             )
         skipped = [part.skipped for part in parts]
         every = frozenset().union(*skipped)
@@ -517,31 +494,29 @@ class GradNormTracker:
                 )
             self._shards[name] = groups
 
-    def _named(self, key: Hashable, rank: int | None) -> Hashable:
-        """A sample or fold, named as among all ranks: ids that only this rank knows get its number."""
-        return key if rank is None or key in self._spread else ("rank", rank, key)
-
     def _part(self, rank: int | None) -> RankPart:
         """This rank's share of the step."""
-        kept = self._accumulation
+        kept, named = self._accumulation, self._samples.named
         sums = add_up(self._parts, list(self._task_index))
         return RankPart(
             sums=replace(
                 sums,
-                keys=tuple(self._named(key, rank) for key in sums.keys),
+                keys=tuple(named(key, rank) for key in sums.keys),
                 sample_task={
-                    self._named(sample, rank): self._task_index[task] for sample, task in self._sample_task.items()
+                    named(sample, rank): self._task_index[task] for sample, task in self._samples.tasks.items()
                 },
+                sample_sq={named(sample, rank): sq_norm for sample, sq_norm in self._samples.sq_norms.items()},
             ),
             folded=any(isinstance(key, tuple) and key[0] == "fold" for part in self._parts for key in part.block_keys),
             skipped=frozenset(self._skipped.reasons),
             spoiled=kept.spoiled,
             mode=None if kept.choice is None else kept.choice.mode,
             step=kept.step,
-            shares={self._named(sample, rank): share for sample, share in self._sample_share.items()},
-            partial=self._partial,
+            shares={named(sample, rank): share for sample, share in self._samples.shares.items()},
+            partial=self._samples.partial,
             layout={} if kept.sketches is None else kept.sketches.layout(),
             sharded={name: len(groups) for name, groups in self._shards.items() if groups},
+            errors=kept.errors,
         )
 
     def _publish(self, found: StepResult) -> StepStats:
@@ -552,9 +527,8 @@ class GradNormTracker:
         return stats
 
     def _reset(self, *, next_step: bool) -> None:
-        self._parts, self._serial, self._microbatches, self._partial = [], 0, 0, False
-        self._task_index, self._sample_task, self._sample_rows, self._spread = {}, {}, {}, set()
-        self._sample_share = {}
+        self._parts, self._task_index = [], {}
+        self._samples.reset()
         self._accumulation.reset(next_step=next_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -563,9 +537,9 @@ class GradNormTracker:
         Raises:
             RuntimeError: micro-batches are waiting for :meth:`step`; they would be lost.
         """
-        if self._microbatches or self._recorder is not None:
+        if self._samples.serial or self._recorder is not None:
             raise RuntimeError(
-                f"{self._microbatches} micro-batches wait for tracker.step(): call it before state_dict()"
+                f"{self._samples.serial} micro-batches wait for tracker.step(): call it before state_dict()"
             )
         return {
             "running": [(task, estimate.state_dict()) for task, estimate in self.running.items()],

@@ -4,17 +4,20 @@ On a CPU a resumed run repeats the uninterrupted one bit for bit. On a GPU it co
 states, but some of torch's kernels add in an order that changes, so the last digits differ from run to run.
 
 A checkpoint is a folder ``checkpoint-<step>`` that transformers can load as a model, with ``state.pt`` (optimizer,
-schedule, random states, sampler, tracker, data positions) and ``manifest.json`` (size and SHA-256 of every file) in it.
+schedule, random states, sampler, tracker, data positions) and ``manifest.json`` (size of every file, and SHA-256 of
+those up to HASHED_BYTES) in it. Engine 'trl' has the Trainer's files in place of ``state.pt``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from safetensors import SafetensorError
 from .errors import StorageError, UserError
 from .runlog import write_json
 
+HASHED_BYTES = 4 << 30  # files above are not hashed: that would take longer than writing them
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -73,36 +77,54 @@ def _flush_to_disk(path: Path) -> None:
 
 def save_checkpoint(folder: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Any], keep: int) -> Path:
     """Write ``folder/checkpoint-<step>`` whole or not at all, then drop all but the newest ``keep``."""
-    final = folder / f"checkpoint-{step}"
     temporary = folder / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        torch.save(state, temporary / "state.pt")
-        files = sorted(path for path in temporary.iterdir() if path.is_file())
-        for path in files:
-            _flush_to_disk(path)
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-        write_json(temporary / "manifest.json", {"step": step, "files": manifest})
-        _flush_to_disk(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _flush_to_disk(folder)
+        with storage_errors(folder, f"checkpoint-{step}"):
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            torch.save(state, temporary / "state.pt")
+            return finish_checkpoint(temporary, folder / f"checkpoint-{step}", step, keep)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def storage_errors(folder: Path, name: str) -> Iterator[None]:
+    """Turn what a full disk raises while ``name`` is written into a StorageError that says what to do."""
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors turn a full disk into errors of their own.
         before = checkpoints(folder)
         advice = f"go on with --resume {before[-1]}" if before else "start the run again: it has no checkpoint yet"
         raise StorageError(
-            f"checkpoint {final} could not be written ({_reason(error)}; {shutil.disk_usage(folder).free >> 20} MiB "
-            f"are free there): what was written before is intact; free some space, then {advice}"
+            f"checkpoint {folder / name} could not be written ({_reason(error)}; "
+            f"{shutil.disk_usage(folder).free >> 20} MiB are free there): what was written before is intact; free some "
+            f"space, then {advice}"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]:
+
+
+def finish_checkpoint(temporary: Path, final: Path, step: int, keep: int) -> Path:
+    """Add the manifest to a checkpoint in ``temporary``, give it its place, and drop all but the newest ``keep``."""
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    for path in files:
+        _flush_to_disk(path)
+    manifest = {str(path.relative_to(temporary)): _entry(path) for path in files}
+    write_json(temporary / "manifest.json", {"step": step, "files": manifest})
+    _flush_to_disk(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _flush_to_disk(final.parent)
+    for old in checkpoints(final.parent)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {"bytes": size, "sha256": sha256(path)} if size <= HASHED_BYTES else {"bytes": size}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -123,7 +145,7 @@ def fault(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if sha256(file) != entry["sha256"]:
+        if "sha256" in entry and sha256(file) != entry["sha256"]:
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
 

@@ -1,4 +1,4 @@
-"""The command line: `train`, `probe`, `study`, `estimators` and `report`."""
+"""The command line: `train`, `probe`, `study`, `frozen`, `estimators`, `intervals` and `report`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from .errors import UserError, all_of
+
+if TYPE_CHECKING:
+    from .settings import Settings
 
 USAGE = """\
 usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {presets}
@@ -21,25 +25,31 @@ usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {
        train_grpo.py study  --preset NAME [--seeds 1 2 3] [--arms uniform ...] [--jobs 2] [--setting value ...]
                                                                   every arm and seed, and the answers; continues an
                                                                   interrupted study
+       train_grpo.py study  --preset NAME --frozen [...]          the same without training: gradients at fixed weights
+       train_grpo.py frozen --config FILE                         one run of such a study
        train_grpo.py estimators --preset NAME [--setting value ...]  the estimators side by side on stored rollouts
+       train_grpo.py intervals --preset NAME [--seeds 1 2 3] [--setting value ...]
+                                                                  how often each interval of U holds it
        train_grpo.py report DIR                                   a run's table and HTML report, or a study's answers
 
 settings, as options or as keys of the YAML file:
 """
-COMMANDS = ("train", "probe", "study", "estimators", "report")
+COMMANDS = ("train", "probe", "study", "frozen", "estimators", "intervals", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 the machine failed, 2 a wrong request, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console()
+    console = Console(quiet=_process("RANK") > 0)  # of the processes of a launcher the first one speaks
     try:
         return _run(arguments, console)
     except UserError as error:
-        _complain(str(error))
+        if not error.shared or _process("LOCAL_RANK") == 0:
+            _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted; `train --resume RUN_DIR` goes on from the run's last checkpoint, if it has one")
+        if _process("RANK") == 0:
+            _complain("interrupted; `train --resume RUN_DIR` goes on from the run's last checkpoint, if it has one")
         return 130
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
@@ -50,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
             "`train --resume RUN_DIR` if the run has a checkpoint, or start it again"
         )
         return 1
+
+
+def _process(variable: str, default: int = 0) -> int:
+    """A number that torchrun and accelerate give each of their processes: RANK, LOCAL_RANK or WORLD_SIZE."""
+    return int(os.environ.get(variable, default))
 
 
 def _complain(message: str) -> None:
@@ -63,6 +78,9 @@ def _run(arguments: list[str], console: Console) -> int:
         _print_help()
         return 0
     all_of("the command", [command], COMMANDS)
+    processes = _process("WORLD_SIZE", 1)
+    if processes > 1 and command != "train":
+        raise _shared(UserError(f"`{command}` runs in one process, and {processes} were launched: start it without"))
     if command == "report":
         return _report(arguments, console)
     _quiet()
@@ -74,23 +92,60 @@ def _run(arguments: list[str], console: Console) -> int:
         from .study.estimators import estimators
 
         return estimators(arguments, console)
+    if command == "frozen":
+        from .parse import parse_frozen
+        from .study.frozen import measure
+
+        folder = measure(*parse_frozen(arguments), console)
+        console.print(f"measured: {folder}", highlight=False, soft_wrap=True)
+        return 0
+    if command == "intervals":
+        from .study.intervals import intervals
+
+        return intervals(arguments, console)
     from .parse import parse_settings
 
-    settings, name = parse_settings(arguments)
+    try:
+        settings, name = parse_settings(arguments)
+    except UserError as error:
+        raise _shared(error) from error.__cause__
     if command == "probe":
         from .probe import probe
 
         return _finish(probe(settings, name, console), console)
-    from .train import Training
+    return _train(settings, name, console)
 
-    training = Training(settings, name, console)
+
+def _shared(error: UserError) -> UserError:
+    """An error that all processes of a launcher have alike."""
+    error.shared = True
+    return error
+
+
+def _train(settings: Settings, name: str, console: Console) -> int:
+    from .train import LoopTraining, Training
+
+    processes = _process("WORLD_SIZE", 1)
+    if settings.engine == "loop" and processes > 1:
+        raise _shared(
+            UserError(f"engine 'loop' is one process, and {processes} were launched: give --engine trl, or launch one")
+        )
+    training: Training
+    if settings.engine == "trl":
+        from .engine_trl import TrlTraining
+
+        training = TrlTraining(settings, name, console)
+    else:
+        training = LoopTraining(settings, name, console)
     folder = training.run()
     if training.interrupted:
         console.print(
-            f"stopped after step {training.grpo.step_number}; go on with: train_grpo.py train --resume {folder}"
+            f"stopped after step {training.step_number}; go on with: train_grpo.py train --resume {folder}",
+            highlight=False,
+            soft_wrap=True,
         )
         return 130
-    return _finish(folder, console)
+    return _finish(folder, console) if _process("RANK") == 0 else 0
 
 
 def _finish(folder: Path, console: Console) -> int:
@@ -138,3 +193,4 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -12,10 +12,17 @@ class UserError(Exception):
     """Something the person at the keyboard can put right: printed as one sentence, without a traceback, exit code 2."""
 
     exit_code = 2
+    shared = False  # every process of the machine raises it, and the first prints it
 
 
 class StorageError(UserError):
     """The machine, not the request: a disk that is full or gone. Exit code 1."""
+
+    exit_code = 1
+
+
+class PeerError(UserError):
+    """Another process of the run ended, so this one cannot go on. Exit code 1."""
 
     exit_code = 1
 

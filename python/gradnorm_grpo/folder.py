@@ -20,8 +20,12 @@ from gradnorm_kernels.__main__ import commit
 from .errors import UserError
 from .runlog import RUN_FILE
 from .settings import Settings
+from .threads import choose_threads, waiting
 
-_PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "reasoning_gym", "math_verify", "numpy")
+_PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "accelerate", "peft", "vllm", "deepspeed"),
+    *("reasoning_gym", "math_verify", "numpy"),
+)
 
 
 def new_folder(settings: Settings, name: str) -> Path:
@@ -115,7 +119,8 @@ def describe_run(settings: Settings, model: Any, tracked: list[str]) -> dict[str
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "commit": commit() or settings.commit or None,
-        "machine": machine(model.device),
+        "machine": machine(model.device)
+        | {"threads_from": choose_threads(settings.num_threads)[1], "openmp_waiting": waiting()},
         "config": dataclasses.asdict(settings),
         "tasks": [task["name"] for task in settings.tasks],
         "model": settings.model,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +16,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from gradnorm_kernels import GradNormTracker, StepPlan, StepStats, TaskSampler
+from gradnorm_kernels import GradNormTracker, StepPlan, StepStats
 from gradnorm_kernels.control.balancer import TaskBalancer
 from gradnorm_kernels.estimation.metrics import gradient_metrics, task_key
 
 from .errors import UserError
+from .mixture import Mixture
 from .models import adamw, mixed_precision
 from .objective import advantages, row_weights, token_losses
 from .rollout import Prompter, Rollouts, completion_logprobs, completion_texts, generate
@@ -46,6 +46,42 @@ class Batch:
 def _estimates(stats: StepStats, prefix: str = "") -> Line:
     """Every task's gradient statistics by metric key."""
     return {key: value for task, found in stats.items() for key, value in gradient_metrics(task, found, prefix).items()}
+
+
+def describe(batch: Batch, stats: StepStats) -> Line:
+    """The step's numbers of every task, by metric key."""
+    rollouts, group = batch.rollouts, batch.rollouts.group
+    prompt_lengths = rollouts.prompt_mask.sum(1).tolist()
+    response_lengths = rollouts.completion_mask.sum(1).view(-1, group).float().mean(1).tolist()
+    line: Line = {
+        "tokens": int(rollouts.completion_mask.sum()),
+        "truncated": 1.0 - float(rollouts.ended.float().mean()),
+    }
+    for name, probability in batch.sampling.items():
+        values, at = {"sampling_prob": probability}, [i for i, task in enumerate(batch.tasks) if task == name]
+        if batch.weights is not None:
+            values["loss_weight"] = batch.weights[name]
+        if at:
+            values |= {
+                "prompts": len(at),
+                "reward": float(batch.rewards[at].mean()),
+                "reward_std": float(batch.rewards[at].std(1).mean()),
+                "abs_advantage": float(batch.advantages[at].abs().mean()),
+                "prompt_length": sum(prompt_lengths[i] for i in at) / len(at),
+                "response_length": sum(response_lengths[i] for i in at) / len(at),
+            }
+        line |= task_metrics(name, values)
+    return line | estimates(stats, list(batch.sampling))
+
+
+def estimates(stats: StepStats, names: Sequence[str]) -> Line:
+    """The statistics of every task's gradient, and the inner products and cosines of the tasks ``names``, by key."""
+    line = _estimates(stats)
+    order = {task: i for i, task in enumerate(stats.tasks)} if stats else {}
+    for a, b in itertools.combinations([name for name in names if name in order], 2):
+        tables = {"cosine": stats.cosines, "inner_product": stats.inner_products}
+        line |= pair_metrics(a, b, {name: float(table[order[a], order[b]]) for name, table in tables.items()})
+    return line
 
 
 class Grpo:
@@ -82,14 +118,8 @@ class Grpo:
             )
             # Beside the first one, for the question whether a few layers stand for all of them.
             self.full_tracker = GradNormTracker(model, "all", plan=plan) if settings.full_steps else None
-            self.sampler: TaskSampler[str] = TaskSampler(
-                list(self.tasks),
-                settings.sampling_strategy,
-                exponent=settings.sampling_exponent,
-                floor=settings.sampling_floor,
-                decay=settings.sampling_decay,
-                seed=settings.seed,
-            )
+            self.mixture = Mixture(settings, tasks)
+            self.sampler = self.mixture.sampler
             self.balancer = (
                 TaskBalancer(
                     list(self.tasks), settings.task_weighting, decay=settings.task_weighting_decay, seed=settings.seed
@@ -99,7 +129,6 @@ class Grpo:
             )
         except (ValueError, ImportError) as error:
             raise UserError(f"a setting does not fit: {error}") from error
-        self.draws = random.Random(settings.seed)
         self.step_number = 0
 
     # One step, from prompts to update
@@ -110,7 +139,7 @@ class Grpo:
         device = next(iter(self.parameters)).device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        batch = self.rollout(self.draw(settings.prompts_per_step))
+        batch = self.rollout(self.mixture.draw(settings.prompts_per_step))
         rolled_out = time.perf_counter()  # the completions have been read: no GPU is still at work on them
         line: Line = {"kind": "train", "step": self.step_number + 1}
         old: list[Tensor] = []
@@ -137,18 +166,6 @@ class Grpo:
         self.step_number += 1
         return line
 
-    def draw(self, n: int) -> list[str]:
-        """The tasks of the next n prompts, those of one task together."""
-        if self.settings.task_draws == "independent":
-            drawn = self.sampler.draw(n)
-            return sorted(drawn, key=list(self.tasks).index)
-        # Systematic sampling: one random offset, n evenly spaced points. Each task's count is n p rounded up or down.
-        offset, total, drawn = self.draws.random(), 0.0, []
-        for task, p in self.sampler.probabilities.items():
-            total += n * p
-            drawn += [task] * (math.ceil(min(total, n) - offset) - len(drawn))
-        return drawn + [list(self.tasks)[-1]] * (n - len(drawn))
-
     def rollout(self, tasks: list[str]) -> Batch:
         """Completions, rewards and advantages for the next example of each task in ``tasks``."""
         settings, sampling = self.settings, self.sampler.probabilities
@@ -163,18 +180,28 @@ class Grpo:
         return Batch(tasks, examples, rollouts, rewards, advantages(rewards, settings.scale_rewards), sampling, weights)
 
     def backward(self, batch: Batch, old: list[Tensor], measure: bool, full: bool = False) -> tuple[float, StepStats]:
-        """Accumulate the gradient of the step's loss in micro-batches of whole groups.
+        """Accumulate the gradient of the step's loss; returns the loss and, with ``measure``, the tasks' estimates.
 
         ``old`` receives the sampling-time log-probabilities in the first iteration and holds them for the later ones.
         ``full``: let ``full_tracker`` watch as well; its ``step()`` is the caller's.
+        """
+        trackers = [self.tracker if measure else None, self.full_tracker if full else None]
+        total = self.accumulate(batch, old, [tracker for tracker in trackers if tracker is not None])
+        return total, self.tracker.step() if measure and self.tracker else StepStats()
+
+    def accumulate(
+        self, batch: Batch, old: list[Tensor], watching: Sequence[GradNormTracker], first_sample: int = 0
+    ) -> float:
+        """Accumulate the gradient of the batch's loss in micro-batches of whole groups; returns the loss.
+
+        ``old``: as in :meth:`backward`. ``watching``: the trackers that see it, for which the batch's prompts are the
+        samples from ``first_sample`` on.
         """
         settings, total = self.settings, 0.0
         first_iteration, group = not old, settings.num_generations
         per_micro = settings.per_device_train_batch_size // group
         counted = self._counted(batch.rollouts)
         step_tokens = int(counted.sum())
-        trackers = [self.tracker if measure else None, self.full_tracker if full else None]
-        watching = [tracker for tracker in trackers if tracker is not None]
         self.model.train()
         for micro, first in enumerate(range(0, len(batch.tasks), per_micro)):
             last = min(first + per_micro, len(batch.tasks))
@@ -187,7 +214,7 @@ class Grpo:
                 factor = factor.repeat_interleave(group)
                 # What is measured stays the gradient of the unweighted loss.
                 advantage, scale = advantage * factor.to(advantage), scale / factor
-            with self._measuring(watching, batch.tasks[first:last], first, scale):
+            with self._measuring(watching, batch.tasks[first:last], first_sample + first, scale):
                 logprobs = self.logprobs(self.model, rollouts, watching)
                 if first_iteration:
                     old.append(logprobs.detach())
@@ -195,7 +222,7 @@ class Grpo:
                 loss = (weights * torch.where(mask > 0, losses, 0.0).sum(1)).sum()
                 loss.backward()
             total += float(loss.detach())
-        return total, self.tracker.step() if measure and self.tracker else StepStats()
+        return total
 
     @contextmanager
     def _measuring(
@@ -231,34 +258,8 @@ class Grpo:
     # What is logged
 
     def describe(self, batch: Batch, stats: StepStats) -> Line:
-        """The step's numbers of every task, by metric key."""
-        rollouts, group = batch.rollouts, self.settings.num_generations
-        prompt_lengths = rollouts.prompt_mask.sum(1).tolist()
-        response_lengths = rollouts.completion_mask.sum(1).view(-1, group).float().mean(1).tolist()
-        line: Line = {
-            "tokens": int(rollouts.completion_mask.sum()),
-            "truncated": 1.0 - float(rollouts.ended.float().mean()),
-        }
-        for name, probability in batch.sampling.items():
-            values, at = {"sampling_prob": probability}, [i for i, task in enumerate(batch.tasks) if task == name]
-            if batch.weights is not None:
-                values["loss_weight"] = batch.weights[name]
-            if at:
-                values |= {
-                    "prompts": len(at),
-                    "reward": float(batch.rewards[at].mean()),
-                    "reward_std": float(batch.rewards[at].std(1).mean()),
-                    "abs_advantage": float(batch.advantages[at].abs().mean()),
-                    "prompt_length": sum(prompt_lengths[i] for i in at) / len(at),
-                    "response_length": sum(response_lengths[i] for i in at) / len(at),
-                }
-            line |= task_metrics(name, values)
-        line |= _estimates(stats)
-        order = {task: i for i, task in enumerate(stats.tasks)} if stats else {}
-        for a, b in itertools.combinations([name for name in self.tasks if name in order], 2):
-            tables = {"cosine": stats.cosines, "inner_product": stats.inner_products}
-            line |= pair_metrics(a, b, {name: float(table[order[a], order[b]]) for name, table in tables.items()})
-        return line
+        """As :func:`describe`."""
+        return describe(batch, stats)
 
     def close(self) -> None:
         """Remove the trackers' hooks from the model."""
@@ -272,13 +273,25 @@ class Grpo:
             "step": self.step_number,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "sampler": self.sampler.state_dict(),
+            **self.mixture.state_dict(),
             "balancer": self.balancer.state_dict() if self.balancer else None,
             "tracker": self.tracker.state_dict() if self.tracker else None,
             "full_tracker": self.full_tracker.state_dict() if self.full_tracker else None,
-            "draws": self.draws.getstate(),
-            "positions": {name: task.position for name, task in self.tasks.items()},
         }
+
+    def plan_steps(self, steps: int) -> None:
+        """Take the learning rate of the steps to come from the schedule of a run of ``steps`` steps.
+
+        A schedule that does not depend on the number of steps, as a constant one, is left as it is.
+        """
+        scheduler, settings = self.scheduler, self.settings
+        if not isinstance(scheduler, LambdaLR):
+            return
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        total = max(1, steps * settings.num_iterations)
+        planned = get_scheduler(settings.lr_scheduler_type, stand_in, settings.warmup_steps, total)
+        scheduler.lr_lambdas = planned.lr_lambdas * len(scheduler.base_lrs)
+        self._take_optimizer_settings()
 
     def _take_optimizer_settings(self) -> None:
         """The optimizer's settings of this run in place of the loaded ones: the same bits where nothing changed."""
@@ -304,16 +317,10 @@ class Grpo:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self._take_optimizer_settings()
-        # Another strategy or floor changes the draws from here on; the averages they follow stay.
-        sampler = {"exponent": self.sampler.exponent, "floor": self.sampler.floor}
-        self.sampler.load_state_dict({**state["sampler"], **sampler})
+        self.mixture.load_state_dict(state)
         if self.balancer and state.get("balancer"):
             self.balancer.load_state_dict(state["balancer"])
         if self.tracker and state["tracker"]:
             self.tracker.load_state_dict(state["tracker"])
         if self.full_tracker and state.get("full_tracker"):
             self.full_tracker.load_state_dict(state["full_tracker"])
-        version, numbers, gauss = state["draws"]
-        self.draws.setstate((version, tuple(numbers), gauss))
-        for name, task in self.tasks.items():
-            task.position = state["positions"][name]

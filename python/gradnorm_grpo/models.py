@@ -11,6 +11,7 @@ import torch
 
 from .errors import UserError
 from .settings import Settings
+from .threads import choose_threads
 from .tiny import tiny_model, tiny_tokenizer
 
 
@@ -42,8 +43,11 @@ def smollm2_file() -> Path:
 
 def load_model(settings: Settings, folder: Path | None = None) -> tuple[Any, Any]:
     """Model and tokenizer, on the device, in the dtype, the chosen layers trainable; ``folder``: a checkpoint's."""
+    threads, _ = choose_threads(settings.num_threads)
     if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+        torch.set_num_threads(threads)
+    elif threads:
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
     name = str(folder) if folder else settings.model
     if name == "tiny":
         tokenizer = tiny_tokenizer()

@@ -13,7 +13,15 @@ import yaml
 from .errors import Parser, UserError, all_of, one_of
 from .runlog import RUN_FILE, read_info
 from .settings import Settings
-from .study.spec import StudySpec, read_spec, take_options
+from .study.spec import (
+    FrozenSettings,
+    IntervalSettings,
+    StudySpec,
+    read_frozen,
+    read_interval_options,
+    read_spec,
+    take_options,
+)
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -31,7 +39,7 @@ def _parser() -> Parser:
             add(spec.name, nargs="?", const=True)
             if spec.default is True:
                 add(f"no_{spec.name}", dest=spec.name, action="store_false")
-        elif spec.name != "tasks":  # lists of mappings are for YAML
+        elif spec.name != "tasks":  # a list of mappings is for YAML
             add(spec.name, *spec.metadata["aliases"], dest=spec.name, nargs="+" if kind.startswith("list") else None)
     return parser
 
@@ -60,7 +68,13 @@ def parse_study(arguments: list[str]) -> tuple[Settings, StudySpec, str]:
     `study: settings:` overrides the preset's own settings, and the options override both.
     """
     given, rest = take_options(arguments)
-    return _shared(rest, given, "a study")
+    settings, spec, name = _shared(rest, given, "a study")
+    if settings.plan_minutes:
+        raise UserError(
+            f"plan_minutes={settings.plan_minutes:g} gives every run a length of its own, so that the runs of a study "
+            "could not be compared: set it to 0, on the command line or under `study: settings:`"
+        )
+    return settings, spec, name
 
 
 def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], str]:
@@ -69,13 +83,34 @@ def parse_estimators(arguments: list[str]) -> tuple[Settings, dict[str, Any], st
     return settings, spec.estimators, name
 
 
+def parse_frozen(arguments: list[str]) -> tuple[Settings, FrozenSettings]:
+    """The settings of a run at fixed weights, whose folder must be named, and the block `study: frozen:`."""
+    settings, spec, _ = _shared(arguments, {}, "frozen")
+    if not settings.output_dir:
+        raise UserError("frozen needs output_dir, the folder of its run; `study --frozen` names one")
+    return settings, read_frozen(spec.frozen or {})
+
+
+def parse_intervals(arguments: list[str]) -> tuple[Settings, IntervalSettings, list[int], str]:
+    """The settings whose rollouts are stored, the block `study: intervals:`, the seeds, and the name."""
+    given, rest = take_options(arguments)
+    settings, spec, name = _shared(rest, given, "intervals")
+    return settings, read_interval_options(spec.intervals), spec.seeds, name
+
+
 def _shared(arguments: list[str], given: dict[str, Any], who: str) -> tuple[Settings, StudySpec, str]:
     rest, config = _take_config(arguments)
     if config is None:
         raise UserError(f"{who} needs --preset NAME or --config FILE; see --help")
     values = read_yaml(config)
     spec = read_spec(values.pop("study", {}), given)
-    return _settings({**values, **spec.settings}, _options(rest), config), spec, config.stem
+    settings = _settings({**values, **spec.settings}, _options(rest), config)
+    if settings.engine != "loop":
+        raise UserError(
+            f"{who} runs with engine 'loop', got engine={settings.engine!r}: add --engine loop --trl '{{}}'; single "
+            "runs of the other engine can be compared by their reports"
+        )
+    return settings, spec, config.stem
 
 
 def _options(arguments: list[str]) -> dict[str, Any]:

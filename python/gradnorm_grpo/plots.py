@@ -66,7 +66,12 @@ PAPER, INK, SOFT, FAINT, GRID, SHADE, BAND = (
 PALETTE = tuple(light for name, (light, _) in COLOURS.items() if name.startswith("task-"))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p")  # eleven: coprime to the seven colours
 GROUND = {"fc": PAPER, "ec": "none", "pad": 1.5}  # behind text that stands over a line
-VERDICT_COLOURS = {"supported": "#006b4f", "contradicted": "#a84300", "undecided": SOFT}
+VERDICT_COLOURS = {
+    "supported": "#006b4f",
+    "contradicted": "#a84300",
+    "no difference larger than d": "#1f5f8b",
+    "undecided": SOFT,
+}
 _VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
 
 

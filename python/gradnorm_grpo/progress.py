@@ -48,6 +48,11 @@ class Display:
             table.add_row(task, *(_number(line.get(name), form) for name, form in _COLUMNS))
         return Group(self._bar, table) if self._latest else Group(self._bar)
 
+    def expect(self, total: int) -> None:
+        """Take another number of steps for the whole."""
+        self._total = total
+        self._bar.update(self._id, total=total)
+
     def show(self, line: Line) -> None:
         """Take in one line of metrics."""
         self._bar.update(self._id, completed=line["step"])
@@ -56,7 +61,8 @@ class Display:
             own = task_values(line, task)
             if "reward" in own:
                 self._latest[task] = own
-                parts.append(f"{task} {own['reward']:.2f} (U {_number(own.get('grad_norm_sq'), '.1e')})")
+                gradient = f" (U {_number(own['grad_norm_sq'], '.1e')})" if "grad_norm_sq" in own else ""
+                parts.append(f"{task} {own['reward']:.2f}{gradient}")
         if not self._live:
             loss = f" loss {_number(line.get('loss'), '.4f')}" if "loss" in line else ""
             text = f"{self._title} {line['step']}/{self._total} {line['time']:6.1f} s{loss} {' '.join(parts)}"

@@ -269,20 +269,38 @@ def completion_texts(tokenizer: Any, rollouts: Rollouts) -> list[str]:
     return decoded
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: Sequence[Task], prompter: Prompter, settings: Settings) -> Line:
-    """Reward of one greedy completion per held-out question: mean, ``sqrt(var / n)`` and n per task, by key."""
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    prompter: Prompter,
+    settings: Settings,
+    questions: int | None = None,
+) -> Line:
+    """Reward of one greedy completion per held-out question: mean, ``sqrt(var / n)`` and n per task, by key.
+
+    ``questions``: only so many of each task, the first ones.
+    """
     line: Line = {}
     rows = settings.generation_batch_size or settings.completions_per_step
     for task in tasks:
         rewards: list[float] = []
-        for first in range(0, len(task.held_out), rows):
-            examples = task.held_out[first : first + rows]
+        held_out = task.held_out[:questions]
+        for first in range(0, len(held_out), rows):
+            examples = held_out[first : first + rows]
             prompts = [prompter.ids(task.name, example) for example in examples]
             rollouts = generate(model, tokenizer, prompts, 1, settings, greedy=True)
             texts = completion_texts(tokenizer, rollouts)
             rewards += [task.score(text, example) for text, example in zip(texts, examples, strict=True)]
-        if n := len(rewards):
-            mean = sum(rewards) / n
-            variance = sum((reward - mean) ** 2 for reward in rewards) / (n - 1) if n > 1 else math.nan
-            line |= eval_metrics(task.name, {"reward": mean, "reward_se": math.sqrt(variance / n), "n": n})
+        line |= held_out_metrics(task.name, rewards)
     return line
+
+
+def held_out_metrics(task: str, rewards: Sequence[float]) -> Line:
+    """Mean, ``sqrt(var / n)`` and n of the rewards of a task's held-out questions, by key; none without rewards."""
+    n = len(rewards)
+    if not n:
+        return {}
+    mean = sum(rewards) / n
+    variance = sum((reward - mean) ** 2 for reward in rewards) / (n - 1) if n > 1 else math.nan
+    return eval_metrics(task, {"reward": mean, "reward_se": math.sqrt(variance / n), "n": n})

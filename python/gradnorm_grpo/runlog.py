@@ -5,6 +5,8 @@ Everything that writes or reads these files does it through this module. A line 
 
     kind               what else the line holds
     train, probe       STEP_METRICS; TASK_METRICS as tasks/<task>/<name>; tasks/<pair metric>/<a>/<b>
+    final_probe        the same of all prompts measured at the end, at the weights after ``step`` steps
+    plan               PLAN_METRICS: made or changed after ``step`` steps
     eval, eval_base    EVAL_METRICS as eval/<task>/<name>; eval_base: the model as given, before the warm start
     warm_start         loss
 
@@ -37,7 +39,7 @@ Line: TypeAlias = dict[str, Any]
 RUN_FILE, LOG_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.json"
 STEP_KINDS = ("train", "probe")  # a probe measures like a training step, without the update
 EVAL_KINDS = ("eval_base", "eval")  # the model as given; the trained one, at step 0 after the warm start
-WARM_START = "warm_start"
+WARM_START, FINAL_PROBE, PLAN = "warm_start", "final_probe", "plan"
 
 #: Numbers of a whole step, with the label a table or an axis gives them.
 STEP_METRICS = {
@@ -58,6 +60,7 @@ _GRADIENT_LABELS = {
     "noise_scale": "noise scale",
     "plug_in": "plug-in estimate",
     "n": "prompts measured",
+    "n_effective": "prompts with a gradient",
     "mean_sq_norm": "mean squared norm per prompt",
     "pair_weight": "weight of the pairs",
 }
@@ -77,6 +80,18 @@ TASK_METRICS = {
 }
 #: Numbers of one task in one evaluation.
 EVAL_METRICS = {"reward": "held-out reward", "reward_se": "standard error", "n": "held-out prompts"}
+
+#: Numbers of a plan by time, with their labels.
+PLAN_METRICS = {
+    "planned_steps": "steps",
+    "planned_questions": "held-out questions per task and evaluation",
+    "planned_prompts": "prompts per task in the final probe",
+    "planned_warm_start": "steps of the warm start",
+    "step_seconds": "seconds per step",
+    "question_seconds": "seconds per held-out question of every task",
+    "prompt_seconds": "seconds per probe prompt of every task",
+    "save_seconds": "seconds per checkpoint",
+}
 
 
 # Writing
@@ -377,6 +392,7 @@ class Run:
     warm_start: tuple[Array, Array]  # steps, loss
     summary: dict[str, Any] | None
     probe: bool  # measured step after step with the weights left alone
+    final_probe: Run | None = None  # what was measured at the end with the weights fixed: one step
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -400,12 +416,13 @@ class Run:
         found = []
         for values in zip(*fields.values(), strict=True):
             numbers = dict(zip(fields, map(float, values), strict=True))
-            n = numbers.pop("n")
+            n, k = numbers.pop("n"), numbers.pop("n_effective")
             count = int(n) if math.isfinite(n) else 0
             if not math.isfinite(numbers["pair_weight"]):
                 # A log without pair weights held whole prompts: n (n - 1) ordered pairs.
                 numbers["pair_weight"] = float(count * (count - 1))
-            found.append(TaskGradient(**numbers, n=count, std_error_method="none"))
+            known = int(k) if math.isfinite(k) else None
+            found.append(TaskGradient(**numbers, n=count, std_error_method="none", n_effective=known))
         return found
 
 
@@ -435,9 +452,28 @@ def read_run(run_dir: Path | str) -> Run:
     limit, wanted = run.config.get("max_minutes"), run.config.get("max_steps")
     if summary is not None and limit and steps and isinstance(wanted, int) and steps[-1]["step"] < wanted:
         notes.append(f"max_minutes {limit} ended the run after {steps[-1]['step']} of {wanted} steps.")
+    if plans := [line for line in lines if line["kind"] == PLAN]:
+        notes.append(_plan_note(plans[-1], run.config))
     if run.probe:
         notes.append("A probe: the model was measured, not trained, so rewards early and late differ by chance alone.")
-    return replace(run, summary=summary)
+    last = run.final_probe
+    if last is not None and summary is not None:
+        last = replace(last, summary=summary.get("final_probe"))
+    return replace(run, summary=summary, final_probe=last)
+
+
+def _plan_note(line: Line, config: dict[str, Any]) -> str:
+    """What the last plan left of what the settings asked for."""
+    wanted = {
+        "planned_warm_start": "warm_start_steps",
+        "planned_steps": "max_steps",
+        "planned_questions": "eval_prompts",
+        "planned_prompts": "final_probe_prompts",
+    }
+    parts = [
+        f"{setting} {line.get(key)} of {config[setting]}" for key, setting in wanted.items() if config.get(setting)
+    ]
+    return f"plan_minutes {config.get('plan_minutes')} had room for {', '.join(parts)}."
 
 
 def run_of(lines: Sequence[Line], tasks: Sequence[str], path: Path | None = None, info: Line | None = None) -> Run:
@@ -460,7 +496,14 @@ def run_of(lines: Sequence[Line], tasks: Sequence[str], path: Path | None = None
         warm_start=(column(warm_lines, "step"), column(warm_lines, "loss")),
         summary=None,
         probe=any(line["kind"] == "probe" for line in steps),
+        final_probe=_final_probe(lines, tasks),
     )
+
+
+def _final_probe(lines: Sequence[Line], tasks: Sequence[str]) -> Run | None:
+    """The latest final probe as a Run of one step, whose number is that of the steps before it; None without one."""
+    found = [line for line in lines if line["kind"] == FINAL_PROBE]
+    return run_of([{**found[-1], "kind": "probe"}], tasks) if found else None
 
 
 def _read_summary(file: Path, notes: list[str]) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import yaml
+
 from gradnorm_kernels.control.balancer import STRATEGIES
 
 from .errors import UserError, one_of
@@ -21,6 +23,7 @@ _WEIGHTS = "the saved weights and optimizer belong to the first"
 _TASKS = "the saved positions in the data, and what is held out, belong to the first"
 _WARM_START = "the warm start is over"
 _MEASURED = "the saved averages of the gradients belong to the first"
+_ENGINE = "the saved state of the trainer belongs to the first"
 
 
 def _setting(
@@ -38,7 +41,9 @@ def _setting(
     otherwise a clause that says why it cannot, and the resume is refused; "": it has no effect on a resumed run.
     """
     about = {"help": text, "least": least, "choices": tuple(choices), "aliases": tuple(aliases), "resume": resume}
-    return field(default_factory=list, metadata=about) if default is list else field(default=default, metadata=about)
+    if default in (list, dict):
+        return field(default_factory=default, metadata=about)
+    return field(default=default, metadata=about)
 
 
 @dataclass
@@ -61,11 +66,25 @@ class Settings:
         False, "Matrix products in bfloat16 (autocast); weights and optimizer stay float32. For GPUs."
     )
     device: str = _setting("auto", "'auto' (CUDA when there is one), 'cpu' or 'cuda'.", choices=("auto", "cpu", "cuda"))
-    num_threads: int = _setting(0, "Processor threads of torch; 0 leaves torch's choice.", least=0)
+    num_threads: int = _setting(
+        0,
+        "Processor threads of torch; 0: OMP_NUM_THREADS if set, else the cores that the process may use.",
+        least=0,
+    )
     train_layers: str = _setting(
         "all", "'all', or N: the last N decoder layers and the final norm; the rest is frozen.", resume=_WEIGHTS
     )
     gradient_checkpointing: bool = _setting(False, "Recompute activations in backward. Needs share_prompt false.")
+    engine: str = _setting(
+        "loop",
+        "'loop': this program's own loop, one process. 'trl': TRL's GRPOTrainer, one or more processes under "
+        "`accelerate launch` (docs/engine-trl.md).",
+        choices=("loop", "trl"),
+        resume=_ENGINE,
+    )
+    trl: dict[str, Any] = _setting(  # noqa: RUF009
+        dict, "Engine 'trl': settings of TRL's GRPOConfig by name, and `peft:` for LoRA.", resume=_ENGINE
+    )
     tiny_hidden_size: int = _setting(128, "Width of the model 'tiny'.", least=8, resume=_WEIGHTS)
     tiny_layers: int = _setting(4, "Decoder layers of the model 'tiny'.", least=1, resume=_WEIGHTS)
 
@@ -89,9 +108,15 @@ class Settings:
         "End the run, evaluated and reported, after the step in which this many have passed; 0: no limit.",
         least=0.0,
     )
+    plan_minutes: float = _setting(
+        0.0,
+        "Fit steps, held-out questions and the final probe into this many minutes, by what the first steps take; 0: do "
+        "what the other settings say.",
+        least=0.0,
+    )
     num_generations: int = _setting(8, "Completions of one prompt: the group.", least=2)
     per_device_train_batch_size: int = _setting(
-        64, "Completions in one micro-batch; a multiple of num_generations.", least=2
+        64, "Completions in one micro-batch of a process; a multiple of num_generations with engine 'loop'.", least=1
     )
     gradient_accumulation_steps: int = _setting(
         1, "Micro-batches in one optimizer step. Pairs of prompts are measured inside each.", least=1
@@ -185,7 +210,13 @@ class Settings:
     )
     seed: int = _setting(42, "Of everything random.", resume=_TASKS)
 
-    # The probe
+    # The probes
+    final_probe_prompts: int = _setting(
+        0,
+        "Prompts of each task measured after the last step, with the weights fixed, in the last attention block; 0: "
+        "none.",
+        least=0,
+    )
     probe_prompts: int = _setting(64, "Prompts of each task that `probe` measures.", least=2, resume="")
 
     def __post_init__(self) -> None:
@@ -202,7 +233,9 @@ class Settings:
         for name in ("temperature", "learning_rate", "warm_start_learning_rate"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
-        for name in ("per_device_train_batch_size", "generation_batch_size"):
+        # With engine "trl" the batches of all processes together hold whole groups, which TRL checks.
+        together = () if self.engine == "trl" else ("per_device_train_batch_size",)
+        for name in (*together, "generation_batch_size"):
             if getattr(self, name) % self.num_generations:
                 raise UserError(
                     f"{name} must be a multiple of num_generations={self.num_generations}, got {getattr(self, name)}: "
@@ -235,6 +268,18 @@ class Settings:
             )
         if self.share_prompt == "true" and self.gradient_checkpointing:
             raise UserError("gradient_checkpointing works with share_prompt=false only: it drops the prompt's cache")
+        if self.final_probe_prompts == 1:
+            raise UserError("final_probe_prompts must be 0 or at least 2, got 1: U takes pairs of prompts")
+        if self.final_probe_prompts and not self.track:
+            raise UserError(
+                f"final_probe_prompts={self.final_probe_prompts} measures gradients, which track=false turns off: set "
+                "it to 0"
+            )
+        if self.trl and self.engine != "trl":
+            raise UserError(
+                f"trl holds {', '.join(map(str, self.trl))}, which only engine 'trl' uses: set engine to trl, or leave "
+                "the block out (on the command line: --trl '{}')"
+            )
 
     @property
     def shares_prompt(self) -> bool:
@@ -245,12 +290,12 @@ class Settings:
 
     @property
     def completions_per_step(self) -> int:
-        """Rows of one optimizer step."""
+        """Rows of one optimizer step, on one process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def prompts_per_step(self) -> int:
-        """Samples of one optimizer step."""
+        """Samples of one optimizer step, on one process."""
         return self.completions_per_step // self.num_generations
 
 
@@ -258,7 +303,15 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
     """The value in its field's type (YAML reads 1e-4 as text and 5 as an int), or a sentence saying why not."""
     if value is None and "None" in kind:
         return None
-    if kind.startswith("list"):
+    if kind.startswith("dict"):
+        try:  # on the command line it is text
+            mapping = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            mapping = None
+        if isinstance(mapping, dict) and all(isinstance(key, str) for key in mapping):
+            return mapping
+        kind = "mapping, as in '{use_vllm: true}'"
+    elif kind.startswith("list"):
         items = [value] if isinstance(value, (str, dict)) else value
         member = dict if "dict" in kind else str
         if isinstance(items, list) and all(isinstance(item, member) for item in items):

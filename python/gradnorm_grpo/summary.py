@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from gradnorm_kernels import RunningEstimate
+from gradnorm_kernels.estimation.estimator import too_few_informative
 
+from .numbers import clean
 from .runlog import Array, EvalPoint, Line, Run, run_of
 
 NAN = math.nan
@@ -46,11 +48,17 @@ class TaskResult:
     abs_advantage: float
     prompt_length: float
     response_length: float
+    n_effective: float = NAN  # prompts with a gradient; NaN where the log does not tell
 
     @property
     def resolved(self) -> bool:
         """Whether U is distinguishable from zero: more than two standard errors above it, from enough prompts."""
-        return self.n >= MIN_PROMPTS and self.sq_norm > ERRORS * self.std_error
+        return self.n >= MIN_PROMPTS and not self.caution and self.sq_norm > ERRORS * self.std_error
+
+    @property
+    def caution(self) -> str:
+        """ "too few informative prompts (3 of 64)" where the standard error of U means little; else ""."""
+        return too_few_informative(int(self.n_effective), int(self.n)) if math.isfinite(self.n_effective) else ""
 
     @property
     def eval_change(self) -> tuple[float, float]:
@@ -63,9 +71,24 @@ class TaskResult:
         return _difference(self.base, self.before)
 
 
+def few_with_gradient(results: Sequence[TaskResult]) -> list[str]:
+    """A sentence on the tasks whose U is undecided while under a third of their prompts have a gradient.
+
+    It leaves out those of which ``caution`` tells. The other prompts count in n: leaving them out would bias U.
+    """
+    few = [
+        f"{r.n_effective:.0f} of {r.n:.0f} in {clean(r.name)}"
+        for r in results
+        if math.isfinite(r.sq_norm) and not r.resolved and not r.caution and r.n_effective < r.n / 3
+    ]
+    what = "Few prompts have a gradient, that is, rewards that are not all equal"
+    return [f"{what}: {', '.join(few)}."] if few else []
+
+
 #: Fields of TaskResult and their keys in summary.json.
 _NUMBERS = {
     "n": "n",
+    "n_effective": "n_effective",
     "sq_norm": "grad_norm_sq",
     "std_error": "grad_norm_sq_se",
     "plug_in": "plug_in",
@@ -133,6 +156,7 @@ def _from_log(run: Run, index: int) -> TaskResult:
         name=task,
         index=index,
         n=float(pooled.n),
+        n_effective=NAN if pooled.n_effective is None or not pooled.n else float(pooled.n_effective),
         sq_norm=pooled.value,
         std_error=pooled.std_error,
         plug_in=pooled.plug_in,
@@ -247,5 +271,20 @@ def summarize(lines: Sequence[Line], tasks: Sequence[str], gain_window: int, sec
         "tasks": table,
         "cosines": {"tasks": list(tasks), "matrix": matrix, "n_steps": len(run.steps)},
         "steps": len(run.steps),
+        **({"final_probe": _summarize_probe(run.final_probe)} if run.final_probe else {}),
         "seconds": seconds,
     }
+
+
+#: What a final probe has of _NUMBERS: at fixed weights there is neither a first third of the steps nor a gain.
+_PROBED = {k: v for k, v in _NUMBERS.items() if k not in ("reward_first", "gain")}
+
+
+def _summarize_probe(run: Run) -> dict[str, Any]:
+    """The entry ``final_probe`` of summary.json: the steps before it, and every task's numbers."""
+    tasks = {
+        result.name: {key: getattr(result, field) for field, key in _PROBED.items()}
+        | {"n": int(result.n), "pull_share": result.pull_share}
+        for result in task_results(run)
+    }
+    return {"step": int(run.steps[-1]), "tasks": tasks}

@@ -7,11 +7,11 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -22,9 +22,13 @@ from .errors import UserError
 from .folder import describe_run, device_name, new_folder, newest_folder
 from .loop import Grpo
 from .models import load_model
+from .numbers import duration
+from .plan import Plan, Planner
+from .probe import final_probe
 from .progress import Display
 from .rollout import Prompter, evaluate
 from .runlog import (
+    FINAL_PROBE,
     LOG_FILE,
     RUN_FILE,
     SUMMARY_FILE,
@@ -51,13 +55,18 @@ class Interruption:
 
     requested = False
 
+    def __init__(self, grace: float = 0.0) -> None:
+        """``grace``: seconds after the first signal in which another counts as a copy of it, as launchers send."""
+        self._grace, self._first = grace, 0.0
+
     @contextmanager
     def watch(self) -> Iterator[Interruption]:
         """Handle the two signals while the block runs."""
 
         def handle(number: int, frame: Any) -> None:
-            if self.requested:
+            if self.requested and time.monotonic() - self._first >= self._grace:
                 raise KeyboardInterrupt
+            self._first = self._first if self.requested else time.monotonic()
             self.requested = True
 
         old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -68,7 +77,7 @@ class Interruption:
                 signal.signal(number, handler)
 
 
-def remarks(settings: Settings, num_tasks: int) -> list[str]:
+def remarks(settings: Settings, num_tasks: int, processes: int = 1) -> list[str]:
     """What the settings do to the run and its measurement that their reader should know, a sentence each."""
     found = []
     if settings.dtype == "bfloat16":
@@ -78,11 +87,12 @@ def remarks(settings: Settings, num_tasks: int) -> list[str]:
         )
     if not settings.track:
         return found
-    least = settings.prompts_per_step * settings.sampling_floor / num_tasks
+    prompts = settings.completions_per_step * processes // settings.num_generations
+    least = prompts * settings.sampling_floor / num_tasks
     if settings.sampling_strategy != "uniform" and least < 2:
         found.append(
             f"sampling_floor {settings.sampling_floor} may leave a task with {least:.1f} of a step's "
-            f"{settings.prompts_per_step} prompts: a task drawn fewer than twice a step is not measured"
+            f"{prompts} prompts: a task drawn fewer than twice a step is not measured"
         )
     if settings.scale_rewards == "batch":
         found.append(
@@ -97,12 +107,13 @@ def remarks(settings: Settings, num_tasks: int) -> list[str]:
     return found
 
 
-def check_resume(before: dict[str, Any], settings: Settings) -> list[str]:
+def check_resume(before: dict[str, Any], settings: Settings, fixed: Mapping[str, str] | None = None) -> list[str]:
     """What changes in a run that continues with other settings; UserError for one that cannot change.
 
     Args:
         before: the content of run.json.
         settings: those of the resumed run.
+        fixed: setting -> why this engine cannot change it, beside those that no engine can.
     """
     refused: list[tuple[str, str]] = []
     used: list[str] = []
@@ -111,7 +122,7 @@ def check_resume(before: dict[str, Any], settings: Settings) -> list[str]:
         old, new = before["config"].get(spec.name, dataclasses.MISSING), getattr(settings, spec.name)
         if old is dataclasses.MISSING or old == new or spec.name in ("resume_from_checkpoint", "output_dir"):
             continue
-        policy, change = spec.metadata["resume"], f"{spec.name} {old!r} -> {new!r}"
+        policy, change = (fixed or {}).get(spec.name, spec.metadata["resume"]), f"{spec.name} {old!r} -> {new!r}"
         if policy not in ("used", ""):
             refused.append((spec.name if spec.name == "tasks" else change, policy))
         else:
@@ -137,45 +148,63 @@ def check_data(before: dict[str, Any], now: dict[str, str]) -> None:
 
 
 class Training:
-    """One run in its folder. After :meth:`run` returns, ``interrupted`` tells whether it stopped early."""
+    """What every engine shares: settings, tasks, model and log of one run, whichever loop the steps are made by.
+
+    After ``run``, ``interrupted`` tells whether it stopped early, and ``step_number`` after which step.
+    """
+
+    fixed: ClassVar[Mapping[str, str]] = {}  # setting -> why a resume of this engine cannot change it
+    processes = 1
+    model: Any
+    tokenizer: Any
+    prompter: Prompter
+    log: RunLog
+    folder: Path
 
     def __init__(self, settings: Settings, name: str, console: Console) -> None:
-        """Everything that can be refused is, before the first line of a file of the run is written or changed."""
+        """Reads what is there and what was asked for; nothing is written or changed."""
         self.settings, self.console = settings, console
         self.interrupted = False
         self.started = time.monotonic()
-        checkpoint = self._checkpoint_to_resume(name)
-        self.before = read_info(checkpoint.parent) if checkpoint else None
+        self.checkpoint = self._checkpoint_to_resume(name)
+        self.before = read_info(self.checkpoint.parent) if self.checkpoint else None
         if self.before:
-            for remark in check_resume(self.before, settings):
+            for remark in check_resume(self.before, settings, self.fixed):
                 self._remark(remark)
         set_seed(settings.seed)
         self.tasks = build_tasks(settings.tasks, settings.seed, settings.eval_prompts)
         self.data = data_hashes(settings.tasks)
         if self.before:
             check_data(self.before, self.data)
-        self.state = load_state(checkpoint) if checkpoint else None
-        self.model, self.tokenizer = load_model(settings, checkpoint)
-        prompter = Prompter(self.tokenizer, self.tasks, settings)
-        for remark in [*prompter.check(self.tasks), *remarks(settings, len(self.tasks))]:
+
+    @property
+    def step_number(self) -> int:
+        """Steps done."""
+        raise NotImplementedError
+
+    def run(self) -> Path:
+        """Everything from the warm start to the summary; returns the run's folder."""
+        raise NotImplementedError
+
+    def _make_prompter(self) -> Prompter:
+        """The prompts of the tasks, all checked; what is left out and what the settings do is said."""
+        prompter = Prompter(self.tokenizer, self.tasks, self.settings)
+        for remark in [*prompter.check(self.tasks), *remarks(self.settings, len(self.tasks), self.processes)]:
             self._remark(remark)
-        # Copied before the tracker's hooks; it gets its weights when GRPO begins.
-        reference = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.beta > 0.0 else None
-        # Made before the warm start, so that a setting that does not fit is found out at once.
-        self.grpo = Grpo(settings, self.model, self.tokenizer, self.tasks, prompter, reference)
-        if self.state and checkpoint:
-            self._load_reference(checkpoint.parent)
-            try:
-                self.grpo.load_state_dict(self.state["grpo"])
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{checkpoint} does not fit the settings: {error}") from error
-            self.started -= self.state["seconds"]
-            check_log(checkpoint.parent / LOG_FILE, self.state["metrics_bytes"])
-        self.folder = checkpoint.parent if checkpoint else new_folder(settings, name)
-        console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
-        console.print(f"device: {device_name(self.model.device)}", highlight=False, soft_wrap=True)
-        trackers = report_trackers(settings.report_to, self.folder, dataclasses.asdict(settings))
-        self.log = RunLog(self.folder, trackers, self.state["metrics_bytes"] if self.state else None)
+        return prompter
+
+    def _open(self, name: str, keep_bytes: int | None) -> None:
+        """The run's folder and log, the first that is written; ``keep_bytes``: of the log, for a resumed run."""
+        self.folder = self.checkpoint.parent if self.checkpoint else new_folder(self.settings, name)
+        self.console.print(f"run folder: {self.folder}", highlight=False, soft_wrap=True)
+        self.console.print(f"device: {device_name(self.model.device)}", highlight=False, soft_wrap=True)
+        trackers = report_trackers(self.settings.report_to, self.folder, dataclasses.asdict(self.settings))
+        self.log = RunLog(self.folder, trackers, keep_bytes)
+
+    def _summarize(self) -> None:
+        names = [task.name for task in self.tasks]
+        summary = summarize(self.log.lines, names, self.settings.gain_window, self.seconds)
+        write_json(self.folder / SUMMARY_FILE, summary)
 
     def _remark(self, text: str) -> None:
         self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
@@ -190,30 +219,6 @@ class Training:
         self.console.print(f"resuming from {checkpoint}", highlight=False, soft_wrap=True)
         return checkpoint
 
-    def run(self) -> Path:
-        """Everything from the warm start to the summary; returns the run's folder."""
-        try:
-            self._describe()
-            if self.state is None:
-                if self.settings.warm_start_steps and self.settings.eval_base:
-                    self._evaluate(0, "eval_base")
-                self._warm_start()
-                self._keep_reference()
-                self._evaluate(0)
-                # Whatever came before, from the cache or not, GRPO starts from the same random state.
-                set_seed(self.settings.seed)
-            else:
-                restore_random_state(self.state["random"], self.model.device)
-            self._loop()
-        finally:
-            self.log.close()
-            self.grpo.close()
-        if not self.interrupted:
-            names = [task.name for task in self.tasks]
-            summary = summarize(self.log.lines, names, self.settings.gain_window, self.seconds)
-            write_json(self.folder / SUMMARY_FILE, summary)
-        return self.folder
-
     @property
     def seconds(self) -> float:
         """Since the run began, what came before a resume included."""
@@ -224,9 +229,9 @@ class Training:
         self.log.write(line)
         return line
 
-    def _describe(self) -> None:
-        tracked = self.grpo.tracker.layers if self.grpo.tracker else []
-        run = describe_run(self.settings, self.model, tracked) | {"data": self.data}
+    def _describe(self, tracked: list[str], more: dict[str, Any]) -> None:
+        """Write run.json; ``more``: its entries of this engine."""
+        run = describe_run(self.settings, self.model, tracked) | {"data": self.data} | more
         if self.before:
             devices = [content.get("machine", {}).get("device") for content in (self.before, run)]
             if devices[0] != devices[1]:
@@ -242,17 +247,92 @@ class Training:
         steps = self.settings.warm_start_steps
         if not steps:
             return
+        began = time.monotonic()
         with Display(self.console, "warm start", [], steps) as display:
-            cached = warm_start(
-                self.model,
-                self.tokenizer,
-                self.tasks,
-                self.grpo.prompter,
-                self.settings,
-                lambda step, loss: display.show(self._log({"kind": "warm_start", "step": step, "loss": loss})),
-            )
+
+            def on_step(step: int, loss: float) -> int:
+                display.show(self._log({"kind": "warm_start", "step": step, "loss": loss}))
+                planned = self._plan_warm_start(step, time.monotonic() - began)
+                display.expect(planned)
+                return planned
+
+            cached = warm_start(self.model, self.tokenizer, self.tasks, self.prompter, self.settings, on_step)
         if cached:
             self.console.print("warm start: weights from the cache", highlight=False)
+
+    def _plan_warm_start(self, step: int, seconds: float) -> int:
+        """How many steps of the warm start to make, after ``step`` of them took ``seconds``."""
+        return self.settings.warm_start_steps
+
+    def _add_gains(self, line: Line) -> None:
+        """``learning_gain``: Gain(t) for the latest t with ``gain_window`` steps from it on, this one the last."""
+        steps = [*(earlier for earlier in self.log.lines if earlier["kind"] == "train"), line]
+        window = self.settings.gain_window
+        for task in self.tasks:
+            gain = gain_at(task_column(steps, task.name, "reward").tolist(), len(steps) - window, window)
+            if not math.isnan(gain):
+                line |= task_metrics(task.name, {"learning_gain": gain})
+
+
+class LoopTraining(Training):
+    """One run of the loop in its folder."""
+
+    def __init__(self, settings: Settings, name: str, console: Console) -> None:
+        """Everything that can be refused is, before the first line of a file of the run is written or changed."""
+        super().__init__(settings, name, console)
+        checkpoint = self.checkpoint
+        self.state = load_state(checkpoint) if checkpoint else None
+        self.model, self.tokenizer = load_model(settings, checkpoint)
+        self.prompter = self._make_prompter()
+        # Copied before the tracker's hooks; it gets its weights when GRPO begins.
+        reference = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.beta > 0.0 else None
+        # Made before the warm start, so that a setting that does not fit is found out at once.
+        self.grpo = Grpo(settings, self.model, self.tokenizer, self.tasks, self.prompter, reference)
+        wanted = Plan(
+            settings.max_steps, settings.eval_prompts, settings.final_probe_prompts, settings.warm_start_steps
+        )
+        self.planner = Planner(wanted, 60 * settings.plan_minutes, settings.eval_steps, settings.save_steps)
+        if self.state and checkpoint:
+            self._load_reference(checkpoint.parent)
+            try:
+                self.grpo.load_state_dict(self.state["grpo"])
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{checkpoint} does not fit the settings: {error}") from error
+            self.started -= self.state["seconds"]
+            if "planner" in self.state and self.planner.load_state_dict(self.state["planner"]):
+                self.grpo.plan_steps(self.planner.plan.steps)
+            check_log(checkpoint.parent / LOG_FILE, self.state["metrics_bytes"])
+        self._open(name, self.state["metrics_bytes"] if self.state else None)
+
+    @property
+    def step_number(self) -> int:
+        """Steps done."""
+        return self.grpo.step_number
+
+    def run(self) -> Path:
+        """Everything from the warm start to the summary; returns the run's folder."""
+        try:
+            plan = {"plan": dataclasses.asdict(self.planner.plan)} if self.planner.on else {}
+            self._describe(self.grpo.tracker.layers if self.grpo.tracker else [], plan)
+            if self.state is None:
+                if self.settings.warm_start_steps and self.settings.eval_base:
+                    self._evaluate(0, "eval_base")
+                self._warm_start()
+                self._keep_reference()
+                self._evaluate(0)
+                # Whatever came before, from the cache or not, GRPO starts from the same random state.
+                set_seed(self.settings.seed)
+            else:
+                restore_random_state(self.state["random"], self.model.device)
+            self._loop()
+            if not self.interrupted:
+                self._final_probe()
+        finally:
+            self.log.close()
+            self.grpo.close()
+        if not self.interrupted:
+            self._summarize()
+        return self.folder
 
     def _keep_reference(self) -> None:
         """With beta > 0: the reference gets the weights GRPO starts from, kept in the run's folder for a resume."""
@@ -272,20 +352,23 @@ class Training:
             self.grpo.reference.load_state_dict(load_file(path), strict=False)
 
     def _loop(self) -> None:
-        settings, grpo = self.settings, self.grpo
+        settings, grpo, planner = self.settings, self.grpo, self.planner
         names, told = [task.name for task in self.tasks], False
-        stop, done = Interruption(), grpo.step_number >= settings.max_steps
-        with stop.watch(), Display(self.console, "step", names, settings.max_steps, grpo.step_number) as display:
+        stop, done = Interruption(), grpo.step_number >= planner.plan.steps
+        with stop.watch(), Display(self.console, "step", names, planner.plan.steps, grpo.step_number) as display:
             while not done and not stop.requested:
+                began = time.monotonic()
                 line = grpo.step()
                 self._add_gains(line)
                 display.show(self._log(line))
+                self._plan(line, time.monotonic() - began)
+                display.expect(planner.plan.steps)
                 long = [task.name for task in self.tasks if task.questions is None and task.left_out]
                 if long and not told:
                     told = True
                     self._remark(f"generated questions longer than max_prompt_length are left out: {', '.join(long)}")
                 step, out_of_time = grpo.step_number, 0 < 60 * settings.max_minutes <= self.seconds
-                done = step == settings.max_steps or out_of_time
+                done = step >= planner.plan.steps or out_of_time
                 if out_of_time:
                     text = f"max_minutes {settings.max_minutes:g} are over: the run ends with step {step}"
                     self.console.print(text, highlight=False)
@@ -295,20 +378,62 @@ class Training:
                     self._save()
         self.interrupted = not done
 
-    def _add_gains(self, line: Line) -> None:
-        """``learning_gain``: Gain(t) for the latest t with ``gain_window`` steps from it on, this one the last."""
-        steps = [*(earlier for earlier in self.log.lines if earlier["kind"] == "train"), line]
-        window = self.settings.gain_window
-        for task in self.tasks:
-            gain = gain_at(task_column(steps, task.name, "reward").tolist(), len(steps) - window, window)
-            if not math.isnan(gain):
-                line |= task_metrics(task.name, {"learning_gain": gain})
+    def _plan_warm_start(self, step: int, seconds: float) -> int:
+        if self.planner.fit_warm_start(step, seconds):
+            self._tell_plan("plan changed in the warm start")
+        return self.planner.plan.warm_start
+
+    def _plan(self, line: Line, seconds: float) -> None:
+        """Fit what is left of the run into the time that is left, after a step that took ``seconds``."""
+        planner, step = self.planner, self.grpo.step_number
+        # A probe prompt takes its rollout and a forward pass, about 0.4 of an update, until the probe has measured it.
+        prompt = (line["rollout_seconds"] + 0.4 * line["update_seconds"]) / self.settings.prompts_per_step
+        planner.costs.steps.append((seconds, prompt * len(self.tasks)))
+        if planner.fit(step, self.seconds) or (planner.on and step == 1):
+            self._tell_plan("plan" if step == 1 else "plan changed")
+
+    def _tell_plan(self, title: str) -> None:
+        """Print, log and keep the plan, and let the learning rate follow it."""
+        planner, step = self.planner, self.grpo.step_number
+        self.grpo.plan_steps(planner.plan.steps)
+        self.console.print(
+            f"{title} after step {step}, {duration(self.seconds)} of {duration(planner.budget)}: "
+            f"{planner.plan.describe()}{', which is the least and takes longer' if planner.over else ''}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        self._log(planner.line(step))
+        info = read_info(self.folder)
+        write_json(self.folder / RUN_FILE, info | {"plan": dataclasses.asdict(planner.plan)})
+
+    def _final_probe(self) -> None:
+        """Measure ``final_probe_prompts`` of each task with the weights fixed; a run killed here does it again."""
+        planner, names = self.planner, [task.name for task in self.tasks]
+        if not planner.plan.prompts:
+            return
+        with Display(self.console, "probe", names, planner.plan.prompts) as display:
+
+            def on_round(done: int, seconds: float, line: Line) -> int:
+                display.show({**line, "step": done, "time": self.seconds})
+                planner.costs.prompt = seconds
+                if planner.fit_prompts(done, self.seconds):
+                    self._tell_plan("plan changed in the probe")
+                    display.expect(planner.plan.prompts)
+                return planner.plan.prompts
+
+            measured = final_probe(self.grpo, planner.plan.prompts, on_round)
+        self._log({"kind": FINAL_PROBE, "step": self.grpo.step_number, **measured})
 
     def _evaluate(self, step: int, kind: str = "eval") -> None:
         """``kind``: "eval_base" for the model as it was given, before the warm start."""
-        if self.settings.eval_prompts:
-            line = evaluate(self.model, self.tokenizer, self.tasks, self.grpo.prompter, self.settings)
+        planner, questions = self.planner, self.planner.plan.questions
+        if questions:
+            began = time.monotonic()
+            line = evaluate(self.model, self.tokenizer, self.tasks, self.prompter, self.settings, questions)
             self._log({"kind": kind, "step": step, **line})
+            planner.costs.question = (time.monotonic() - began) / questions
+            if planner.fit_questions(2 if kind == "eval_base" else 1):
+                self._tell_plan("plan changed")
 
     def _save(self) -> None:
         state = {
@@ -316,7 +441,10 @@ class Training:
             "random": random_state(self.model.device),
             "metrics_bytes": self.log.size,
             "seconds": self.seconds,
+            "planner": self.planner.state_dict(),
         }
+        began = time.monotonic()
         save_checkpoint(
             self.folder, self.grpo.step_number, self.model, self.tokenizer, state, self.settings.save_total_limit
         )
+        self.planner.costs.save = time.monotonic() - began

@@ -63,9 +63,13 @@ def warm_start(
     tasks: Sequence[Task],
     prompter: Prompter,
     settings: Settings,
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[int, float], int | None],
 ) -> bool:
-    """Train on solved examples for ``warm_start_steps``; True if the weights came from the cache instead."""
+    """Train on solved examples for ``warm_start_steps``; True if the weights came from the cache instead.
+
+    ``on_step`` gets each step's number and loss. It may return a smaller number of steps to make in all: the learning
+    rate then ends its cycle there, and the weights are not kept in the cache.
+    """
     cached = cache_file(settings, model)
     if cached is not None and cached.is_file():
         try:
@@ -83,9 +87,15 @@ def warm_start(
     ]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(parameters, settings, settings.warm_start_learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.warm_start_learning_rate, total_steps=settings.warm_start_steps + 1, pct_start=0.2
-    )
+
+    def one_cycle(done: int, total: int) -> torch.optim.lr_scheduler.OneCycleLR:
+        peak = settings.warm_start_learning_rate
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, peak, total_steps=total + 1, pct_start=0.2, last_epoch=done - 1
+        )
+
+    total = settings.warm_start_steps
+    schedule = one_cycle(0, total)
     order = _batches(len(pairs), settings.warm_start_batch_size, settings.warm_start_steps, settings.seed)
     model.train()
     for step, batch in enumerate(order, 1):
@@ -96,8 +106,13 @@ def warm_start(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        on_step(step, float(loss.detach()))
-    if cached is not None:
+        wanted = on_step(step, float(loss.detach()))
+        if wanted is not None and max(step, wanted) < total:
+            total = max(step, wanted)
+            schedule = one_cycle(step, total)
+        if step == total:
+            break
+    if cached is not None and total == settings.warm_start_steps:
         _store(model, cached)
     return False
 

@@ -237,11 +237,11 @@ def test_row_weights_of_a_row_without_tokens() -> None:
 @pytest.mark.parametrize("draws", ["systematic", "independent"])
 def test_draws(draws: str) -> None:
     loop = _loop(_settings(task_draws=draws))
-    counts = [loop.draw(7).count("copy") for _ in range(200)]
+    counts = [loop.mixture.draw(7).count("copy") for _ in range(200)]
     assert sum(counts) / 200 == pytest.approx(3.5, abs=0.4)
     if draws == "systematic":
         assert set(counts) == {3, 4}
-    assert loop.draw(1)[0] in ("copy", "sort")
+    assert loop.mixture.draw(1)[0] in ("copy", "sort")
 
 
 def test_masking_truncated_completions() -> None:

@@ -27,7 +27,7 @@ def test_smollm2_loads_from_gguf_and_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "domains", "longest"), [("smollm2", 4, 64), pytest.param("smollm2_gpu", 8, 80, marks=pytest.mark.slow)]
+    ("preset", "domains", "longest"), [("smollm2", 4, 80), pytest.param("smollm2_gpu", 8, 80, marks=pytest.mark.slow)]
 )
 def test_the_preset_s_tasks_are_of_several_domains_and_short(preset: str, domains: int, longest: int) -> None:
     from transformers import AutoTokenizer

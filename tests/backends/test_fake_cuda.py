@@ -45,7 +45,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "marked"),
     [
-        *((name, "not slow") for name in ("harness", "ops", "canary", "tracking", "application")),
+        *((name, "not slow") for name in ("harness", "counts", "ops", "canary", "tracking", "application")),
         *(pytest.param(name, "slow", marks=pytest.mark.slow) for name in ("canary", "tracking", "application")),
     ],
 )

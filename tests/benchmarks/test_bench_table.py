@@ -270,3 +270,15 @@ def test_the_readme_test_detects_an_old_table_and_a_changed_number(tmp_path):
     for text in (old, table.NOTHING):
         with pytest.raises(AssertionError, match="newest"):
             expected_of_readme(tmp_path, text)
+
+
+def test_the_measured_steps_in_the_docs_are_those_of_the_result_file():
+    text = (table.README.parent / "docs" / "benchmarks.md").read_text()
+    record = records.read(records.RESULTS / "step-epyc-2-threads-sketch.json")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| (-?[\d.]+) GiB \|$", text, re.MULTILINE)
+    expected = []
+    for row in record["rows"]:
+        more = (row["peak_bytes"] - row["baseline_peak_bytes"]) / 2**30
+        ratio = [f"{row['ratio'][name]:.2f}" for name in ("median", "q1", "q3")]
+        expected.append((row["variant"], *ratio, f"{more:.2f}"))
+    assert rows == expected

@@ -54,8 +54,13 @@ KNOWN = {
     (100, "wgrad_sm90_kernel", "bf16"),
     (103, "wgrad_sm90_kernel", "bf16"),
     (120, "wgrad_sm80_kernel", "fp32"),
-    (120, "schedule_kernel", "bf16"),
-    (120, "schedule_kernel", "fp32"),
+}
+
+
+#: Kernels that are compiled for a config, but multiply nothing.
+NO_PRODUCTS = {
+    *("schedule_kernel", "split_fixup_kernel", "finish_kernel", "position_sums_kernel", "row_sums_kernel"),
+    "token_order_kernel",
 }
 
 
@@ -280,11 +285,20 @@ def places(architectures: Sequence[int] = ARCHITECTURES) -> list[int]:
 
 
 def representative(architectures: Sequence[int] = ARCHITECTURES) -> list[int]:
-    """Places in :func:`jobs` of one form per kernel, architecture and element: the last, which does the most."""
-    found = {}
+    """Places in :func:`jobs` of one form per kernel, architecture and element: the last, which does the most.
+
+    Elements that change little are left out: float16, except for the products of wgrad, and for kernels without
+    products all but the first element.
+    """
+    found: dict[tuple[str, int, str], int] = {}
     for place in places(architectures):
         job = _all_jobs()[place]
-        found[job.kernel.fn.__name__, job.arch, job.element] = place
+        name = job.kernel.fn.__name__
+        first = next((key for key in found if key[:2] == (name, job.arch)), (name, job.arch, job.element))
+        alike = job.element == "fp16" and not name.startswith("wgrad")
+        alike = alike or (name in NO_PRODUCTS and job.element != first[2])
+        if not alike:
+            found[name, job.arch, job.element] = place
     return list(found.values())
 
 

@@ -18,7 +18,7 @@ import pytest
 from gradnorm_kernels.backends import native
 from gradnorm_kernels.tuning import tiles
 from tests.compiled import report
-from tests.compiled.report import complaints
+from tests.compiled.report import NO_PRODUCTS, complaints
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is not compiled"),
@@ -27,11 +27,6 @@ pytestmark = [
 
 #: The name of the instruction that multiplies matrices.
 PRODUCTS = {"sm_80": "mma", "sm_90": "wgmma"}
-#: Kernels that are compiled for a config, but multiply nothing.
-NO_PRODUCTS = {
-    *("schedule_kernel", "split_fixup_kernel", "norms_kernel", "position_sums_kernel", "row_sums_kernel"),
-    "token_order_kernel",
-}
 KERNELS = Path(report.tuning.__file__).parents[1] / "backends" / "triton"
 
 Lines = list[dict[str, Any]]

@@ -31,7 +31,7 @@ from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.study.estimators import compare
 from gradnorm_grpo.study.spec import EstimatorSettings
 from gradnorm_grpo.tasks import Example, Task
-from gradnorm_grpo.train import Training
+from gradnorm_grpo.train import LoopTraining
 from gradnorm_kernels import backends
 from tests.fake_cuda.device import CudaTensor, FakeCuda
 from tests.fake_cuda.tracking import put
@@ -127,12 +127,12 @@ def same(found: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_a_run(case: str, fake: FakeCuda, on_gpu: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Training, "_save", lambda self: None)  # files take no tensors that are nowhere
-    runs: dict[str, Training] = {}
+    monkeypatch.setattr(LoopTraining, "_save", lambda self: None)  # files take no tensors that are nowhere
+    runs: dict[str, LoopTraining] = {}
     for device in ("cpu", "cuda"):
         if device == "cuda":
             on_gpu()
-        runs[device] = Training(settings_of(device, tmp_path, CASES[case]), "tiny", Console(quiet=True))
+        runs[device] = LoopTraining(settings_of(device, tmp_path, CASES[case]), "tiny", Console(quiet=True))
         runs[device].run()
     line, expected = (lines_of(tmp_path / device, "train")[0] for device in ("cuda", "cpu"))
     same(line, expected, 2e-2 if "--bf16" in CASES[case] else 2e-4)
@@ -144,7 +144,7 @@ def test_a_run(case: str, fake: FakeCuda, on_gpu: Place, tmp_path: Path, monkeyp
 
 def test_a_resumed_state_goes_back_to_the_device(fake: FakeCuda, on_gpu: Place, tmp_path: Path) -> None:
     on_gpu()
-    training = Training(settings_of("cuda", tmp_path, []), "tiny", Console(quiet=True))
+    training = LoopTraining(settings_of("cuda", tmp_path, []), "tiny", Console(quiet=True))
     grpo = training.grpo
     grpo.step()
     state = tree_map(lambda v: v.cpu() if isinstance(v, CudaTensor) else v, grpo.state_dict())  # as load_state has it

@@ -76,12 +76,17 @@ class CudaTensor(Tensor):
 
 
 class FakeCuda(TorchDispatchMode):
-    """While it is active, "cuda" is a device. ``waits``: what the host waited for so far."""
+    """While it is active, "cuda" is a device.
+
+    ``waits``: what the host waited for so far. ``operations``: the names of torch's operators that took a kernel or a
+    copy on the device, and of the kernels launched besides, in order.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__()
         self.library = library
         self.waits: list[str] = []
+        self.operations: list[str] = []
         self.launches: list[tuple[str, int, int]] = []  # kernel, device, stream
         self.silent = False  # launches are looked at and not run: fast, and every result is NaN
         self._strict = self.capturing = self._ordered = False
@@ -131,6 +136,8 @@ class FakeCuda(TorchDispatchMode):
         if not ours and (target is None or target.type != "cuda"):
             return func(*args, **kwargs)
         target = self._checked(func, args, kwargs, tensors, ours, target)
+        if not (func.is_view or "empty" in rules.name_of(func)):
+            self.operations.append(rules.name_of(func))
 
         plain = {id(tensor): tensor.inner for tensor in ours}
         owners = {id(tensor.inner): tensor for tensor in ours}

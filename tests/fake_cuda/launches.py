@@ -112,6 +112,7 @@ def _seen(fake: FakeCuda, kernel: str, tensors: dict[str, Any], stream: int) -> 
         if tensor.device.index != current:
             raise AssertionError(f"{kernel}: {name} is on {tensor.device}, and the launch goes to cuda:{current}")
     fake.launches.append((kernel, current, stream))
+    fake.operations.append(kernel)
 
 
 def _triton(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda) -> None:

@@ -175,6 +175,7 @@ def test_packed_rows_wait_for_nothing(fake: FakeCuda, name: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_numbers_of_packed_rows(fake: FakeCuda) -> None:
     """Those of a CPU."""
     ids, positions = packed_row(3)

@@ -66,7 +66,48 @@ def test_norms_take_what_is_there_and_nothing_else(samples: int) -> None:
     for column, split, kind in ((samples - 1, 2, 0), (samples + 2, 3, 1)):
         fixup[split, kind] = torch.rand(70, generator=generator, dtype=torch.float64)
         state[column], wanted[column] = 2 + split, fixup[split, kind].sum()
-    found = reduce.norms(state, partials, fixup, samples, None)
-    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
-    twice = reduce.norms(state, partials, fixup, samples, found.clone())
-    torch.testing.assert_close(twice, 2 * wanted, rtol=1e-14, atol=0)
+    for valid in (1, 0):
+        results = results_of(samples, 3)
+        call = (results, state, torch.tensor([0, valid], dtype=torch.int32), partials, fixup, None)
+        reduce.finish(*call, first=True, last=False)
+        found = torch.cat([results.sample_sq, results.group_sq])
+        torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+        assert results.weight_grad is not None and not results.weight_grad.isnan().any(), "not the last pass"
+        reduce.finish(*call, first=False, last=True)
+        found = torch.cat([results.sample_sq, results.group_sq])
+        if valid:
+            torch.testing.assert_close(found, 2 * wanted, rtol=1e-14, atol=0)
+            assert not results.weight_grad.isnan().any()
+        else:
+            assert found.isnan().all() and results.weight_grad[0].isnan().all()
+            assert not results.weight_grad[1:].isnan().any()
+
+
+def results_of(samples: int, groups: int) -> reduce.Results:
+    """Results that hold nothing yet, but for dW."""
+    empty = [torch.full((n,), torch.nan, dtype=torch.float64) for n in (samples, groups)]
+    return reduce.Results(*empty, torch.zeros(3, 77), torch.full((groups, groups), torch.nan, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("groups", [2, 5, 37])
+def test_the_gram_is_symmetric_and_holds_what_is_there(groups: int) -> None:
+    """Sums over more tiles than one step takes, in two passes; a group without rows has none and is 0."""
+    generator = torch.Generator().manual_seed(groups)
+    products = torch.randn(2, 40, groups, groups, generator=generator)
+    products[:, :, 1] = products[:, :, :, 1] = torch.nan
+    partials = torch.rand(3, 1 + groups, generator=generator, dtype=torch.float64)
+    state = torch.ones(1 + groups, dtype=torch.int32)
+    state[2] = 0
+    results = results_of(1, groups)
+    for i in range(2):
+        reduce.finish(
+            results, state, torch.ones(2, dtype=torch.int32), partials, None, products[i], first=i == 0, last=i == 1
+        )
+    summed = products.double().sum((0, 1))
+    expected = (summed + summed.T) / 2
+    expected.diagonal().copy_(2 * partials[:, 1:].sum(0))
+    expected[1] = expected[:, 1] = 0.0
+    assert results.group_gram is not None
+    torch.testing.assert_close(results.group_gram, expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(results.group_gram, results.group_gram.T)
+    assert torch.equal(results.group_gram.diagonal(), results.group_sq)

@@ -82,7 +82,7 @@ def test_ops(on_device: bool, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> No
     assert {name for name, _ in seen} >= {  # type: ignore[misc]
         "wgrad_sm80_kernel",
         "schedule_kernel",
-        "norms_kernel",
+        "finish_kernel",
         "token_order_kernel",
         "gram_norms_kernel",
         "gram_pairs_kernel",

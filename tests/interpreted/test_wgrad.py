@@ -16,6 +16,7 @@ from torch import Tensor
 from gradnorm_kernels import checks, reference
 from gradnorm_kernels import segments as table
 from gradnorm_kernels.backends.triton import wgrad
+from gradnorm_kernels.backends.triton.reduce import Results
 from gradnorm_kernels.tuning.tiles import KernelConfig
 
 POINTERS = KernelConfig("wgrad", 80, 4, 16, 32, 16, 4, 3, 2)
@@ -33,6 +34,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     new_empty, empty = Tensor.new_empty, torch.empty
 
     def fill(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.uint8:
+            return tensor.fill_(255)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else -(1 << 30))
 
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: fill(new_empty(self, *a, **k)))
@@ -61,9 +64,11 @@ def run(
     workspace: int = 1 << 20,
     weight_grad: bool = True,
     group_gram: bool = True,
-) -> wgrad.Wgrad:
+) -> Results:
     ids = [None if value is None else torch.tensor(value) for value in (sample_ids, group_ids)]
-    segments = table.device_segments(checks.fused_grad_norm(x, dy, cu_seqlens, *ids, backends=("triton",)))
+    batch = checks.fused_grad_norm(x, dy, cu_seqlens, *ids, backends=("triton",))
+    plain = None if gram_tokens else table.plain_segments(batch)
+    segments = table.device_segments(batch) if plain is None else plain
     launch = wgrad.Launch(config, programs, splits)
     return wgrad.wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, workspace, launch)
 
@@ -78,7 +83,7 @@ def compare(
     weight_grad: bool = True,
     group_gram: bool = True,
     **options: Any,
-) -> wgrad.Wgrad:
+) -> Results:
     """Hold a run to the reference; samples of at most ``gram_tokens`` tokens must be 0."""
     wanted = {"weight_grad": weight_grad, "group_gram": group_gram}
     found = run(x, dy, cu_seqlens, sample_ids, group_ids, gram_tokens=gram_tokens, **wanted, **options)
@@ -232,9 +237,12 @@ def test_the_same_bits_again(config: KernelConfig, splits: int) -> None:
 
 
 def test_values_that_were_not_checked_stay_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the offsets are wrong, and nothing may be read that is not there."""
+    """As on a GPU: the offsets are wrong, nothing may be read that is not there, and every result is NaN."""
     monkeypatch.setattr(table, "_on_host", lambda device: False)
     x, dy, _ = inputs([50], 24, 16)
     for offsets in ([0, 60, 20], [-5, 70, 90], [0, 0, 0], [7, 3, 50]):
-        found = run(x, dy, torch.tensor(offsets), splits=2)
-        assert found.sample_sq.isfinite().all()
+        for more in ({}, {"sample_ids": [1, 0]}):  # with ids the table is made by torch
+            found = run(x, dy, torch.tensor(offsets), splits=2, **more)
+            assert found.weight_grad is not None and found.group_gram is not None
+            assert found.sample_sq.isnan().all() and found.group_sq.isnan().all() and found.group_gram.isnan().all()
+            assert found.weight_grad[0].isnan().all() and found.weight_grad[1:].isfinite().all()

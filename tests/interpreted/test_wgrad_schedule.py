@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import pytest
 import torch
 
 from gradnorm_kernels.backends.triton import wgrad_schedule
-from gradnorm_kernels.segments import Segments
+from gradnorm_kernels.segments import PlainSegments, Segments
 
 Row = tuple[int, int, int, int]
 SAMPLE_ENDS, UNMEASURED_ENDS, GROUP_ENDS = 1, 2, 4
@@ -63,10 +63,57 @@ def test_the_list_of_k_tiles(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
     narrow = (torch.tensor(values, dtype=torch.int32) for values in (ids, of))
     segments = Segments(torch.tensor(starts), torch.tensor(ends), *narrow, samples, groups, None)
     gram_tokens, splits, block_k = draw.choice([0, 5, 16, 1 << 40]), draw.choice([1, 2, 3, 7]), draw.choice([1, 4, 16])
-    schedule = wgrad_schedule.build(segments, offsets[-1], gram_tokens, block_k, splits)
+    schedule = wgrad_schedule.build(segments, offsets[-1], gram_tokens, block_k, splits, torch.device("cpu"))
+    right(schedule, expected(rows, gram_tokens, block_k), samples, groups)
 
-    wanted = expected(rows, gram_tokens, block_k)
-    k_tiles = int(schedule.count)
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_list_of_plain_segments(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cu_seqlens, or one length for all, is the whole table: the list is that of the table written out."""
+    monkeypatch.setattr(wgrad_schedule, "_CHUNK", 16)
+    draw = random.Random(seed)
+    count = draw.choice([1, 2, 17, 40])
+    even = draw.choice([1, 3, 16, 20]) if seed % 2 else None
+    lengths = [draw.choice([0, 1, 3, 16, 40]) if even is None else even for _ in range(count)]
+    offsets = [0, *accumulate(lengths)]
+    splits, block_k = draw.choice([1, 2, 3]), draw.choice([1, 4, 16])
+    wanted = expected([(lo, hi, i, 0) for i, (lo, hi) in enumerate(pairwise(offsets))], 0, block_k)
+    for dtype in (torch.int32, torch.int64):
+        # A slice: nothing is compiled anew for where it starts.
+        given = torch.tensor([7, *offsets], dtype=dtype)[1:] if even is None else None
+        plain = PlainSegments(given, even or 0, offsets[-1], count)
+        found = wgrad_schedule.build(plain, offsets[-1], 0, block_k, splits, torch.device("cpu"))
+        assert int(found.count[1]) == 1
+        right(found, wanted, count, 1)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        [0, 5, 3, 9],
+        [1, 5, 7, 9],
+        [0, 5, 7, 8],
+        [0, 5, 7, 10],
+        [-1, 5, 7, 9],
+        [0, 20, 7, 9],
+        [0, 5, -(1 << 30), 9],
+        [9, 9, 9, 9],
+    ],
+)
+def test_offsets_that_are_out_of_range_are_noticed_and_fill_no_more_than_there_is_room(offsets: list[int]) -> None:
+    """Every row is in the list once, in the first sample: no kernel leaves its arrays."""
+    plain = PlainSegments(torch.tensor(offsets), 0, 9, 3)
+    found = wgrad_schedule.build(plain, 9, 0, 4, 1, torch.device("cpu"))
+    assert found.count.tolist() == [3, 0]
+    assert [value >> 20 for value in found.k_tiles.tolist()[:3]] == [0, 4, 8]
+    assert found.sample.tolist()[:3] == [0, 0, 0]
+
+
+def right(
+    schedule: wgrad_schedule.Schedule, wanted: list[tuple[int, int, int, int, int]], samples: int, groups: int
+) -> None:
+    """Hold a schedule to its K tiles, and to where the norms are found."""
+    splits, k_tiles = schedule.splits, int(schedule.count[0])
     packed = zip(schedule.k_tiles.tolist()[:k_tiles], schedule.sample.tolist(), schedule.group.tolist(), strict=False)
     found = [(value >> 20, value & 0xFFFF, (value >> 16) & 15, measured, group) for value, measured, group in packed]
     assert found == wanted

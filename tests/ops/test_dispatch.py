@@ -77,6 +77,23 @@ def test_the_crossover_grows_with_the_layer() -> None:
     assert tokens == sorted(tokens) and tokens[0] < tokens[-1]
 
 
+def test_long_samples_on_a_gpu_pay_for_no_gram(able: Callable[..., None]) -> None:
+    """The lengths are on the device: the Gram would be launched whether a sample is short or not."""
+    able("triton")
+    on_gpu = problem(chip=GPU, d_in=4096, d_out=4096, weight_grad=True, dtype=torch.bfloat16)
+    crossover = dispatch.choose(dataclasses.replace(on_gpu, tokens=32)).plan.gram_tokens
+    assert crossover > 32
+    for mean, expected in ((crossover, crossover), (2 * crossover - 1, crossover), (2 * crossover, 0), (4096, 0)):
+        found = dispatch.choose(dataclasses.replace(on_gpu, tokens=32 * mean))
+        assert found.plan.gram_tokens == expected, mean
+        explained = dispatch._reasons(dataclasses.replace(on_gpu, tokens=32 * mean), "auto", found)[2]
+        assert (f"they have {mean} tokens on average, well past" in explained) == (expected == 0)
+    assert dispatch.choose(dataclasses.replace(on_gpu, tokens=32 * 4096), "gram").plan.gram_tokens == ALL_TOKENS
+    able("cpu")
+    on_cpu = dataclasses.replace(on_gpu, chip=Chip("cpu", "", 0), tokens=32 * 4096)
+    assert dispatch.choose(on_cpu).plan.gram_tokens > 0, "a CPU knows the lengths and leaves out what is not there"
+
+
 @pytest.mark.parametrize("sizes", [(0, 4, 4), (5, 0, 4), (5, 4, 0), (0, 0, 0)])
 def test_nothing_to_do_is_a_plan_too(sizes: tuple[int, int, int]) -> None:
     tokens, d_in, d_out = sizes

@@ -210,6 +210,46 @@ def test_a_probe_is_measured_but_not_said_to_have_learned(tmp_path: Path) -> Non
     assert 'id="reward"' not in write_report(tmp_path).read_text(encoding="utf-8")
 
 
+def with_final_probe(path: Path, numbers: dict[str, tuple[float, float, int]]) -> Path:
+    """The run with a final probe of 64 prompts per task: U, its error and the prompts with a gradient by task."""
+    line: dict[str, object] = {"kind": "final_probe", "step": 9, "time": 900.0}
+    for name, (u, se, effective) in numbers.items():
+        values = {"grad_norm_sq": u, "grad_norm_sq_se": se, "plug_in": 2 * u, "n": 64, "prompts": 64, "reward": 0.5}
+        values |= {"noise_scale": 3.0, "mean_sq_norm": 9.0, "pair_weight": 64 * 63, "n_effective": effective}
+        line |= {f"tasks/{name}/{key}": value for key, value in values.items()}
+    with (path / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+    return path
+
+
+def test_a_final_probe_has_a_table_and_a_verdict_of_its_own(tmp_path: Path) -> None:
+    run_dir = write_synthetic_run(tmp_path, NAMES[:3], steps=9, prompts=24)
+    before = task_results(read_run(run_dir))
+    numbers = {NAMES[0]: (4.0, 0.5, 60), NAMES[1]: (0.25, 0.05, 40), NAMES[2]: (0.1, 0.2, 7)}
+    run = read_run(with_final_probe(run_dir, numbers))
+    assert task_results(run) == before and len(run.steps) == 9 and run.final_probe is not None
+    probed = task_results(run.final_probe)
+    assert [(r.name, r.sq_norm, r.n, r.n_effective) for r in probed] == [
+        (name, u, 64, k) for name, (u, _, k) in numbers.items()
+    ]
+    found = imbalance(probed)
+    assert found is not None and found.ratio == 16.0 and found.low < 16 < found.high
+    heading = "At the end: 64 new prompts per task at the weights after step 9"
+    sentences = dict(verdict(run, before, cosines(run, before)))[heading]
+    assert imbalance_sentence(probed) in sentences
+    few = f"rewards that are not all equal: 7 of 64 in {NAMES[2]}."
+    assert any(sentence.endswith(few) for sentence in sentences)
+    text = printed(run_dir)
+    assert "measured in steps 1 to 9 while the weights changed" in text and heading in text
+    assert text.index(heading) < text.index("16 to 1 in squared norm") and few in text
+    row = next(line for line in text[text.index(heading) :].splitlines() if NAMES[0] in line)
+    assert row.split()[-9:] == ["64", "60", "4.00", "±", "0.50", "8.0", "1.2", row.split()[-2], "0.50"]
+    page = write_report(run_dir).read_text()
+    assert 'id="final-probe"' in page and page.count(heading) >= 2
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
 def test_rank_correlation_is_spearmans_with_a_permutation_p_value() -> None:
     x = [1.0, 2.0, 3.0, 4.0, 5.0]
     rho, p = rank_correlation(x, [10.0, 20.0, 40.0, 30.0, 50.0])

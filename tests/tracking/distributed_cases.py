@@ -120,6 +120,25 @@ def ddp(rank: int, world: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def errors(rank: int, world: int) -> None:
+    """A task is one block over all ranks: the same numbers as in one process, without errors from ranks as folds."""
+    for how in ("tasks", "steps"):
+        right = expected("all", [share(i, world) for i in range(world)], errors=how)
+        model = build()
+        tracker = gk.GradNormTracker(model, "all", errors=how)
+        measure(tracker, model, share(rank, world))
+        same(tracker.step(), right)
+        assert right["add"].std_error_method == "none"
+    tracker = gk.GradNormTracker(model, "last_attention", errors=("tasks", "steps")[rank % 2])
+    measure(tracker, model, share(rank, world))
+    try:
+        tracker.step()
+    except RuntimeError as error:
+        assert "errors ['steps', 'tasks']" in str(error), error
+    else:
+        raise AssertionError("ranks with different errors= were not refused")
+
+
 def fsdp(rank: int, world: int) -> None:
     """FSDP2 with every layer, norms and embeddings included; the tracker made before and after sharding."""
     from torch.distributed.fsdp import fully_shard
@@ -384,6 +403,7 @@ CASES = {
     case.__name__: case
     for case in (
         ddp,
+        errors,
         fsdp,
         packed,
         exact,

@@ -342,7 +342,8 @@ def test_a_forward_that_raises_leaves_nothing_behind(error: type[BaseException])
         losses(range(ROWS))
     assert _get_current_function_mode_stack() == []
     with tracker.microbatch(TASKS):  # caught inside the block, which goes on
-        for fail in (True, True, False):
+        for now in (True, True, False):
+            fail = now
             with contextlib.suppress(error):
                 losses(range(ROWS)).mean().backward()
     assert _get_current_function_mode_stack() == []
@@ -378,7 +379,7 @@ def test_experts_share_calls_of_the_operator(monkeypatch: pytest.MonkeyPatch) ->
         sums = weight_sums([tokens], rows)
         assert len(calls) == count
         torch.testing.assert_close(sums.gram, flat @ flat.T)
-        torch.testing.assert_close(sums.self_sq, flat.square().sum(1))
+        torch.testing.assert_close(sums.sample_sq, flat.square().sum(1))
     spoiled = dy.clone()
     spoiled[2] = float("nan")  # of sample r
     gram = weight_sums([tokens._replace(dy=spoiled)], rows).gram

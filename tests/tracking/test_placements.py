@@ -273,7 +273,7 @@ def test_hooks_that_the_first_forward_adds_are_added_once() -> None:
 
 
 class Pictures(nn.Module):
-    """Image features take the places of tokens 0, in order over all rows; a row's number of them follows from its size."""
+    """Image features take the places of tokens 0, in order over all rows. A row's size says how many it has."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ def stream(rows):
         ({}, {"task_sampling": "proportional", "exponent": 2.0}, "exponent goes with strategy='power'"),
         ({}, {"exponent": 2.0}, "exponent goes with task_sampling='power'"),
         ({}, {"correction": "shout"}, "strategy must be one of"),
+        ({}, {"correction": "nash_mtl", "errors": "steps"}, "needs the tasks' inner products, which errors='steps'"),
         ({"per_device_train_batch_size": 6}, {"keep_groups_together": True}, "multiple of num_generations=4"),
         ({"remove_unused_columns": True}, {}, "remove_unused_columns=True drops"),
         ({"torch_compile": True}, {}, "torch_compile=True"),

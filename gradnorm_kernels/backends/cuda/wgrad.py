@@ -38,6 +38,11 @@ class Wgrad(NamedTuple):
     group_sq: Tensor
     gram: Tensor | None
 
+    def plus(self, more: Wgrad) -> Wgrad:
+        """The sums of two passes over different rows of the weight."""
+        gram = None if self.gram is None or more.gram is None else self.gram + more.gram
+        return Wgrad(self.sample_sq + more.sample_sq, self.group_sq + more.group_sq, gram)
+
 
 def run(
     context: LaunchContext,
@@ -70,16 +75,13 @@ def run(
     if wanted == 1 and not group_gram:
         return _direct(context, x, dy, segments, split, measured, weight_grad)
 
-    sums = zeros(x, segments.samples), zeros(x, groups)
-    gram = zeros(x, groups, groups) if group_gram else None
+    found: Wgrad | None = None
     for lo in range(0, d_out, rows):
         part = None if weight_grad is None else weight_grad[lo : lo + rows]
-        found = _stored(context, x, dy[:, lo : lo + rows], segments, split, measured, part, group_gram)
-        for total, value in zip(sums, found[:2], strict=True):
-            total += value
-        if gram is not None and found.gram is not None:
-            gram += found.gram
-    return Wgrad(*sums, gram)
+        more = _stored(context, x, dy[:, lo : lo + rows], segments, split, measured, part, group_gram)
+        found = more if found is None else found.plus(more)
+    assert found is not None
+    return found
 
 
 def launch_config(context: LaunchContext, d_in: int) -> CudaConfig:

@@ -141,8 +141,11 @@ def _sum_of_squares(product: Tensor, partial_sums: Iterator[Tensor]) -> None:
 
 def gram_of_sums(sums: Tensor) -> Tensor:
     """``sums @ sums.T`` for sums [K, n]: float32 over a limited number of columns, float64 from there on."""
-    gram = torch.zeros(len(sums), len(sums), dtype=torch.float64, device=sums.device)
-    for lo in range(0, sums.shape[1], _GRAM_COLUMNS):
-        part = sums[:, lo : lo + _GRAM_COLUMNS]
-        gram += part @ part.T
+    # One product for all parts: on a GPU a loop would be two launches per part.
+    whole = sums.shape[1] // _GRAM_COLUMNS * _GRAM_COLUMNS
+    parts = sums[:, :whole].unflatten(1, (-1, _GRAM_COLUMNS)).transpose(0, 1)
+    gram = torch.bmm(parts, parts.mT).sum(0, dtype=torch.float64)
+    if whole < sums.shape[1]:
+        rest = sums[:, whole:]
+        gram += rest @ rest.T
     return (gram + gram.T) / 2

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ... import segments as table
 from ...batch import GradBatch
-from ...segments import Segments, device_segments, one_sample_per_group
+from ...segments import Segments, device_segments, one_sample_per_group, plain_segments
 from ..base import NO_FLOAT64, UP_TO_FLOAT32, Backend, Plan
 from . import dot, gram, sketch, wgrad
 from .embedding import embedding_gram, embedding_norms, tied_gram
@@ -97,22 +97,29 @@ BACKEND = Backend(
 
 def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(sample_sq_norms, group_sq_norms, weight_grad, group_gram); what was not asked for is None."""
-    segments = device_segments(batch)
     x, dy = table.rows(batch.x), table.rows(batch.dy)
+    by_pairs = plan.group_sums == "gram" and not batch.weight_grad
+    short = min(plan.gram_tokens, batch.tokens)
+    plain = None if batch.empty or by_pairs or short else plain_segments(batch)
+    if plain is not None:
+        found = wgrad.wgrad(x, dy, plain, 0, batch.weight_grad, batch.group_gram, plan.workspace)
+        return found.sample_sq, found.group_sq, found.weight_grad, found.group_gram
+    segments = device_segments(batch)
     total: Tensor | None = None
     pairs: Tensor | None = None
     if _nothing(batch, segments):
         samples, groups = _zeros(x, segments.samples), _zeros(x, segments.groups)
         total = x.new_zeros(batch.d_out, batch.d_in) if batch.weight_grad else None
         pairs = _zeros(x, segments.groups, segments.groups) if batch.group_gram else None
-    elif plan.group_sums == "gram" and not batch.weight_grad:
+    elif by_pairs:
         samples, groups, pairs = gram.pair_sums(x, dy, segments, batch.group_gram)
     else:
-        short = min(plan.gram_tokens, batch.tokens)
         found = wgrad.wgrad(x, dy, segments, short, batch.weight_grad, batch.group_gram, plan.workspace)
-        samples, groups, total, pairs = found.sample_sq, found.group_sq, found.weight_grad, found.group_gram
+        samples = found.sample_sq
         if short:
-            samples = torch.where(segments.lengths() <= short, gram.sample_norms(x, dy, segments, short), samples)
+            of_short = segments.guard(gram.sample_norms(x, dy, segments, short))
+            samples = torch.where(segments.lengths() <= short, of_short, samples)
+        return samples, found.group_sq, found.weight_grad, found.group_gram
     guard = segments.guard
     return (
         guard(samples),
@@ -127,13 +134,12 @@ def grad_gram(batch: GradBatch, plan: Plan) -> Tensor:
     segments = device_segments(batch)
     x, dy = table.rows(batch.x), table.rows(batch.dy)
     if _nothing(batch, segments):
-        result: Tensor | None = _zeros(x, segments.samples, segments.samples)
-    elif plan.group_sums == "gram":
-        result = gram.pair_gram(x, dy, segments)
-    else:
-        result = wgrad.wgrad(x, dy, segments.each_alone(), 0, False, True, plan.workspace).group_gram
+        return segments.guard(_zeros(x, segments.samples, segments.samples))
+    if plan.group_sums == "gram":
+        return segments.guard(gram.pair_gram(x, dy, segments))
+    result = wgrad.wgrad(x, dy, segments.each_alone(), 0, False, True, plan.workspace).group_gram
     assert result is not None
-    return segments.guard(result)
+    return result
 
 
 def grad_dot(batch: GradBatch, v: Tensor, plan: Plan) -> Tensor:

@@ -1,7 +1,7 @@
 """The second kernels: partial results become results, in float64 and in a fixed order.
 
 - :func:`split_fixup_kernel` adds the workspace tiles of what the splits of wgrad cut, before they are squared.
-- :func:`norms` adds the partial sums of squares of segmented wgrad.
+- :func:`finish` adds the partial sums of squares of segmented wgrad, and the inner products of the groups' sums.
 - :func:`position_sums` and :func:`row_sums` add values over spans. A *span* is a pair (begin, stop) of positions.
 
 Every sum is made by one program that walks its terms from front to back, so that the same inputs give the same bits.
@@ -10,6 +10,7 @@ What is outside is masked, so that its NaN does not get in.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -29,6 +30,7 @@ CONFIGS = ("wgrad",)
 FIXUP_CHUNK = 1024
 WARPS = 4
 _NORM_COLUMNS, _NORM_ROWS = 32, 32  # a tile of norms
+_SPLIT_NORM_ROWS = 16  # the same where norms are also in the fix-up: 32 rows spill on sm_100
 _POSITIONS = 512  # positions summed at a time by position_sums
 _ROWS, _COLUMNS = 32, 128  # a tile of row_sums
 _FEW_ROWS = 4  # the same, for spans of a few rows
@@ -121,69 +123,155 @@ def split_fixup_kernel(
         tl.store(element_ptr, weight.to(weight_ptr.dtype.element_ty), mask=(at_row < d_out) & (at_column < d_in))
 
 
-def norms(state: Tensor, partials: Tensor, fixup: Tensor | None, samples: int, onto: Tensor | None) -> Tensor:
-    """Squared norms of samples and groups: [N + K] float64, added to ``onto`` if given.
+@dataclass(frozen=True)
+class Results:
+    """What a call of segmented wgrad returns: the squared norms sample_sq [N] and group_sq [K] float64; where they are
+    wanted dW [d_out, d_in] in x's dtype and the groups' Gram [K, K] float64."""
 
-    ``state`` [N + K] int32 says where each is found (:mod:`.wgrad_schedule`). ``partials`` [rows, N + K] float64.
-    ``fixup`` [splits, 2, programs] float64: those of what the splits cut.
+    sample_sq: Tensor
+    group_sq: Tensor
+    weight_grad: Tensor | None
+    group_gram: Tensor | None
+
+
+def finish(
+    results: Results,
+    state: Tensor,
+    count: Tensor,
+    partials: Tensor,
+    fixup: Tensor | None,
+    products: Tensor | None,
+    *,
+    first: bool,
+    last: bool,
+) -> None:
+    """Add one pass of segmented wgrad to the results. After the ``last`` one all are NaN if values were out of range.
+
+    ``state`` [N + K] int32 says where each norm is found, ``count`` [2] int32 whether they were in range
+    (:mod:`.wgrad_schedule`). ``partials`` [rows, N + K] float64. ``fixup`` [splits, 2, programs] float64: those of what
+    the splits cut. ``products`` [tiles, K, K] float32: the inner products of the groups' sums per tile; None where
+    there is one group, or the Gram is not wanted. ``first``: the results hold nothing yet. Of weight_grad only the
+    first row becomes NaN.
     """
-    columns = state.shape[0]
-    result = partials.new_empty(columns) if onto is None else onto
-    if columns:
-        with on_device(partials):
-            norms_kernel[(triton.cdiv(columns, _NORM_COLUMNS),)](
-                state,
-                partials,
-                partials if fixup is None else fixup,
-                result,
-                samples,
-                columns,
-                partials.shape[0],
-                0 if fixup is None else fixup.shape[2],
-                ACCUMULATE=onto is not None,
-                SPLIT=fixup is not None,
-                COLUMNS=_NORM_COLUMNS,
-                ROWS=_NORM_ROWS,
-                num_warps=WARPS,
-                enable_fp_fusion=True,
-            )
-    return result
+    samples, groups = len(results.sample_sq), len(results.group_sq)
+    columns = samples + groups
+    d_in = 0 if results.weight_grad is None else results.weight_grad.shape[1]
+    norm_programs = triton.cdiv(columns, _NORM_COLUMNS)
+    pair_programs = 0 if products is None else triton.cdiv(groups * groups, _NORM_COLUMNS)
+    with on_device(partials):
+        finish_kernel[(norm_programs + pair_programs,)](
+            state,
+            count,
+            partials,
+            partials if fixup is None else fixup,
+            partials if products is None else products,
+            results.sample_sq,
+            results.group_sq,
+            partials if results.group_gram is None else results.group_gram,
+            partials if results.weight_grad is None else results.weight_grad,
+            samples,
+            groups,
+            partials.shape[0],
+            0 if fixup is None else fixup.shape[2],
+            0 if products is None else products.shape[0],
+            d_in,
+            norm_programs,
+            ACCUMULATE=not first,
+            LAST=last,
+            SPLIT=fixup is not None,
+            GRAM=results.group_gram is not None,
+            WEIGHT_GRAD=results.weight_grad is not None,
+            COLUMNS=_NORM_COLUMNS,
+            ROWS=_NORM_ROWS if fixup is None else _SPLIT_NORM_ROWS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
 
 
-@triton.jit(do_not_specialize=["samples", "columns", "rows", "programs"])
-def norms_kernel(
+@triton.jit(do_not_specialize=["samples", "groups", "rows", "programs", "tiles", "d_in", "norm_programs"])
+def finish_kernel(
     state_ptr,  # [N + K] int32
+    count_ptr,  # [2] int32: the second one is 1 if all values were in range
     partial_ptr,  # [rows, N + K] float64
     fixup_ptr,  # [splits, 2, programs] float64; read if SPLIT
-    out_ptr,  # [N + K] float64
+    product_ptr,  # [tiles, K, K] float32; read by the programs from norm_programs on
+    sample_ptr,  # [N] float64, out
+    group_ptr,  # [K] float64, out
+    gram_ptr,  # [K, K] float64, out if GRAM
+    weight_ptr,  # [d_out, d_in]; the first row is written if WEIGHT_GRAD and a value was wrong
     samples,  # N
-    columns,  # N + K
+    groups,  # K
     rows,
     programs,
+    tiles,
+    d_in,
+    norm_programs,
     ACCUMULATE: tl.constexpr,
+    LAST: tl.constexpr,
     SPLIT: tl.constexpr,
+    GRAM: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < columns
-    state = tl.load(state_ptr + column, mask=inside, other=0)
+    """The first ``norm_programs`` programs take the norms and the Gram's diagonal, the others what is beside it."""
+    program = tl.program_id(0)
+    valid = tl.load(count_ptr + 1) != 0
+    lane = tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float64)
-    in_partials = inside & (state == IN_PARTIALS)
-    for base in range(0, rows, ROWS):
-        row = base + tl.arange(0, ROWS)
-        at = partial_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
-        total += tl.sum(tl.load(at, mask=(row < rows)[:, None] & in_partials[None, :], other=0.0), 0)
-    if SPLIT:
-        in_fixup = inside & (state >= IN_FIXUP)
-        line = (state - IN_FIXUP).to(tl.int64) * 2 + (column >= samples).to(tl.int64)
-        for base in range(0, programs, ROWS):
+    nan = tl.full([COLUMNS], float("nan"), tl.float64)
+    if program < norm_programs:
+        columns = samples + groups
+        column = program * COLUMNS + lane
+        inside = column < columns
+        of_sample, of_group = column < samples, inside & (column >= samples)
+        group = (column - samples).to(tl.int64)
+        state = tl.load(state_ptr + column, mask=inside, other=0)
+        in_partials = inside & (state == IN_PARTIALS)
+        for base in range(0, rows, ROWS):
             row = base + tl.arange(0, ROWS)
-            at = fixup_ptr + line[None, :] * programs + row[:, None]
-            total += tl.sum(tl.load(at, mask=(row < programs)[:, None] & in_fixup[None, :], other=0.0), 0)
-    if ACCUMULATE:
-        total += tl.load(out_ptr + column, mask=inside, other=0.0)
-    tl.store(out_ptr + column, total, mask=inside)
+            at = partial_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+            total += tl.sum(tl.load(at, mask=(row < rows)[:, None] & in_partials[None, :], other=0.0), 0)
+        if SPLIT:
+            in_fixup = inside & (state >= IN_FIXUP)
+            line = (state - IN_FIXUP).to(tl.int64) * 2 + of_group.to(tl.int64)
+            for base in range(0, programs, ROWS):
+                row = base + tl.arange(0, ROWS)
+                at = fixup_ptr + line[None, :] * programs + row[:, None]
+                total += tl.sum(tl.load(at, mask=(row < programs)[:, None] & in_fixup[None, :], other=0.0), 0)
+        if ACCUMULATE:
+            total += tl.load(sample_ptr + column, mask=of_sample, other=0.0)
+            total += tl.load(group_ptr + group, mask=of_group, other=0.0)
+        if LAST:
+            total = tl.where(valid, total, nan)
+            if WEIGHT_GRAD and (program == 0) & (valid == 0):
+                for base in range(0, d_in, COLUMNS):
+                    tl.store(weight_ptr + base + lane, nan.to(weight_ptr.dtype.element_ty), mask=base + lane < d_in)
+        tl.store(sample_ptr + column, total, mask=of_sample)
+        tl.store(group_ptr + group, total, mask=of_group)
+        if GRAM:
+            tl.store(gram_ptr + group * (groups + 1), total, mask=of_group)
+    elif GRAM:
+        entry = ((program - norm_programs) * COLUMNS + lane).to(tl.int64)
+        a, b = entry // groups, entry % groups
+        beside = (a < groups) & (a != b)
+        # Nothing was written for groups without rows.
+        present = beside & (tl.load(state_ptr + samples + a, mask=beside, other=0) != 0)
+        present = present & (tl.load(state_ptr + samples + b, mask=beside, other=0) != 0)
+        size = groups.to(tl.int64) * groups
+        for base in range(0, tiles, ROWS):
+            tile = base + tl.arange(0, ROWS)
+            there = (tile < tiles)[:, None] & present[None, :]
+            matrix = product_ptr + tile.to(tl.int64)[:, None] * size
+            # <S_a, S_b> and <S_b, S_a> may differ in their last digits; the Gram is symmetric to the bit.
+            found = tl.load(matrix + entry[None, :], mask=there, other=0.0).to(tl.float64)
+            found += tl.load(matrix + (b * groups + a)[None, :], mask=there, other=0.0).to(tl.float64)
+            total += tl.sum(found, 0) / 2
+        if ACCUMULATE:
+            total += tl.load(gram_ptr + entry, mask=beside, other=0.0)
+        if LAST:
+            total = tl.where(valid, total, nan)
+        tl.store(gram_ptr + entry, total, mask=beside)
 
 
 @triton.jit(do_not_specialize=["parts", "tokens"])
@@ -320,11 +408,22 @@ def signatures(
         form: dict[str, Any] = {"ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad, "STORE_SUMS": store_sums}
         form["TILES"] = workspace_tiles(True, one_group, weight_grad)
         found.append((split_fixup_kernel, types, form | tile, options))
-    types = {"state_ptr": "*i32", "partial_ptr": "*fp64", "fixup_ptr": "*fp64", "out_ptr": "*fp64"}
-    types |= dict.fromkeys(("samples", "columns", "rows", "programs"), "i32")
-    for accumulate, split in product((False, True), repeat=2):
-        form = {"ACCUMULATE": accumulate, "SPLIT": split, "COLUMNS": _NORM_COLUMNS, "ROWS": _NORM_ROWS}
-        found.append((norms_kernel, types, form, options))
+    types = {"state_ptr": "*i32", "count_ptr": "*i32", "product_ptr": "*fp32", "weight_ptr": f"*{element}"}
+    types |= dict.fromkeys(("partial_ptr", "fixup_ptr", "sample_ptr", "group_ptr", "gram_ptr"), "*fp64")
+    types |= dict.fromkeys(("samples", "groups", "rows", "programs", "tiles", "d_in", "norm_programs"), "i32")
+    # The only pass of a call, with dW or the Gram; and the first, a middle and the last one of several.
+    for accumulate, last, split, gram, weight_grad in (
+        (False, True, False, False, True),
+        (False, True, True, False, True),
+        (False, True, False, True, True),
+        (False, True, True, True, False),
+        (False, False, False, True, True),
+        (True, False, False, True, True),
+        (True, True, True, True, True),
+    ):
+        form = {"ACCUMULATE": accumulate, "LAST": last, "SPLIT": split, "GRAM": gram, "WEIGHT_GRAD": weight_grad}
+        form |= {"COLUMNS": _NORM_COLUMNS, "ROWS": _SPLIT_NORM_ROWS if split else _NORM_ROWS}
+        found.append((finish_kernel, types, form, options))
     types = {"part_ptr": "*fp64", "row_ptr": "*i32", "span_ptr": "*i32", "out_ptr": "*fp64"}
     types |= {"parts": "i32", "tokens": "i32"}
     for gather in (False, True):

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...segments import Segments
+from ...segments import PlainSegments, Segments
 from ...tuning.tiles import KernelConfig
 from ..torch.numerics import exact_matmuls
 from .launch import config_for, on_device
-from .reduce import FIXUP_CHUNK, WARPS, norms, split_fixup_kernel
+from .reduce import FIXUP_CHUNK, WARPS, Results, finish, split_fixup_kernel
 from .wgrad_kernels import asynchronous, pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
 from .wgrad_schedule import Schedule, build
 
@@ -45,17 +45,6 @@ class Launch:
     splits: int | None = None
 
 
-@dataclass(frozen=True)
-class Wgrad:
-    """Squared norms [N] and [K] float64, dW [d_out, d_in] in x's dtype or None, the groups' Gram [K, K] float64 or
-    None. Norms of samples that were not measured are 0."""
-
-    sample_sq: Tensor
-    group_sq: Tensor
-    weight_grad: Tensor | None
-    group_gram: Tensor | None
-
-
 def launch_for(x: Tensor, d_in: int, d_out: int) -> Launch:
     """The launch for x's GPU. Under the interpreter, where x is on the CPU, that of sm_80 on four programs."""
     config = config_for("wgrad", x, d_in, d_out)
@@ -69,17 +58,19 @@ def launch_for(x: Tensor, d_in: int, d_out: int) -> Launch:
 def wgrad(
     x: Tensor,
     dy: Tensor,
-    segments: Segments,
+    segments: Segments | PlainSegments,
     gram_tokens: int,
     weight_grad: bool,
     group_gram: bool,
     workspace: int,
     launch: Launch | None = None,
-) -> Wgrad:
+) -> Results:
     """Norms from the weight-gradient GEMM, with an epilogue at the end of each sample of over ``gram_tokens`` tokens.
 
     x [T, d_in], dy [T, d_out] with rows of unit stride, no size 0, and at least one segment. ``workspace``: the most
-    elements of the groups' sums held at a time (one tile of each group where that is more).
+    elements of the groups' sums held at a time (one tile of each group where that is more). Norms of samples that were
+    not measured are 0. Where the values of index tensors on the GPU were out of range, every result is NaN (dW in its
+    first row).
     """
     tokens, d_in, d_out = x.shape[0], x.shape[1], dy.shape[1]
     launch = launch_for(x, d_in, d_out) if launch is None else launch
@@ -92,37 +83,31 @@ def wgrad(
     splits = launch.splits
     if splits is None:
         splits = max(1, min(launch.programs // step, tokens // (_SPLIT_K_TILES * config.block_k)))
-    schedule = build(segments, tokens, gram_tokens, config.block_k, splits)
-    total = x.new_empty(d_out, d_in) if weight_grad else None
+    schedule = build(segments, tokens, gram_tokens, config.block_k, splits, x.device)
     sums = x.new_empty(step, groups, size, dtype=torch.float32) if store_sums else None
-    gram = x.new_zeros(groups, groups, dtype=torch.float64) if group_gram else None
-    found: Tensor | None = None
+    results = Results(
+        x.new_empty(segments.samples, dtype=torch.float64),
+        x.new_empty(groups, dtype=torch.float64),
+        x.new_empty(d_out, d_in) if weight_grad else None,
+        x.new_empty(groups, groups, dtype=torch.float64) if group_gram else None,
+    )
     for first in range(0, tiles, step):
         stop = min(tiles, first + step)
-        partials, fixup = _pass(x, dy, schedule, segments, first, stop, total, sums, launch)
-        found = norms(schedule.state, partials, fixup, segments.samples, found)
-        if gram is not None and sums is not None:
+        partials, fixup = _pass(x, dy, schedule, segments, first, stop, results.weight_grad, sums, launch)
+        products: Tensor | None = None
+        if sums is not None:
             with exact_matmuls(x.device):
                 part = sums[: stop - first]
-                gram += torch.bmm(part, part.mT).sum(0, dtype=torch.float64)
-    assert found is not None
-    sample_sq, group_sq = found.split([segments.samples, groups])
-    if segments.valid is None:
-        # Results of an operator must not share memory. A guard makes new tensors.
-        sample_sq, group_sq = sample_sq.clone(), group_sq.clone()
-    if gram is not None:
-        # Nothing was written for groups without rows.
-        present = schedule.state[segments.samples :] != 0
-        gram = torch.where(present[:, None] & present, (gram + gram.T) / 2, 0.0)
-        gram.diagonal().copy_(group_sq)
-    return Wgrad(sample_sq, group_sq, total, gram)
+                products = torch.bmm(part, part.mT)
+        finish(results, schedule.state, schedule.count, partials, fixup, products, first=first == 0, last=stop == tiles)
+    return results
 
 
 def _pass(
     x: Tensor,
     dy: Tensor,
     schedule: Schedule,
-    segments: Segments,
+    segments: Segments | PlainSegments,
     first: int,
     stop: int,
     weight_grad: Tensor | None,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...segments import Segments, vectors
+from ...segments import PlainSegments, Segments, vectors
 from ...tuning.tiles import KernelConfig
 from .launch import on_device
 
@@ -53,7 +53,8 @@ class Schedule:
     """The list of K tiles, and where the norms will be.
 
     ``k_tiles``: [most + 1] int64, packed as above, a zero behind the last. ``sample``: [most] int32, the sample of a
-    K tile, -1 if it is not measured. ``group``: [most] int32. ``count``: [1] int32, the number of K tiles.
+    K tile, -1 if it is not measured. ``group``: [most] int32. ``count``: [2] int32, the number of K tiles, and 1 if the
+    values of the index tensors were in range, else 0.
     ``state``: [N + K] int32: ABSENT, IN_PARTIALS or IN_FIXUP + split, of each sample and then of each group.
     ``splits``: the number of even parts that the list is cut into.
     """
@@ -66,22 +67,37 @@ class Schedule:
     splits: int
 
 
-def build(segments: Segments, tokens: int, gram_tokens: int, block_k: int, splits: int) -> Schedule:
-    """The schedule of at least one segment. ``tokens`` is T, ``splits`` the number of even parts."""
-    count = segments.start.shape[0]
+def build(
+    segments: Segments | PlainSegments, tokens: int, gram_tokens: int, block_k: int, splits: int, device: torch.device
+) -> Schedule:
+    """The schedule of at least one segment. ``tokens`` is T, ``splits`` the number of even parts.
+
+    With plain segments every sample is measured: ``gram_tokens`` must be 0.
+    """
+    plain = isinstance(segments, PlainSegments)
+    count = segments.samples if isinstance(segments, PlainSegments) else segments.start.shape[0]
     most = tokens // block_k + count
-    device = segments.start.device
     k_tiles, bounds = vectors([most + 1, 4 * count], torch.int64, device)
-    sizes = [most, most, 1, segments.samples + segments.groups, 5 * count]
+    sizes = [most, most, 2, segments.samples + segments.groups, 5 * count]
     sample, group, number, state, ids = vectors(sizes, torch.int32, device)
-    lengths = segments.lengths() if gram_tokens else segments.start
+    length, valid = 0, None
+    start, end, of_sample, of_group, lengths = bounds, bounds, ids, ids, bounds
+    if isinstance(segments, PlainSegments):
+        assert gram_tokens == 0
+        length = segments.length
+        start = bounds if segments.offsets is None else segments.offsets
+    else:
+        start, end, of_sample, of_group = segments.start, segments.end, segments.sample, segments.group
+        lengths = segments.lengths() if gram_tokens else start
+        valid = None if segments.valid is None else segments.valid.view(torch.uint8)
     with on_device(k_tiles):
         schedule_kernel[(1,)](
-            segments.start,
-            segments.end,
-            segments.sample,
-            segments.group,
+            start,
+            end,
+            of_sample,
+            of_group,
             lengths,
+            ids if valid is None else valid,
             bounds,
             ids,
             k_tiles,
@@ -92,8 +108,13 @@ def build(segments: Segments, tokens: int, gram_tokens: int, block_k: int, split
             count,
             segments.samples,
             segments.groups,
+            tokens,
+            length,
             gram_tokens,
             splits,
+            PLAIN=plain,
+            OFFSETS=plain and start is not bounds,
+            CHECKED=valid is None,
             ALL_MEASURED=gram_tokens == 0,
             BLOCK_K=block_k,
             CHUNK=_CHUNK,
@@ -131,25 +152,34 @@ def carried_in(k_tile_ptr, k_sample_ptr, first):
     return sample.to(tl.int32), group.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["segments", "samples", "groups", "gram_tokens", "splits"])
+@triton.jit(
+    do_not_specialize=["segments", "samples", "groups", "tokens", "even_length", "gram_tokens", "splits"],
+    do_not_specialize_on_alignment=["start_ptr"],  # cu_seqlens may be a slice
+)
 def schedule_kernel(
-    start_ptr,  # [S] int64
-    end_ptr,  # [S] int64
+    start_ptr,  # [S] int64; with OFFSETS [S + 1] int32 or int64: cu_seqlens
+    end_ptr,  # [S] int64; read unless PLAIN, like the next two
     sample_ptr,  # [S] int32
     group_ptr,  # [S] int32
     length_ptr,  # [N] int64: tokens of each sample; read unless ALL_MEASURED
+    valid_ptr,  # [] uint8: whether all values are in range; read unless CHECKED or PLAIN
     bounds_ptr,  # [4, S] int64, workspace: start and end of the segments with rows, then of the merged ones
     ids_ptr,  # [5, S] int32, workspace: sample and group of the same, then the merged ones' first K tiles
     k_tile_ptr,  # [most + 1] int64, out
     k_sample_ptr,  # [most] int32, out
     k_group_ptr,  # [most] int32, out
-    count_ptr,  # [1] int32, out
+    count_ptr,  # [2] int32, out
     state_ptr,  # [N + K] int32, out
     segments,  # S
     samples,  # N
     groups,  # K
+    tokens,  # T
+    even_length,  # rows of a segment, where PLAIN without OFFSETS
     gram_tokens,
     splits,
+    PLAIN: tl.constexpr,  # segment s is sample s, of one group
+    OFFSETS: tl.constexpr,
+    CHECKED: tl.constexpr,  # the host has seen all values, or the kernel looks at them itself
     ALL_MEASURED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -159,15 +189,42 @@ def schedule_kernel(
     merged_sample_ptr, merged_group_ptr = ids_ptr + 2 * segments, ids_ptr + 3 * segments
     merged_first_ptr = ids_ptr + 4 * segments
 
+    valid = 1
+    if OFFSETS:
+        wrong = tl.zeros([CHUNK], tl.int32)
+        for base in range(0, segments, CHUNK):
+            at = base + lane
+            inside = at < segments
+            start = tl.load(start_ptr + at, mask=inside, other=0).to(tl.int64)
+            end = tl.load(start_ptr + at + 1, mask=inside, other=0).to(tl.int64)
+            bad = (start < 0) | (end < start) | (end > tokens)
+            bad = bad | ((at == 0) & (start != 0)) | ((at == segments - 1) & (end != tokens))
+            wrong |= (inside & bad).to(tl.int32)
+        valid = (tl.sum(wrong, 0) == 0).to(tl.int32)
+    elif not (CHECKED or PLAIN):
+        valid = (tl.load(valid_ptr) != 0).to(tl.int32)
+    tl.store(count_ptr + 1, valid)
+
     # Segments that have rows, without gaps.
     filled = 0
     for base in range(0, segments, CHUNK):
         at = base + lane
         inside = at < segments
-        start = tl.load(start_ptr + at, mask=inside, other=0)
-        end = tl.load(end_ptr + at, mask=inside, other=0)
-        sample = tl.load(sample_ptr + at, mask=inside, other=0)
-        group = tl.load(group_ptr + at, mask=inside, other=0)
+        if PLAIN:
+            sample, group = at, at * 0
+            if OFFSETS:
+                # Where a value is out of range the first segment has all rows, and every result will be NaN.
+                start = tl.load(start_ptr + at, mask=inside & (valid != 0), other=0).to(tl.int64)
+                end = tl.load(start_ptr + at + 1, mask=inside & (valid != 0), other=0).to(tl.int64)
+                end = tl.where((valid == 0) & (at == 0), tokens, end)
+            else:
+                start = at.to(tl.int64) * even_length
+                end = start + even_length
+        else:
+            start = tl.load(start_ptr + at, mask=inside, other=0)
+            end = tl.load(end_ptr + at, mask=inside, other=0)
+            sample = tl.load(sample_ptr + at, mask=inside, other=0)
+            group = tl.load(group_ptr + at, mask=inside, other=0)
         if not ALL_MEASURED:
             length = tl.load(length_ptr + sample, mask=inside, other=0)
             sample = tl.where(length > gram_tokens, sample, -1)
@@ -287,8 +344,18 @@ def signatures(
     """What a config launches: (kernel, argument -> type, constexpr -> value, options), for a compile-only check."""
     wide = ("start_ptr", "end_ptr", "length_ptr", "bounds_ptr", "k_tile_ptr")
     narrow = ("sample_ptr", "group_ptr", "ids_ptr", "k_sample_ptr", "k_group_ptr", "count_ptr", "state_ptr")
-    types = dict.fromkeys(wide, "*i64") | dict.fromkeys(narrow, "*i32")
-    types |= dict.fromkeys(("segments", "samples", "groups", "gram_tokens", "splits"), "i32")
+    types = dict.fromkeys(wide, "*i64") | dict.fromkeys(narrow, "*i32") | {"valid_ptr": "*u8"}
+    types |= dict.fromkeys(("segments", "samples", "groups", "tokens", "even_length", "gram_tokens", "splits"), "i32")
     tile = {"BLOCK_K": config.block_k, "CHUNK": _CHUNK}
     options = {"num_warps": _WARPS}
-    return [(schedule_kernel, types, {"ALL_MEASURED": measured} | tile, options) for measured in (False, True)]
+    found = []
+    for start, plain, offsets, measured in (
+        ("*i64", True, False, True),
+        ("*i32", True, True, True),
+        ("*i64", True, True, True),
+        ("*i64", False, False, True),
+        ("*i64", False, False, False),
+    ):
+        form = {"PLAIN": plain, "OFFSETS": offsets, "CHECKED": plain, "ALL_MEASURED": measured}
+        found.append((schedule_kernel, types | {"start_ptr": start}, form | tile, options))
+    return found

@@ -138,6 +138,12 @@ def attach(
     hooks: GrpoHooks | SftHooks
     if grpo:
         sampler, balancer = _controls(rows, strategy, correction, task_sampling, exponent, floor, decay, seed)
+        without_products = tracker_options.get("errors") == "steps" and accumulate != "exact"
+        if balancer is not None and balancer.needs_inner_products and without_products:
+            raise ValueError(
+                f"correction={balancer.strategy!r} needs the tasks' inner products, which errors='steps' does not "
+                "compute: pass errors='tasks' or 'samples'"
+            )
         if undefined is not None and not allow_undefined:
             # "uniform" and "famo" go by no U.
             if sampler is not None and strategy != "uniform":

@@ -17,8 +17,8 @@ from ..plots import PALETTE, css_variables
 from ..runlog import Run, read_run, whole
 from ..summary import ERRORS, MIN_PROMPTS, Cosine, TaskResult, cosines, task_results
 from . import charts
-from .table import HEADINGS, footnotes, table_rows
-from .verdict import verdict
+from .table import HEADINGS, PROBE_HEADINGS, Row, footnotes, probe_rows, table_rows
+from .verdict import probe_title, verdict
 
 _HERE = Path(__file__).parent
 
@@ -57,9 +57,7 @@ def render(run: Run) -> str:
         facts=_facts(run),
         notes=[clean(note) for note in run.notes],
         verdict=verdict(run, results, table),
-        headings=HEADINGS,
-        rows=table_rows(results),
-        footnotes=footnotes(results),
+        tables=_tables(run, results),
         results=results,
         min_prompts=MIN_PROMPTS,
         swatch=_swatch,
@@ -74,6 +72,32 @@ def render(run: Run) -> str:
         settings=list(_flat(run.info.get("config", {}))),
         versions=list(_flat({k: v for k, v in run.info.items() if k not in {"config", "tasks"}})),
     )
+
+
+def _tables(run: Run, results: list[TaskResult]) -> list[dict[str, Any]]:
+    """The table of the run's steps, and that of its final probe if there was one."""
+
+    def table(
+        name: str, title: str, headings: tuple[str, ...], rows: list[Row], picture: Markup | None = None
+    ) -> dict[str, Any]:
+        notes = footnotes([row.result for row in rows], rows)
+        return {
+            "picture": picture,
+            "id": name,
+            "title": title,
+            "headings": headings,
+            "rows": rows,
+            "notes": notes,
+            "share": headings.index("share\nof pull"),
+        }
+
+    when = f", in steps 1 to {len(run.steps)} while training" if run.final_probe else ""
+    tables = [table("table", f"The tasks, loudest first{when}", HEADINGS, table_rows(results))]
+    if probe := run.final_probe:
+        probed = task_results(probe)
+        picture = charts.both_widths(lambda w: charts.pooled_pull(probed, w))
+        tables.append(table("final-probe", probe_title(probe), PROBE_HEADINGS, probe_rows(probed), picture))
+    return tables
 
 
 def _swatch(result: TaskResult) -> Markup:

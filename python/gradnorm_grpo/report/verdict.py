@@ -12,7 +12,7 @@ from scipy import stats
 from ..numbers import clean, fixed, percent, signed, significant
 from ..runlog import Array, Run
 from ..study.stats import correlate, fieller, permutation_p
-from ..summary import ERRORS, NAN, Cosine, TaskResult
+from ..summary import ERRORS, NAN, Cosine, TaskResult, few_with_gradient, task_results
 
 
 @dataclass(frozen=True)
@@ -222,14 +222,27 @@ def limits(run: Run) -> list[str]:
     ]
 
 
+def probe_title(probe: Run) -> str:
+    """When and from how many prompts of each task a final probe was measured."""
+    prompts = probe.array("prompts")
+    return f"At the end: {prompts.max():.0f} new prompts per task at the weights after step {probe.steps[-1]:.0f}"
+
+
 def verdict(run: Run, results: list[TaskResult], table: dict[tuple[str, str], Cosine]) -> list[tuple[str, list[str]]]:
     """Headings and sentences, in reading order. A run without a training step only says so."""
     if not len(run.steps):
         return [("Nothing to judge", ["No training step was finished, so nothing can be said about the tasks."])]
-    probe = ["Nothing was trained in this probe, so it says nothing about learning."]
+    nothing = ["Nothing was trained in this probe, so it says nothing about learning."]
+    pulls = [("Who pulls hardest", [*loudness(results), *few_with_gradient(results)])]
+    if run.final_probe:
+        probed = task_results(run.final_probe)
+        pulls = [
+            (f"Who pulled hardest while training (steps 1 to {len(run.steps)})", pulls[0][1]),
+            (probe_title(run.final_probe), [*loudness(probed), *few_with_gradient(probed)]),
+        ]
     return [
-        ("Who pulls hardest", loudness(results)),
-        ("Who learned", probe if run.probe else learning(results)),
+        *pulls,
+        ("Who learned", nothing if run.probe else learning(results)),
         ("Do they get in each other's way", directions(results, table)),
         ("What this cannot tell", limits(run)),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .. import plots
-from .questions import QUESTIONS, arms, gain, imbalance
+from .questions import arms, asked, gain, imbalance
 from .questions.drawing import AXIS, empty, head_height, headed
 from .questions.reading import Answers, Reading, reading
 
@@ -18,7 +18,7 @@ _TITLE = "How hard each task pulls, what it gains, and what acting on it does"
 
 
 def draw(answers: Answers, folder: Path | str) -> list[Path]:
-    """Draw every answer, and the overview of three of them.
+    """Draw every answer, and the overview of three of them where the study trained.
 
     Arguments: answers, the content of answers.json; folder, where <id>.svg and overview.svg are written (it is made).
     An answer that is missing, or has no data, gives a figure that says so.
@@ -26,12 +26,15 @@ def draw(answers: Answers, folder: Path | str) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = {name: reading(answers, name) for name in QUESTIONS}
+    questions = asked(bool(answers.get("frozen")))
+    found = {name: reading(answers, name) for name in questions}
     files = []
     with plots.theme():
         for name, a in found.items():
             label = f"{a.question} {a.verdict}: {a.sentence}"
-            files.append(plots.save_svg(QUESTIONS[name].draw(a), folder / f"{name}.svg", label))
+            files.append(plots.save_svg(questions[name].draw(a), folder / f"{name}.svg", label))
+        if answers.get("frozen"):
+            return files
         shown = [found[name] for name in ("imbalance", "gain", "arms")]
         files.append(plots.save_svg(overview(*shown), folder / "overview.svg", " ".join(a.sentence for a in shown)))
     return files

@@ -13,8 +13,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gradnorm_kernels.estimation.metrics import task_key
+
 from ..errors import UserError
-from ..runlog import EVAL_METRICS, FULL, LOG_FILE, SUMMARY_FILE, read_run
+from ..runlog import EVAL_METRICS, FULL, LOG_FILE, SUMMARY_FILE, column, read_log, read_run, step_lines
+from .decision import Decision, read_decision
 from .stats import Array, pool
 
 Run: TypeAlias = tuple[str, int]  # (arm, seed)
@@ -28,7 +31,6 @@ FIELDS = (
     *_GRADIENT,
     *(FULL + name for name in _GRADIENT),
 )
-_NUMBERS = (*FIELDS, "reward_se")
 _ABOUT = ("arms", "seeds", "tasks", "steps", "gain_window", "layers", "missing")
 
 
@@ -49,8 +51,8 @@ class _Run:
     def put(self, kind: str, step: int, k: int, values: Mapping[str, float]) -> None:
         """Take in one row of the CSV file: what was measured of task k at a step."""
         if kind == "train":
-            for name in FIELDS:
-                self.series[name][k, step - 1] = values[name]
+            for name, series in self.series.items():
+                series[k, step - 1] = values[name]
             return
         empty = {name: np.full(len(self.series["reward"]), math.nan) for name in EVAL_METRICS}
         point = self.evals.setdefault(kind, {}).setdefault(step, empty)
@@ -63,7 +65,7 @@ class _Run:
         points = [
             (kind, step, self.evals[kind][step]) for kind in sorted(self.evals) for step in sorted(self.evals[kind])
         ]
-        points += [("train", t + 1, {name: self.series[name][:, t] for name in FIELDS}) for t in range(steps)]
+        points += [("train", t + 1, {name: own[:, t] for name, own in self.series.items()}) for t in range(steps)]
         for kind, step, values in points:
             for k in range(tasks):
                 known = {name: float(own[k]) for name, own in values.items() if math.isfinite(own[k])}
@@ -78,7 +80,9 @@ class Measurements:
     ``arms``, ``seeds`` and ``tasks`` are in the study's order, including those whose runs are missing; ``steps`` is T,
     the length of the longest run; ``gain_window`` the s of Gain(t), in steps; ``layers`` what U was measured on.
     ``missing`` names the runs that do not exist or are unfinished, which are left out. ``estimates`` holds the content
-    of estimators/seed<seed>.json, one entry per seed; it may be empty.
+    of estimators/seed<seed>.json, one entry per seed; it may be empty. ``decision``: what the study declared before its
+    runs, as study.json has it; empty where it declared nothing. ``frozen``: the weights were fixed, and a step is a
+    round of prompts. ``proxies``: names of the choices of layers that were measured beside the last attention block.
     """
 
     arms: list[str]
@@ -88,6 +92,9 @@ class Measurements:
     gain_window: int
     layers: str = "last_attention"
     missing: list[str] = field(default_factory=list)
+    decision: dict[str, Any] = field(default_factory=dict)
+    frozen: bool = False
+    proxies: list[str] = field(default_factory=list)
     estimates: list[dict[str, Any]] = field(default_factory=list, repr=False)
     _runs: dict[Run, _Run] = field(default_factory=dict, repr=False)
 
@@ -96,10 +103,15 @@ class Measurements:
         """(arm, seed) of every finished run, in the study's order."""
         return [(arm, seed) for arm in self.arms for seed in self.seeds if (arm, seed) in self._runs]
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """FIELDS, and the gradient's numbers of every proxy."""
+        return (*FIELDS, *(f"{proxy}_{name}" for proxy in self.proxies for name in _GRADIENT))
+
     def array(self, arm: str, seed: int, name: str) -> Array:
         """One field of a run, float64 [K, T]: all tasks by all training steps, NaN where not measured."""
-        if name not in FIELDS:
-            raise UserError(f"field must be one of {', '.join(FIELDS)}, got {name!r}")
+        if name not in self.fields:
+            raise UserError(f"field must be one of {', '.join(self.fields)}, got {name!r}")
         return self._run(arm, seed).series[name]
 
     def series(self, arm: str, seed: int, task: str, name: str) -> Array:
@@ -124,6 +136,11 @@ class Measurements:
             raise UserError(f"the study has no finished run of arm {arm!r} with seed {seed!r}; there is {there}")
         return self._runs[arm, seed]
 
+    @property
+    def declared(self) -> Decision:
+        """What the study declared before its runs; the defaults, without margins, where it declared nothing."""
+        return read_decision(self.decision)
+
     # Steps and pooled U
 
     def every_step(self) -> Mask:
@@ -135,9 +152,17 @@ class Measurements:
         steps = np.arange(self.steps)
         return np.asarray((steps >= first) & (steps < end))
 
+    def halves(self) -> tuple[Mask, Mask]:
+        """Odd and even steps, as two masks [T]: the same quantity twice, from rollouts of its own each time."""
+        odd = np.arange(self.steps) % 2 == 0
+        return odd, ~odd
+
     def thirds(self) -> list[tuple[int, int]]:
-        """(first, end) of the thirds of training, counted from 0; fewer where there are fewer than three steps."""
-        count = min(3, self.steps)
+        """(first, end) of the thirds of training, counted from 0; fewer where there are fewer than three steps.
+
+        At fixed weights there is one window, of all steps.
+        """
+        count = min(1 if self.frozen else 3, self.steps)
         return [(self.steps * w // count, self.steps * (w + 1) // count) for w in range(count)]
 
     def pooled(
@@ -193,15 +218,22 @@ class Measurements:
             int(study["gain_window"]),
             layers or "last_attention",
             missing,
+            dict(study.get("decision", {})),
+            "frozen" in study,
+            list(study.get("frozen", {}).get("proxies", {})),
         )
         logged = [name for name in FIELDS if name != "rollouts"]
+        beside = [name for name in made.fields if name not in FIELDS]
         for key, run in found.items():
             own, group = made._add(key), _nine(run.config.get("num_generations"))
+            lines = step_lines(read_log(run.path / LOG_FILE)[0]) if beside else []
+            more = {t: {name: column(lines, task_key(t, name)) for name in beside} for t in made.tasks}
             for k, task in enumerate(made.tasks):
                 if task not in run.tasks:
                     continue
                 for t, step in enumerate(run.steps):
                     values = {name: _nine(float(run.series[task][name][t])) for name in logged}
+                    values |= {name: _nine(float(series[t])) for name, series in more[task].items()}
                     own.put("train", int(step), k, {**values, "rollouts": values["prompts"] * group})
                 for kind, points in (("eval", run.evals[task]), ("eval_base", run.base[task])):
                     for point in points:
@@ -210,7 +242,7 @@ class Measurements:
         return made
 
     def _add(self, key: Run) -> _Run:
-        empty = {name: np.full((len(self.tasks), self.steps), math.nan) for name in FIELDS}
+        empty = {name: np.full((len(self.tasks), self.steps), math.nan) for name in self.fields}
         return self._runs.setdefault(key, _Run(empty, {}))
 
     @classmethod
@@ -231,7 +263,8 @@ class Measurements:
                         raise ValueError(f"row {row} has not as many fields as its header")
                     if row["task"] not in made.tasks:
                         raise ValueError(f"there is no task {row['task']!r} in its first line")
-                    values = {name: _nine(float(row[name])) if row[name] else math.nan for name in _NUMBERS}
+                    names = (*made.fields, "reward_se")
+                    values = {name: _nine(float(row[name])) if row[name] else math.nan for name in names}
                     run = made._runs.get((row["arm"], int(row["seed"]))) or made._add((row["arm"], int(row["seed"])))
                     run.put(row["kind"], int(row["step"]), made.tasks.index(row["task"]), values)
         except OSError as error:
@@ -243,8 +276,11 @@ class Measurements:
     def write_csv(self, path: Path | str) -> None:
         """One row per (arm, seed, kind, step, task), numbers with nine digits, below a line on the study."""
         with Path(path).open("w", encoding="utf-8", newline="") as file:
-            file.write(f"# {json.dumps({name: getattr(self, name) for name in _ABOUT})}\n")
-            columns = ("arm", "seed", "kind", "step", "task", *_NUMBERS)
+            declared: dict[str, Any] = {"decision": self.decision} if self.decision else {}
+            declared |= {"frozen": True, "proxies": self.proxies} if self.frozen else {}
+            about = {name: getattr(self, name) for name in _ABOUT} | declared
+            file.write(f"# {json.dumps(about)}\n")
+            columns = ("arm", "seed", "kind", "step", "task", *self.fields, "reward_se")
             writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()
             for arm, seed in self.runs:

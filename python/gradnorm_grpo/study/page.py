@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..numbers import MISSING, clean, count, duration, significant
-from .questions import QUESTIONS
+from .questions import asked
 from .questions.common import VERDICTS, count_of
 from .questions.reading import Answers, Reading, Row, reading
 
@@ -62,11 +62,12 @@ def page(study: Mapping[str, Any], answers: Mapping[str, Any], figures: Iterable
         finalize=lambda value: value if isinstance(value, Markup) else escape(value),
     )
     environment.filters |= {"anchor": _anchor, "rows": _rows, "plain": Markup}
-    given = [reading(answers, name) for name in QUESTIONS]
+    questions = asked(bool(answers.get("frozen")))
+    given = [reading(answers, name) for name in questions]
     return environment.get_template("page.md.j2").render(
         name=study.get("name", ""),
         first=_first(answers),
-        drawn={*QUESTIONS, "overview"} if figures is None else set(figures),
+        drawn={*questions, *([] if answers.get("frozen") else ["overview"])} if figures is None else set(figures),
         facts=_facts(study, answers),
         answers=given,
         runs=_runs(answers),

@@ -78,12 +78,12 @@ def study(arguments: list[str], console: Console) -> int:
 
 
 def _jobs(settings: Settings, spec: StudySpec, folder: Path) -> list[Job]:
-    """One arm after another, so that runs side by side have different seeds and do not repeat the same warm start."""
+    """The runs in the spec's order, then the comparisons of the estimators."""
     jobs = []
-    for arm in spec.arms:
-        for seed in spec.seeds:
-            place = folder / "runs" / f"{arm}-seed{seed}"
-            jobs.append(run_job(f"{arm} seed {seed}", spec.run_settings(settings, arm, seed, str(place))))
+    for arm, seed in spec.order():
+        place = folder / "runs" / f"{arm}-seed{seed}"
+        own = spec.run_settings(settings, arm, seed, str(place))
+        jobs.append(run_job(f"{arm} seed {seed}", own) if spec.frozen is None else frozen_job(own, spec.frozen))
     place = folder / "estimators"
     for seed in spec.seeds[: spec.estimator_seeds]:
         own = dataclasses.replace(settings, seed=seed, output_dir=str(place))
@@ -112,6 +112,8 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         "seeds": spec.seeds,
         "tasks": [task["name"] for task in settings.tasks],
         "gain_window": settings.gain_window,
+        **({"decision": spec.decision} if spec.decision else {}),
+        **({"frozen": spec.frozen} if spec.frozen is not None else {}),
     }
     before = read_study(folder) if (folder / "study.json").is_file() else None
     if before is None:
@@ -125,6 +127,10 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
         for key, value in given.items()
         if old.get(key, value) != value  # a setting or an arm that is newer than the study is no change
     ]
+    if (declared := before.get("decision", {})) != described.get("decision", {}):
+        changed.append(f"decision {declared!r} -> {spec.decision!r}")
+    if (frozen := before.get("frozen")) != json.loads(json.dumps(described.get("frozen"))):
+        changed.append(f"frozen {frozen!r} -> {spec.frozen!r}")
     if changed:
         raise UserError(
             f"{folder} holds a study with other settings ({'; '.join(changed)[:400]}): give another --output_dir, or "
@@ -218,6 +224,15 @@ def run_job(name: str, settings: Settings) -> Job:
         write_config(folder / "config.yaml", settings)
         arguments = ("train", "--config", str(folder / "config.yaml"))
     return Job(name, arguments, folder, folder / SUMMARY_FILE, settings.max_steps)
+
+
+def frozen_job(settings: Settings, frozen: dict[str, Any]) -> Job:
+    """The process that measures at fixed weights what ``settings.output_dir`` still lacks."""
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / "config.yaml", settings, study={"frozen": frozen, "arms": {"uniform": {}}})
+    arguments = ("frozen", "--config", str(folder / "config.yaml"))
+    return Job(f"frozen seed {settings.seed}", arguments, folder, folder / SUMMARY_FILE)
 
 
 def set_aside(folder: Path) -> None:

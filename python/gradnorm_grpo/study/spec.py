@@ -9,8 +9,14 @@ In YAML, all keys optional::
       arms:                          # what is compared: a name and the settings that make the arm
         uniform: {sampling_strategy: uniform}
         inverse: {sampling_strategy: inverse}
+      stages: [[uniform, inverse]]   # the order of the runs: seed by seed within a stage; default: arm by arm
+      decision:                      # fixed before the runs (see Decision); default: no margins, the end of training
+        primary: average
+        margins: {arms: 0.02}
       estimators: {prompts: 256}     # of the comparison of estimators (see EstimatorSettings)
       estimator_seeds: 1             # for how many of the seeds the estimators are compared
+      intervals: {prompts: 512}      # of the comparison of intervals (see IntervalSettings)
+      frozen: {steps: 2}             # measure at fixed weights instead of training (see FrozenSettings)
       keep_checkpoints: false        # keep the weights of finished runs
 """
 
@@ -23,6 +29,7 @@ from typing import Any
 
 from ..errors import Parser, UserError, all_of
 from ..settings import Settings
+from .decision import read_decision
 
 #: The paper's interventions. "uniform" is what the others are compared with.
 ARMS: dict[str, dict[str, Any]] = {
@@ -48,8 +55,12 @@ class StudySpec:
     jobs: int = 1
     settings: dict[str, Any] = field(default_factory=lambda: {"full_steps": 1})
     arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: dict(own) for name, own in ARMS.items()})
+    stages: list[list[str]] = field(default_factory=list)
+    decision: dict[str, Any] = field(default_factory=dict)
     estimators: dict[str, Any] = field(default_factory=dict)
     estimator_seeds: int = 1
+    intervals: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, Any] | None = None
     keep_checkpoints: bool = False
 
     def __post_init__(self) -> None:
@@ -62,7 +73,7 @@ class StudySpec:
                 raise UserError(f"{name} must be a whole number from {lowest}, got {getattr(self, name)!r}")
         if not isinstance(self.keep_checkpoints, bool):
             raise UserError(f"keep_checkpoints must be true or false, got {self.keep_checkpoints!r}")
-        for name in ("settings", "arms", "estimators"):
+        for name in ("settings", "arms", "estimators", "intervals"):
             if not isinstance(getattr(self, name), dict):
                 raise UserError(f"{name} of a study must be a mapping, got {getattr(self, name)!r}")
         if not self.arms:
@@ -73,6 +84,33 @@ class StudySpec:
             all_of(f"a setting of arm {arm!r}", own if isinstance(own, dict) else [own], ARM_SETTINGS)
         known = [spec.name for spec in dataclasses.fields(Settings) if spec.name not in _OWN]
         all_of("a setting of the study", self.settings, known)
+        self._check_stages()
+        if self.frozen is not None:
+            read_frozen(self.frozen)
+            if list(self.arms) != ["uniform"]:
+                raise UserError(f"a frozen study has the one arm uniform, got {', '.join(self.arms)}")
+        read_decision(self.decision)
+
+    def _check_stages(self) -> None:
+        lists = isinstance(self.stages, list) and all(isinstance(stage, list) for stage in self.stages)
+        named = [arm for stage in self.stages for arm in stage] if lists else []
+        if not lists or len(set(map(str, named))) != len(named):
+            raise UserError(f"stages of a study must be a list of lists of different arms, got {self.stages!r}")
+        all_of("an arm of the study's stages", named, self.arms)
+        if missing := [arm for arm in self.arms if arm not in named] if self.stages else []:
+            raise UserError(f"stages of the study must name every arm once; {', '.join(missing)} is not there")
+
+    def order(self) -> list[tuple[str, int]]:
+        """(arm, seed) of every run in the order in which they start.
+
+        One arm after another, so that runs side by side have different seeds and do not repeat the same warm start.
+        With ``stages``: as many seeds as ``jobs`` at a time, all arms of the stage for them, then the next seeds. What
+        is finished when time ends is then the same seeds of all arms.
+        """
+        if not self.stages:
+            return [(arm, seed) for arm in self.arms for seed in self.seeds]
+        blocks = [self.seeds[first : first + self.jobs] for first in range(0, len(self.seeds), self.jobs)]
+        return [(arm, seed) for stage in self.stages for block in blocks for arm in stage for seed in block]
 
     def run_settings(self, settings: Settings, arm: str, seed: int, folder: str) -> Settings:
         """The settings of one run."""
@@ -85,12 +123,15 @@ def read_spec(block: Any, given: dict[str, Any]) -> StudySpec:
         raise UserError(f"study must be a mapping, got {block!r}")
     known = [spec.name for spec in dataclasses.fields(StudySpec)]
     all_of("a key of study", block, known)
+    if given.pop("frozen", False) and block.get("frozen") is None:
+        block = {**block, "frozen": {}, "arms": {"uniform": dict(ARMS["uniform"])}, "stages": [], "estimator_seeds": 0}
     chosen = given.pop("arms", None)
     spec = StudySpec(**{**block, **given})
     if chosen is None:
         return spec
     all_of("--arms", chosen, spec.arms)
-    return dataclasses.replace(spec, arms={arm: spec.arms[arm] for arm in chosen})
+    stages = [[arm for arm in stage if arm in chosen] for stage in spec.stages]
+    return dataclasses.replace(spec, arms={arm: spec.arms[arm] for arm in chosen}, stages=[s for s in stages if s])
 
 
 @dataclass
@@ -127,6 +168,78 @@ class EstimatorSettings:
             )
 
 
+@dataclass(frozen=True)
+class FrozenSettings:
+    """The entry `frozen` of a study.
+
+    Args:
+        steps: rounds, at least 2: the questions compare different rounds.
+        prompts: of every task in a round, each with its whole group; at least 3.
+        full_steps: in the first so many rounds all parameters are measured too.
+        proxies: name -> a regular expression searched in module names, or "last_attention": measured beside the last
+            attention block.
+    """
+
+    steps: int = 2
+    prompts: int = 32
+    full_steps: int = 2
+    proxies: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Hold every entry to its type and range."""
+        for name, lowest in (("steps", 2), ("prompts", 3), ("full_steps", 0)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(
+                    f"{name} of a frozen study must be a whole number from {lowest}, got {getattr(self, name)!r}"
+                )
+        known = isinstance(self.proxies, Mapping) and all(
+            isinstance(name, str) and name.isidentifier() and name not in ("full", "last") and isinstance(layers, str)
+            for name, layers in self.proxies.items()
+        )
+        if not known:
+            raise UserError(
+                "proxies of a frozen study must map names (letters, digits, underscores; not full or last) to layers, "
+                f"got {self.proxies!r}"
+            )
+
+
+def read_frozen(block: Any) -> FrozenSettings:
+    """:class:`FrozenSettings` from a mapping, as YAML has it."""
+    if not isinstance(block, Mapping):
+        raise UserError(f"frozen of a study must be a mapping, got {block!r}")
+    all_of("a key of a frozen study", block, [spec.name for spec in dataclasses.fields(FrozenSettings)])
+    return FrozenSettings(**block)
+
+
+@dataclass
+class IntervalSettings:
+    """The entry `intervals` of the block: how the intervals of U are compared.
+
+    Args:
+        prompts: N, of every task, each with its whole group; at least 32.
+        draws: of n of the N, for every n.
+        resamples: of the bootstrap, at least 99.
+    """
+
+    prompts: int = 512
+    draws: int = 200
+    resamples: int = 299
+
+    def __post_init__(self) -> None:
+        """Hold every entry to its type and range."""
+        for name, lowest in (("prompts", 32), ("draws", 1), ("resamples", 99)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(
+                    f"{name} of the study's intervals must be a whole number from {lowest}, got {getattr(self, name)!r}"
+                )
+
+
+def read_interval_options(block: Mapping[str, Any]) -> IntervalSettings:
+    """:class:`IntervalSettings` from a mapping, as YAML has it."""
+    all_of("a key of the study's intervals", block, [spec.name for spec in dataclasses.fields(IntervalSettings)])
+    return IntervalSettings(**block)
+
+
 def read_options(block: Mapping[str, Any]) -> EstimatorSettings:
     """:class:`EstimatorSettings` from a mapping, as YAML has it."""
     known = [spec.name for spec in dataclasses.fields(EstimatorSettings)]
@@ -140,6 +253,7 @@ def take_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--jobs", type=int)
+    parser.add_argument("--frozen", action="store_true", default=None)
     parser.add_argument("--seed", nargs="?")
     found, rest = parser.parse_known_args(arguments)
     if found.seed is not None:

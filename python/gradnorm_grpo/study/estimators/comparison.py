@@ -80,8 +80,8 @@ def compare(
     seconds: dict[str, float] = {}
     started = time.monotonic()
     folder = folder or Path(settings.output_dir or f"runs/{name}-estimators")
-    settings = _only_what_matters(settings)
-    grpo = _where_grpo_begins(settings, console)
+    settings = only_what_matters(settings)
+    grpo = where_grpo_begins(settings, console)
     try:
         with _timed(seconds, "rollouts"):
             path = folder / f"rollouts-seed{settings.seed}.safetensors"
@@ -138,14 +138,14 @@ def _in_words(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _only_what_matters(settings: Settings) -> Settings:
+def only_what_matters(settings: Settings) -> Settings:
     """Without what training adds. Every loss type measures the same gradient; grpo's lets a group share its prompt."""
     measuring: dict[str, Any] = {"track": True, "tracker_layers": "last_attention", "tracker_fused": False}
     training: dict[str, Any] = {"sampling_strategy": "uniform", "task_weighting": "none", "loss_type": "grpo"}
     return dataclasses.replace(settings, **measuring, **training, full_steps=0, gradient_checkpointing=False)
 
 
-def _where_grpo_begins(settings: Settings, console: Console) -> Grpo:
+def where_grpo_begins(settings: Settings, console: Console) -> Grpo:
     """Model and tasks after the warm start, in the random state from which GRPO starts."""
     grpo = untrained(settings, console)
     if settings.warm_start_steps:

@@ -82,15 +82,17 @@ def capture(grpo: Grpo, batch: Batch, first: int, last: int) -> list[Layer]:
     for start in range(first, last, per_micro):
         stop = min(start + per_micro, last)
         with _watching(modules, start - first, stop - start, pieces):
-            _prompt_losses(grpo, batch, start, stop).sum().backward()
+            prompt_losses(grpo, batch, start, stop).sum().backward()
         grpo.model.zero_grad(set_to_none=True)
     return [_pack(name, module, pieces[name], last - first) for name, module in modules.items()]
 
 
-def _prompt_losses(grpo: Grpo, batch: Batch, first: int, last: int) -> Tensor:
-    """[n] each prompt's own loss."""
+def prompt_losses(
+    grpo: Grpo, batch: Batch, first: int, last: int, watching: Sequence[gk.GradNormTracker] = ()
+) -> Tensor:
+    """[n] each prompt's own loss; ``watching``: the trackers whose micro-batch is open."""
     rollouts = batch.rollouts.rows(first, last)
-    logprobs = grpo.logprobs(grpo.model, rollouts)
+    logprobs = grpo.logprobs(grpo.model, rollouts, watching)
     counted = rollouts.completion_mask
     if grpo.settings.mask_truncated_completions:
         counted = counted * rollouts.ended[:, None]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ...runlog import plain
 from ..measurements import Measurements, Run
 from ..stats import known_mean
-from . import arms, estimators, explain, gain, imbalance, last_block
+from . import arms, estimators, explain, gain, imbalance, last_block, proxy
 from .common import Answer
 from .reading import Reading
 
@@ -37,18 +37,28 @@ class Question(Protocol):
 _FILES: tuple[Question, ...] = (imbalance, last_block, gain, explain, arms, estimators)
 #: Id -> question, in the order of the page.
 QUESTIONS = {file.__name__.rpartition(".")[2]: file for file in _FILES}
+_FROZEN: tuple[Question, ...] = (imbalance, last_block, explain, proxy)
+#: What a study at fixed weights is asked instead.
+FROZEN = {file.__name__.rpartition(".")[2]: file for file in _FROZEN}
+
+
+def asked(frozen: bool) -> dict[str, Question]:
+    """The questions of a study, at fixed weights or with training."""
+    return FROZEN if frozen else QUESTIONS
 
 
 def answer(m: Measurements) -> dict[str, Any]:
     """The content of answers.json, as strict JSON can hold it: what is not known is None."""
     answers = []
-    for name, question in QUESTIONS.items():
+    for name, question in asked(m.frozen).items():
         found = question.answer(m)
-        about = {"id": name, "question": question.QUESTION, "claim": question.CLAIM}
+        about = {"id": name, "question": question.QUESTION, "claim": found.claim or question.CLAIM}
         parts = {"verdict": found.verdict, "sentence": found.sentence, "numbers": found.numbers, "data": found.data}
         answers.append(about | parts)
     study = {key: getattr(m, key) for key in ("tasks", "arms", "seeds", "missing", "gain_window")}
-    whole: dict[str, Any] = plain({"answers": answers, "runs": [_run(m, run) for run in m.runs], **study})
+    declared: dict[str, Any] = {"decision": m.decision} if m.decision else {}
+    declared |= {"frozen": True} if m.frozen else {}
+    whole: dict[str, Any] = plain({"answers": answers, "runs": [_run(m, run) for run in m.runs], **study, **declared})
     return whole
 
 

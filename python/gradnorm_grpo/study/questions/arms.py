@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from ... import plots
 from ...numbers import clean, signed
+from ..decision import NO_DIFFERENCE, Decision, tost
 from ..measurements import Measurements, Run
 from ..stats import ALPHA, Interval, holm, t_interval
 from .common import BASELINE, Answer, bounds, interval_over, number, p_value, scarce, with_interval
@@ -24,6 +25,11 @@ ARM = "proportional"
 CLAIM = (
     "Sampling tasks in proportion to their gradients gives a higher mean held-out accuracy at the end than uniform "
     "sampling, at an equal budget of rollouts."
+)
+#: The claim of a study that declared the average over training to be the primary accuracy.
+CLAIM_AVERAGE = (
+    "Sampling tasks in proportion to their gradients gives a higher mean held-out accuracy over training (the mean of "
+    "the evaluations after step 0) than uniform sampling, at an equal budget of rollouts."
 )
 WHEN = {"end": "at the end", "average": "mean of the evaluations after step 0"}
 BUDGET = 1e-3  # relative difference of rollouts that still counts as the same budget
@@ -42,27 +48,65 @@ def answer(m: Measurements) -> Answer:
     differences = []
     compared = [arm for arm in arms if baseline and arm != baseline]
     for when in WHEN:
-        rows = {(arm, task): _over(_paired(m, arm, tasks, when)) for arm in compared for task, tasks in places}
+        rows = {(arm, task): _over(paired(m, arm, tasks, when)) for arm in compared for task, tasks in places}
         p = {arm: t_interval(_values(rows[arm, None])).p for arm in compared}
-        adjusted = dict(zip(compared, holm(list(p.values())), strict=True))
+        adjusted = _adjusted(p, m.decision)
         for (arm, task), row in rows.items():
             known = {"p": p[arm], "p_holm": adjusted[arm]} if task is None else {"p": math.nan, "p_holm": math.nan}
             differences.append({"arm": arm, "task": task, "when": when} | row | known)
     counts = [rollouts(m, run) for run in m.runs]
     equal = _equal(counts)
-    own = next((row for row in differences if (row["arm"], row["task"], row["when"]) == (ARM, None, "end")), None)
-    verdict = "undecided"
-    if own and equal and own["p_holm"] < ALPHA:
-        verdict = "supported" if own["value"] > 0 else "contradicted"
+    primary = m.declared.primary
+    own = next((row for row in differences if (row["arm"], row["task"], row["when"]) == (ARM, None, primary)), None)
+    verdict = _verdict(own, equal, m.declared)
     data = {
         "baseline": baseline,
         "final": final,
         "differences": differences,
         "curves": [_curve(m, arm, task, tasks) for arm in arms for task, tasks in places],
         "rollouts": [{"arm": arm, "seed": seed, "rollouts": n} for (arm, seed), n in zip(m.runs, counts, strict=True)],
+        **({"primary": primary} if m.decision else {}),
     }
-    sentence = _sentence(m, arms, differences, own, equal)
-    return Answer(verdict, sentence, _numbers(final, differences, equal, counts), data)
+    numbers = _numbers(final, differences, equal, counts, bool(m.decision)) + _equivalence(differences, m.declared)
+    claim = CLAIM_AVERAGE if primary == "average" else CLAIM
+    return Answer(verdict, _sentence(m, arms, differences, own, equal), numbers, data, claim)
+
+
+def _adjusted(p: dict[str, float], decision: Mapping[str, Any]) -> dict[str, float]:
+    """Holm's p of each arm, over all of them; where a decision was declared, ARM is tested by itself."""
+    family = [arm for arm in p if not (decision and arm == ARM)]
+    return p | dict(zip(family, holm([p[arm] for arm in family]), strict=True))
+
+
+def _pairs(row: dict[str, Any]) -> int:
+    """How many seeds have a difference."""
+    return sum(map(math.isfinite, _values(row)))
+
+
+def _verdict(own: dict[str, Any] | None, equal: bool, declared: Decision) -> str:
+    """On ARM minus BASELINE: a direction first, then "no difference larger than d"."""
+    if not (own and equal) or _pairs(own) < declared.seeds:
+        return "undecided"
+    if own["p_holm"] < ALPHA:
+        return "supported" if own["value"] > 0 else "contradicted"
+    return NO_DIFFERENCE if tost(_values(own), declared.margin("arms")) < ALPHA else "undecided"
+
+
+def _equivalence(differences: Sequence[dict[str, Any]], declared: Decision) -> list[dict[str, Any]]:
+    """p of "no difference larger than d" for every arm's mean accuracy; nothing where no d was declared."""
+    margin = declared.margin("arms")
+    if math.isnan(margin):
+        return []
+    how = f"larger p of two one-sided t tests over seeds, at -{margin:g} and {margin:g}; not adjusted"
+    return [
+        number(
+            f"p that {row['arm']} differs from {BASELINE} by more than {margin:g}, {row['when']}",
+            tost(_values(row), margin),
+            how=how,
+        )
+        for row in differences
+        if row["task"] is None
+    ]
 
 
 def _seeds(m: Measurements, *arms: str) -> list[int]:
@@ -88,7 +132,7 @@ def _accuracy(m: Measurements, run: Run, tasks: Sequence[str], when: str) -> flo
     return after[-1] if when == "end" else sum(after) / len(after)
 
 
-def _paired(m: Measurements, arm: str, tasks: Sequence[str], when: str) -> dict[int, float]:
+def paired(m: Measurements, arm: str, tasks: Sequence[str], when: str) -> dict[int, float]:
     """Seed -> arm minus baseline, for the seeds that both arms have."""
     return {
         seed: _accuracy(m, (arm, seed), tasks, when) - _accuracy(m, (BASELINE, seed), tasks, when)
@@ -124,9 +168,13 @@ def _equal(counts: Sequence[float]) -> bool:
 
 
 def _numbers(
-    final: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], equal: bool, counts: Sequence[float]
+    final: Sequence[dict[str, Any]],
+    differences: Sequence[dict[str, Any]],
+    equal: bool,
+    counts: Sequence[float],
+    declared: bool,
 ) -> list[dict[str, Any]]:
-    numbers = []
+    numbers, others = [], "other " if declared else ""
     for row in final:
         name, how = f"accuracy of {row['arm']}, {row['task'] or 'mean over tasks'}", interval_over(_values(row))
         numbers.append(number(name, row["value"], row["low"], row["high"], f"at the end; {how}"))
@@ -135,7 +183,9 @@ def _numbers(
             continue
         how = f"{WHEN[row['when']]}, paired by seed; {interval_over(_values(row))}"
         if math.isfinite(row["p"]):
-            how += f"; p = {p_value(row['p'])}, {p_value(row['p_holm'])} after Holm for the arms"
+            alone = declared and row["arm"] == ARM
+            how += f"; p = {p_value(row['p'])}"
+            how += ", tested by itself" if alone else f", {p_value(row['p_holm'])} after Holm for the {others}arms"
         elif row["task"] is not None:
             how += "; one of many, not adjusted"
         name = f"{row['arm']} minus {BASELINE}, {row['task'] or 'mean over tasks'}, {row['when']}"
@@ -159,8 +209,10 @@ def _sentence(
     if BASELINE not in arms or ARM not in arms:
         lacking = " and ".join(arm for arm in (BASELINE, ARM) if arm not in arms)
         return f"Undecided: there is no finished run of {lacking}."
-    shown = [f"{clean(row['arm'])} {_difference(row)}" for row in _means(differences)]
-    first = f"Mean held-out accuracy at the end, minus that of uniform, paired by seed: {'; '.join(shown)}."
+    declared = m.declared
+    shown = [f"{clean(row['arm'])} {_difference(row)}" for row in _means(differences, declared.primary)]
+    where = "at the end" if declared.primary == "end" else "over training"
+    first = f"Mean held-out accuracy {where}, minus that of uniform, paired by seed: {'; '.join(shown)}."
     if own is None or math.isnan(own["value"]):
         return f"Undecided: the arms have no evaluation after step 0 in common. {first}"
     if not equal:
@@ -171,18 +223,27 @@ def _sentence(
         return (
             f"{first} Undecided: the seeds differ by exactly the same amount, so the evaluation is too coarse to tell."
         )
+    if _pairs(own) < declared.seeds:
+        return f"{first} Undecided: {_pairs(own)} pairs of runs are finished, fewer than the declared {declared.seeds}."
+    margin, p_tost = declared.margin("arms"), tost(_values(own), declared.margin("arms"))
+    bound = f"no difference larger than {margin:g} (p = {p_value(p_tost)} of two one-sided tests)"
     if own["p_holm"] >= ALPHA:
+        if p_tost < ALPHA:
+            return f"{first} Proportional sampling makes {bound}."
         return f"{first} Undecided: proportional sampling is not told apart from uniform."
     word = "higher" if own["value"] > 0 else "lower"
-    return f"{first} Proportional sampling ends {word} (p = {p_value(own['p_holm'])} after Holm for the arms)."
+    verb = "ends" if declared.primary == "end" else "is"
+    how = "" if m.decision else " after Holm for the arms"
+    small = f", by {bound}" if p_tost < ALPHA else ""
+    return f"{first} Proportional sampling {verb} {word} (p = {p_value(own['p_holm'])}{how}){small}."
 
 
 _Row = TypeVar("_Row", bound=dict[str, Any])
 
 
-def _means(differences: Sequence[_Row]) -> list[_Row]:
-    """The differences of mean accuracy at the end: what the verdict is about."""
-    return [row for row in differences if row.get("task") is None and row.get("when") == "end"]
+def _means(differences: Sequence[_Row], when: str = "end") -> list[_Row]:
+    """The differences of mean accuracy, at the end or over training: what the verdict is about."""
+    return [row for row in differences if row.get("task") is None and row.get("when") == when]
 
 
 def _difference(row: dict[str, Any]) -> str:
@@ -247,15 +308,20 @@ def shade(a: Reading, arm: str) -> str:
     return plots.INK if arm == a.data.get("baseline") else plots.colour(a.place(arm, "arm"))
 
 
+def _primary(a: Reading) -> str:
+    """The accuracy that the verdict is about."""
+    return str(a.data.get("primary") or "end")
+
+
 def compared_arms(a: Reading) -> list[str]:
     """The arms whose mean accuracy is compared with the baseline's."""
-    found = _means(a.rows("differences", "value"))
+    found = _means(a.rows("differences", "value"), _primary(a))
     return a.names("arm", [d for d in found if d["arm"] != a.data.get("baseline")])
 
 
 def mean_differences(axes: Axes, a: Reading, arms: Sequence[str], row: float) -> None:
-    """One row of ``row`` pixels per arm: the difference of mean accuracy at the end, and below it each seed's."""
-    found = {d["arm"]: d for d in _means(a.rows("differences"))}
+    """One row of ``row`` pixels per arm: the difference of the primary mean accuracy, and below it each seed's."""
+    found = {d["arm"]: d for d in _means(a.rows("differences"), _primary(a))}
     plots.linear(axes, "x", np.ravel([found[arm].interval() for arm in arms]), zero=True, most=4)
     for y, arm in enumerate(arms):
         seeds = plots.numbers(s["value"] for s in found[arm].rows("per_seed"))

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...numbers import fixed
+from ..decision import NO_DIFFERENCE
 from ..measurements import Measurements, Run
 from ..stats import ALPHA, FEWEST_TASKS, LEVEL, Correlation, Interval, Ratio, t_interval
 
 BASELINE = "uniform"
-VERDICTS = ("supported", "contradicted", "undecided")
+VERDICTS = ("supported", "contradicted", NO_DIFFERENCE, "undecided")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a question's data say: verdict on its claim, a sentence, numbers with intervals, and a figure's data."""
+    """What a question's data say: verdict on its claim, a sentence, numbers with intervals, and a figure's data.
+
+    ``claim``: what the verdict is about, where that is not the question's CLAIM.
+    """
 
     verdict: str
     sentence: str
     numbers: list[dict[str, Any]]
     data: dict[str, Any]
+    claim: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse a verdict that is not one of the three."""
+        """Refuse a verdict that is not one of VERDICTS."""
         if self.verdict not in VERDICTS:
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, got {self.verdict!r}")
 
@@ -52,6 +57,18 @@ def correlation_number(name: str, found: Correlation, what: str) -> dict[str, An
     """A correlation as an entry of ``numbers``; ``what`` says over which points and what p permutes."""
     p = f"; p = {p_value(found.p)} with {count_of(found.tasks, 'task')} as units" if math.isfinite(found.p) else ""
     return number(name, found.value, found.low, found.high, f"{what}; {interval_over(found.per_seed)}{p}")
+
+
+def equivalence_numbers(
+    question: str, margin: float, p: float, reliabilities: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The entries of "no correlation larger than d": its p, and the reliabilities that d is corrected by."""
+    how = "odd against even steps, Spearman and Brown's formula; of gains one less their noise by their variance"
+    rows = [number(f"reliability of {name}", value, how=how) for name, value in reliabilities.items()]
+    how = (
+        "largest p of two one-sided tests over seeds (t) and over tasks (Fisher's z), d times the root of reliabilities"
+    )
+    return [*rows, number(f"p that the correlation is beyond {margin:g}, {question}", p, how=how)]
 
 
 def bounds(found: Interval | Ratio | Correlation, value: str = "value") -> dict[str, float]:

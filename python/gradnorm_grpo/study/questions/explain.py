@@ -11,9 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ... import plots
+from ..decision import NO_DIFFERENCE, correlation_tost, split_half
 from ..measurements import Measurements
 from ..stats import ALPHA, FEWEST_TASKS, NO_CORRELATION, Array, Correlation, across, holm, known_mean, within
-from .common import Answer, bounds, correlation_number, count_of, p_value, scarce, with_interval
+from .common import (
+    Answer,
+    bounds,
+    correlation_number,
+    count_of,
+    equivalence_numbers,
+    p_value,
+    scarce,
+    with_interval,
+)
 from .drawing import AXIS, beside, correlation_axis, dots, empty, sheet, stacked, task_key
 from .reading import Reading, Row, spelled
 
@@ -74,7 +84,40 @@ def answer(m: Measurements) -> Answer:
     if moving := _beyond_chance(inside, p["within"]):
         parts = "; ".join(f"{FACTORS[name]} {with_interval(inside[name])}" for name in moving)
         sentence += f" Within tasks over time U moves with {parts}; both come from the same rollouts."
-    return Answer("supported" if shown else "undecided", sentence, numbers, data)
+    verdict = "supported" if shown else "undecided"
+    margin = m.declared.margin("explain")
+    if math.isfinite(margin):
+        p_tost = _equivalence(m, between, margin, numbers)
+        if verdict == "undecided" and p_tost < ALPHA:
+            verdict = NO_DIFFERENCE
+            sentence = _related(between, p["across"], list(FACTORS)) + (
+                f" None of these correlations is larger than {margin:g} (p = {p_value(p_tost)}, the largest of two "
+                "one-sided tests of each)."
+            )
+    return Answer(verdict, sentence, numbers, data)
+
+
+def _equivalence(
+    m: Measurements, between: dict[str, Correlation], margin: float, numbers: list[dict[str, Any]]
+) -> float:
+    """p that one of the correlations is beyond the margin, the largest of the statistics'; adds to ``numbers``.
+
+    All of them have to be shown to be small, so nothing is adjusted for their number.
+    """
+    halves = m.halves()
+    of_u = split_half(*(m.by_run(m.runs, half)[0] for half in halves))
+    largest = 0.0
+    for name, label in FACTORS.items():
+        means = [
+            np.array([[known_mean(row[half]) for row in m.array(*run, name)] for run in m.runs]) for half in halves
+        ]
+        reliability = split_half(*(part.reshape(len(m.runs), len(m.tasks)) for part in means))
+        p = correlation_tost(between[name], margin, of_u * reliability)
+        numbers += equivalence_numbers(f"U and {label}", margin, p, {label: reliability})
+        largest = max(largest, p) if math.isfinite(p) else math.nan
+        if math.isnan(largest):
+            return math.nan
+    return largest
 
 
 def _means(m: Measurements, name: str, blocks: Sequence[tuple[int, int]]) -> Array:
@@ -97,10 +140,7 @@ def _sentence(m: Measurements, between: dict[str, Correlation], p: dict[str, flo
     largest = max(known, key=lambda name: abs(between[name].value))
     tasks = count_of(between[largest].tasks, "task")
     over = f"over {tasks} and {count_of(between[largest].seeds, 'seed')}"
-    parts = "; ".join(
-        f"{FACTORS[name]} {with_interval(between[name])}, p = {p_value(p[name])} after Holm"
-        for name in shown or [largest]
-    )
+    parts = _parts(between, p, shown or [largest])
     if shown:
         return f"Across tasks U goes with {parts} (Spearman {over}). That is a relation, not a cause."
     why = scarce(m, m.runs)
@@ -111,6 +151,16 @@ def _sentence(m: Measurements, between: dict[str, Correlation], p: dict[str, flo
     if not why:
         why = "Undecided: none is beyond chance, and with so few tasks that does not show that none matters."
     return f"The strongest relation of U across tasks is with {parts} (Spearman {over}). {why}"
+
+
+def _parts(between: dict[str, Correlation], p: dict[str, float], names: Sequence[str]) -> str:
+    return "; ".join(f"{FACTORS[n]} {with_interval(between[n])}, p = {p_value(p[n])} after Holm" for n in names)
+
+
+def _related(between: dict[str, Correlation], p: dict[str, float], names: Sequence[str]) -> str:
+    tasks, seeds = (max(getattr(found, part) for found in between.values()) for part in ("tasks", "seeds"))
+    over = f"over {count_of(tasks, 'task')} and {count_of(seeds, 'seed')}"
+    return f"Across tasks U correlates with {_parts(between, p, names)} (Spearman {over})."
 
 
 # The figure

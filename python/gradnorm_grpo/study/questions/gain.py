@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ... import plots
 from ...numbers import clean, significant
 from ...summary import gain_at
+from ..decision import NO_DIFFERENCE, beyond_noise, correlation_tost, split_half
 from ..measurements import Measurements, Run, seeds_of
 from ..stats import ALPHA, Array, Correlation, across, correlate, holm, scaled, t_interval, task_interval, within
 from .common import (
@@ -23,6 +24,7 @@ from .common import (
     correlation_number,
     count_of,
     direction,
+    equivalence_numbers,
     number,
     p_value,
     scarce,
@@ -69,7 +71,16 @@ def answer(m: Measurements) -> Answer:
             "pairs",
         ),
     ]
+    margin = m.declared.margin("gain")
+    p_tost = correlation_tost(found, margin, math.nan)
+    if math.isfinite(margin):
+        of_u = split_half(*(m.by_run(runs, half)[0] for half in m.halves()))
+        of_gain = beyond_noise(held_out, np.array([[_gain_error(m, run, t) for t in m.tasks] for run in runs]))
+        p_tost = correlation_tost(found, margin, of_u * of_gain)
+        numbers += equivalence_numbers("gain", margin, p_tost, {"U": of_u, "held-out gain": of_gain})
     verdict = "contradicted" if p_inversion < ALPHA else direction(found)
+    if verdict == "undecided" and p_tost < ALPHA:
+        verdict = NO_DIFFERENCE
     places = [(r, run, k, task) for r, run in enumerate(runs) for k, task in enumerate(m.tasks)]
     data = {
         "arms": list(dict.fromkeys(arm for arm, _ in runs)),
@@ -96,13 +107,22 @@ def answer(m: Measurements) -> Answer:
             if math.isfinite(moving[r, k, w]) and math.isfinite(gains[r, k, w])
         ],
     }
-    return Answer(verdict, _sentence(m, runs, found, inside, reversed_pairs, verdict), numbers, data)
+    sentence = _sentence(m, runs, found, inside, reversed_pairs, verdict)
+    if verdict == NO_DIFFERENCE:
+        sentence += f" The correlation is not larger than {margin:g} (p = {p_value(p_tost)} of two one-sided tests)."
+    return Answer(verdict, sentence, numbers, data)
 
 
 def held_out_gain(m: Measurements, run: Run, task: str) -> float:
     """Held-out accuracy at the last evaluation minus that at step 0; NaN where one of them is missing."""
     steps, rewards, _ = m.evaluation(*run, task)
     return float(rewards[-1] - rewards[0]) if len(steps) > 1 and steps[0] == 0 else math.nan
+
+
+def _gain_error(m: Measurements, run: Run, task: str) -> float:
+    """Standard error of the held-out gain, both evaluations taken as independent; NaN where one is missing."""
+    steps, _, errors = m.evaluation(*run, task)
+    return math.hypot(errors[-1], errors[0]) if len(steps) > 1 and steps[0] == 0 else math.nan
 
 
 def _training_gain(m: Measurements, run: Run, task: str) -> float:
@@ -198,6 +218,8 @@ def _sentence(
         a, b, p = min(shown, key=lambda pair: pair[2])
         pair = f"{clean(m.tasks[a])} has the larger gradient of the two and yet gains less than {clean(m.tasks[b])}"
         return f"{first}. {pair} (p = {significant(p)}, adjusted for all pairs)."
+    if verdict == NO_DIFFERENCE:
+        return f"{first}."
     if verdict == "undecided":
         why = scarce(m, runs) or "Undecided: no relation is shown, and with so few tasks that is no proof of none."
         return f"{first}. {why}"

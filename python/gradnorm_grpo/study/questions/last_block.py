@@ -37,8 +37,8 @@ def answer(m: Measurements) -> Answer:
     seeds = [run[1] for run, _, _ in apart]
     last, full = (np.array([point[side] for _, _, point in apart]) for side in (0, 2))
     found = across(last, full, seeds) if apart else NO_CORRELATION
-    disjoint = _numbers(apart, "different steps") if apart else []
-    shared = _numbers(same, "same steps, shared noise") if apart else []
+    disjoint = _numbers(m, apart, "different steps") if apart else []
+    shared = _numbers(m, same, "same steps, shared noise") if apart else []
     line = _fit(last, full) if apart else None
     data = {
         "correlations": [
@@ -109,9 +109,9 @@ def _fit(last: Array, full: Array) -> tuple[float, float] | None:
     return float(line.slope), float(line.intercept)
 
 
-def _numbers(points: Sequence[tuple[Run, int, Point]], where: str) -> list[dict[str, Any]]:
+def _numbers(m: Measurements, points: Sequence[tuple[Run, int, Point]], where: str) -> list[dict[str, Any]]:
     """Every measure of how the two go together, over seeds."""
-    what = "tasks and thirds of training, mean over arms"
+    what = "tasks" if m.frozen else "tasks and thirds of training, mean over arms"
     seeds = [run[1] for run, _, _ in points]
     last, full = (np.array([point[side] for _, _, point in points]) for side in (0, 2))
     pairs = [(a.ravel(), b.ravel()) for a, b in zip(last, full, strict=True)]
