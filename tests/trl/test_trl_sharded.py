@@ -1,4 +1,4 @@
-"""attach() where parameters, gradients or optimizer states are sharded: FSDP2 and DeepSpeed's ZeRO on two gloo processes.
+"""attach() with sharded parameters, gradients or optimizer states: FSDP2 and DeepSpeed ZeRO on two gloo processes.
 
 accelerate chooses both only where it finds GPUs. The workers tell it that its processes are of such a kind; what it and
 DeepSpeed then do to the model is their own. U is compared with brute force on a replica that is not sharded.
