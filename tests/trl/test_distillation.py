@@ -101,7 +101,7 @@ def own_gradient(trainer: Any, layers: list[str], inputs: dict[str, Any], row: i
 class Seen:
     """A trainer with attach(), and what its loss and the tracker were given in each micro-batch."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, **options: Any) -> None:
         self.trainer, self.inputs, self.tasks = trainer, [], []
         inner = trainer.compute_loss
 
@@ -110,7 +110,7 @@ class Seen:
             return inner(model, inputs, **kwargs)
 
         trainer.compute_loss = compute
-        self.attached = attach(trainer)
+        self.attached = attach(trainer, **options)
         microbatch = self.attached.tracker.microbatch
 
         def opened(**given: Any) -> Any:

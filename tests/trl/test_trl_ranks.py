@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ def supervised(folder: str) -> None:
 WORKERS = {"grpo": grpo, "supervised": supervised}
 
 
-@pytest.mark.parametrize("worker", WORKERS)
-def test_two_processes(tmp_path, worker):
+def two_processes(module: str, worker: str, tmp_path: Path) -> None:
+    """Run a worker of a module as two ranks; both have to reach its end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,7 +133,7 @@ def test_two_processes(tmp_path, worker):
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
         }
-        command = [sys.executable, "-W", "ignore", "-m", "tests.trl.test_trl_ranks", worker, str(tmp_path)]
+        command = [sys.executable, "-W", "ignore", "-m", module, worker, str(tmp_path)]
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )
@@ -147,11 +148,17 @@ def test_two_processes(tmp_path, worker):
     assert [process.returncode for process in processes] == [0, 0], outputs
 
 
-if __name__ == "__main__":
+@pytest.mark.parametrize("worker", WORKERS)
+def test_two_processes(tmp_path, worker):
+    two_processes("tests.trl.test_trl_ranks", worker, tmp_path)
+
+
+def work(workers: Mapping[str, Callable[[str], None]]) -> None:
+    """What one of the processes does."""
     try:
         import torch.distributed as dist
 
-        WORKERS[sys.argv[1]](sys.argv[2])
+        workers[sys.argv[1]](sys.argv[2])
         dist.barrier()
         if dist.get_rank() == 0:
             Path(sys.argv[2], "done").write_text("done")
@@ -159,3 +166,7 @@ if __name__ == "__main__":
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)  # not waiting for the other process, which may wait for this one
+
+
+if __name__ == "__main__":
+    work(WORKERS)
