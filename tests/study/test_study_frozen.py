@@ -155,7 +155,9 @@ def test_a_frozen_study_is_asked_its_own_questions_and_travels_as_csv(tmp_path: 
     )
     by_id = {a["id"]: a for a in found["answers"]}
     assert by_id["imbalance"]["verdict"] == by_id["last_block"]["verdict"] == "supported"
-    text = page({"name": "frozen"}, found)
+    text = page({"name": "frozen", "frozen": BLOCK}, found)
+    assert "- Rounds: 2 a run at fixed weights, 4 prompts of every task in each" in text and "- Training:" not in text
+    assert "over tasks, each U from prompts of its own" in text and "thirds of training, each U" not in text
     assert proxy.QUESTION in text and "overview.svg" not in text
     assert set(again.fields) > set(FIELDS)
 

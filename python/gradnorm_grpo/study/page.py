@@ -19,6 +19,7 @@ from ..numbers import MISSING, clean, count, duration, significant
 from .questions import asked
 from .questions.common import VERDICTS, count_of
 from .questions.reading import Answers, Reading, Row, reading
+from .spec import read_frozen
 
 _GENERATED = ("reasoning_gym", "synthetic")  # sources of tasks that are made by a program
 #: What means something in Markdown, in HTML, or to GitHub; an underscore does at a word's end only.
@@ -97,7 +98,7 @@ def _facts(study: Mapping[str, Any], answers: Answers) -> list[tuple[str, Markup
         ("Tasks", f"{len(tasks)}: {', '.join(map(code, tasks))}" if tasks else ""),
         ("Arms and seeds", f"{', '.join(map(code, arms))}, each with {_seeds(seeds)}" if arms else ""),
         ("Runs", runs + (f"; not finished: {', '.join(map(code, missing))}" if missing else "")),
-        ("Training", _training(config)),
+        ("Training", _training(config)) if study.get("frozen") is None else ("Rounds", _rounds(study["frozen"])),
         ("Started", escape(study.get("started") or "")),
         ("Time", f"{duration(study['seconds'])} for all runs and the estimators" if study.get("seconds") else ""),
         ("Machine", _machine(study)),
@@ -122,6 +123,15 @@ def _training(config: Mapping[str, Any]) -> str:
     if completions and rows and rounds:
         texts.append(f"{rows * rounds // completions} prompts of {completions} completions in each")
     return ", ".join(texts)
+
+
+def _rounds(block: Mapping[str, Any]) -> str:
+    """What a run measures at fixed weights."""
+    options = read_frozen(block)
+    layers = ["the last attention block", *map(str, options.proxies)]
+    text = f"{options.steps} a run at fixed weights, {options.prompts} prompts of every task in each; "
+    whole = f"; all parameters in the first {options.full_steps}" if options.full_steps else ""
+    return f"{text}layers: {', '.join(map(escape, layers))}{whole}"
 
 
 def _machine(study: Mapping[str, Any]) -> str:

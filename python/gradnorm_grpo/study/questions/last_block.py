@@ -170,7 +170,12 @@ def _halves(m: Measurements, run: Run, prefix: str) -> float:
 def _sentence(m: Measurements, runs: Sequence[Run], found: Correlation, verdict: str) -> str:
     if not runs:
         return "Undecided: no run measured the gradient of all parameters (full_steps sets how often that is done)."
-    where = f"over tasks and thirds of training, each U from steps of its own, {count_of(found.seeds, 'seed')}"
+    over = (
+        "tasks, each U from prompts of its own"
+        if m.frozen
+        else "tasks and thirds of training, each U from steps of its own"
+    )
+    where = f"over {over}, {count_of(found.seeds, 'seed')}"
     p = f"p = {p_value(found.p)} with the {count_of(found.tasks, 'task')} as units"
     value = f"Spearman's correlation of the two is {with_interval(found)} ({where}; {p})"
     measured = "" if m.layers == "last_attention" else f" What stands for the last block here is: {unit(m)}."
