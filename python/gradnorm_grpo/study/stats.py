@@ -400,14 +400,21 @@ def jackknife_variance(values: Array) -> float:
 
 
 def reference(gram: Array) -> dict[str, Any]:
-    """U_N, its jackknife error and related numbers. NaN where N is too small (2 for U, 3 for its error)."""
+    """U_N, its jackknife error, the library's 95% interval and related numbers.
+
+    NaN where N is too small (2 for U, 3 for its error) or, for the interval, too few prompts have a gradient.
+    """
     one_group, products = torch.zeros(len(gram), dtype=torch.long), torch.from_numpy(gram)
     found = gk.cross_product(products.diagonal(), products.sum()[None], one_group, products)
     assert found.std_error is not None
     u, u_se = float(found.sq_norm), float(found.std_error)
+    interval = gk.confidence_interval(products)
     return {
         "u": u,
         "u_se": u_se,
+        "low": interval.low,
+        "high": interval.high,
+        "n_effective": interval.n_effective,
         "mean_sq_norm": float(products.diagonal().mean()),
         "plug_in": float(found.plug_in),
         "noise_scale": float(found.noise_scale),

@@ -20,6 +20,8 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from gradnorm_kernels.estimation.estimator import too_few_informative
+
 from ...errors import UserError
 from ...folder import describe_run
 from ...loop import Batch, Grpo
@@ -201,7 +203,9 @@ def _measure(
         if tokens >= sum(layer.tokens for layer in timed):
             timed, timed_task = layers, name
         found = tasks[name]["reference"]
-        text = f"{name}: U {found['u']:.2e} +- {found['u_se']:.1e}, mean squared norm {found['mean_sq_norm']:.2e}"
+        few = too_few_informative(found["n_effective"], options.prompts)
+        ends = few or f"{found['low']:.2e} to {found['high']:.2e}"
+        text = f"{name}: U {found['u']:.2e} ({ends}), mean squared norm {found['mean_sq_norm']:.2e}"
         console.print(text, highlight=False, soft_wrap=True)
     sketches: list[dict[str, Any]] = []
     with _timed(seconds, "sketches"):
