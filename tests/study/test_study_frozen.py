@@ -133,6 +133,14 @@ def test_the_closest_choice_of_layers_is_found() -> None:
     assert found.verdict == "undecided" and "not distinguishable" in found.sentence
 
 
+def test_all_parameters_at_fewer_rounds_are_compared_with_the_other_rounds() -> None:
+    m = _planted(0.01, {"first": 4.0, "mlp": 5.0})
+    for seed in m.seeds:
+        m.array("uniform", seed, "full_grad_norm_sq")[:, 2:] = math.nan
+    found = proxy.answer(m)
+    assert found.verdict == "supported" and found.data["choices"][0]["value"] > 0.9
+
+
 def test_a_frozen_study_is_asked_its_own_questions_and_travels_as_csv(tmp_path: Path) -> None:
     m = _planted(0.1, {"first": 0.2})
     m.write_csv(tmp_path / "m.csv")

@@ -182,7 +182,7 @@ class FrozenSettings:
 
     steps: int = 2
     prompts: int = 32
-    full_steps: int = 2
+    full_steps: int = 1
     proxies: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

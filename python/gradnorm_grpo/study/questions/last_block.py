@@ -33,7 +33,7 @@ def answer(m: Measurements) -> Answer:
     """Correlations of the last block's U with that of all parameters, over tasks and thirds of training."""
     runs = [run for run in m.runs if _measured(m, run, "full_").any()]
     same = [(run, 0, _point(m, run, *[_measured(m, run, "full_")] * 2)) for run in runs]
-    apart = [(run, fold, _point(m, run, *steps)) for run in runs for fold, steps in enumerate(_folds(m, run))]
+    apart = [(run, fold, _point(m, run, *steps)) for run in runs for fold, steps in enumerate(folds(m, run))]
     seeds = [run[1] for run, _, _ in apart]
     last, full = (np.array([point[side] for _, _, point in apart]) for side in (0, 2))
     found = across(last, full, seeds) if apart else NO_CORRELATION
@@ -61,7 +61,7 @@ def _measured(m: Measurements, run: Run, prefix: str = "") -> Mask:
     return np.asarray(np.isfinite(m.array(*run, f"{prefix}grad_norm_sq")).any(0))
 
 
-def _folds(m: Measurements, run: Run) -> list[tuple[Mask, Mask]]:
+def folds(m: Measurements, run: Run) -> list[tuple[Mask, Mask]]:
     """Pairs of steps without a common one: (for the last block, for all parameters).
 
     U of both at one step comes from the same rollouts, whose chance they share: that alone correlates them.
@@ -137,9 +137,9 @@ def _noise(
 ) -> list[dict[str, Any]]:
     """What a reader needs to judge the correlations by: over time alone, and how far noise lets them go."""
     moved = within(last, full, seeds)
-    folds = [(run, steps) for run in runs for steps in _folds(m, run)]
+    apart = [(run, steps) for run in runs for steps in folds(m, run)]
     whole = [
-        np.concatenate([m.by_run([run], steps[side], prefix)[0] for run, steps in folds])
+        np.concatenate([m.by_run([run], steps[side], prefix)[0] for run, steps in apart])
         for side, prefix in ((0, ""), (1, "full_"))
     ]
     numbers = [

@@ -15,6 +15,7 @@ from ..measurements import Mask, Measurements, Run
 from ..stats import ALPHA, FEWEST_TASKS, NO_CORRELATION, Array, across, t_interval
 from .common import Answer, bounds, correlation_number, count_of, number, over_seeds, scarce
 from .drawing import AXIS, beside, correlation_axis, nothing, sheet
+from .last_block import folds
 from .reading import Reading, spelled
 
 QUESTION = "Is the last attention block the best proxy of the whole model?"
@@ -29,11 +30,11 @@ def answer(m: Measurements) -> Answer:
     """Spearman's correlation over the tasks of each choice's U with that of all parameters, from different steps."""
     runs = [run for run in m.runs if np.isfinite(m.array(*run, "full_grad_norm_sq")).any()]
     choices = {LAST: "", **{name: f"{name}_" for name in m.proxies}}
-    folds = [(run, half, ~half) for run in runs for half in m.halves()]
-    seeds = [run[1] for run, _, _ in folds]
-    full = _u(m, [(run, b) for run, _, b in folds], "full_")
-    own = {name: _u(m, [(run, a) for run, a, _ in folds], prefix) for name, prefix in choices.items()}
-    found = {name: across(u, full, seeds) if folds else NO_CORRELATION for name, u in own.items()}
+    apart = [(run, *steps) for run in runs for steps in folds(m, run)]
+    seeds = [run[1] for run, _, _ in apart]
+    full = _u(m, [(run, b) for run, _, b in apart], "full_")
+    own = {name: _u(m, [(run, a) for run, a, _ in apart], prefix) for name, prefix in choices.items()}
+    found = {name: across(u, full, seeds) if apart else NO_CORRELATION for name, u in own.items()}
     numbers, rows, better = [], [], {}
     for name, prefix in choices.items():
         numbers.append(
