@@ -12,7 +12,8 @@ ARGS ?=
 OUT ?=
 PROFILE ?=
 
-.PHONY: help setup train study test test-slow test-interpreted test-versions test-verl test-trl kernels-report gpu-check lint format \
+.PHONY: help setup train study test test-slow test-interpreted test-versions test-verl test-trl test-trl-versions test-deepspeed \
+	kernels-report gpu-check lint format \
 	bench clean
 
 help:
@@ -26,6 +27,8 @@ help:
 	@echo "make test-versions     the Triton kernels interpreted and compiled under the oldest and newest supported Triton"
 	@echo "make test-verl         the integration with verl on verl's own update on a CPU, in a venv of its own (build/verl)"
 	@echo "make test-trl          TRL's own GRPO and SFT tests with attach: TRL_SOURCE= names a folder with TRL's sources"
+	@echo "make test-trl-versions the TRL integration under the oldest supported TRL and the one before the pinned one"
+	@echo "make test-deepspeed    the TRL integration under DeepSpeed's ZeRO-2 and ZeRO-3 on a CPU"
 	@echo "make kernels-report    every kernel compiled for sm_80, 86, 89, 90, 100, 103 and 120: registers, spills, shared memory;"
 	@echo "                       one JSON line each; ARGS=\"--arch 90 120\" for fewer"
 	@echo "make gpu-check         on a machine with a GPU: build, tests, benchmarks and sanitizer in nine minutes; OUT= names the"
@@ -113,6 +116,22 @@ $(VERL)/.installed: tests/verl/constraints.txt
 
 test-verl: $(VERL)/.installed
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
+
+# The pinned TRL is tested by `make test`. TRL 1.15 launches Triton kernels on a CPU too: they are interpreted.
+test-trl-versions: setup
+	@for pair in "1.9.2 0" "1.15.0 1"; do set -- $$pair; \
+	  folder=build/trl-$$1; echo "test-trl-versions: TRL $$1"; \
+	  test -d $$folder/trl || $(PIP) --no-deps --target $$folder trl==$$1 || exit 1; \
+	  TRITON_INTERPRET=$$2 PYTHONPATH=$$folder $(PYTEST) $(BY_FILE) tests/trl $(ARGS) || exit 1; \
+	done
+
+# DeepSpeed has no wheel and compiles its operators when they are first used; none of them is needed here.
+DEEPSPEED := build/deepspeed
+test-deepspeed: setup
+	@test -d $(DEEPSPEED)/deepspeed || DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-deps --no-build-isolation \
+	  --target $(DEEPSPEED) deepspeed==0.19.8 einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core \
+	  annotated-types typing-inspection
+	@PYTHONPATH=$(DEEPSPEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trl/test_trl_sharded.py $(ARGS)
 
 kernels-report: setup
 	@$(BIN)/python -m tests.compiled.report $(ARGS)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..segments import to_device
+from . import distributed
 from .layers import Layer
 from .packing import Packing, TokenPlacement, leading, readings
 from .rows import Rows, on_gpu, sum_by
@@ -88,7 +89,8 @@ class Call:
     """One call of a layer: its input ``x`` (ids of an embedding), all its arguments, and which sample each row is.
 
     ``factor``: the constant c of a module whose output is c times the formula of its kind. ``padding_idx``: of an
-    embedding whose rows at this id get no gradient.
+    embedding whose rows at this id get no gradient. ``groups``: over which each parameter is sharded while the layer
+    computes. They are read at the call: in backward FSDP2 may not have gathered the parameters when dy arrives.
     """
 
     layer: Layer
@@ -101,6 +103,11 @@ class Call:
     factor: float = 1.0
     padding_idx: int | None = None
     packing: Packing | None = None  # where the R sequences lie, if ``placement`` is that of packed tokens
+    groups: dict[str, tuple[Any, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = self.layer.module.named_parameters(remove_duplicate=False)
+        self.groups = {leaf: distributed.shard_groups(parameter) for leaf, parameter in own}
 
     def split(self, tensor: Tensor) -> Tensor:
         """[U, ...]: the parts of the tensor that the module sees alone, in its layout: R rows, or the tokens of R

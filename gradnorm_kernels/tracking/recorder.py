@@ -107,7 +107,7 @@ class Recorder:
         weight = layer.module._parameters.get("weight")
         if weight is None or not (weight.requires_grad or layer.frozen):
             return None
-        name, groups = self._parameters.name(layer, "weight"), distributed.shard_groups(weight)
+        name, groups = self._parameters.name(layer, "weight"), call.groups["weight"]
         if name in self._skipped:
             return plain_weight_grad(call, dy) if weight_grad else None
         if groups and layer.kind == "embedding":
@@ -190,7 +190,7 @@ class Recorder:
         name = self._parameters.name(call.layer, leaf)
         if name in self._skipped:
             return
-        self.groups[name] = distributed.shard_groups(call.layer.module.get_parameter(leaf))
+        self.groups[name] = call.groups[leaf]
         if self._reconciliation is not None:
             self._reconciliation.add_vector(name, call.factor * grads.sum(0), dy)
         factor = to_device(call.scale * call.factor, grads.device)

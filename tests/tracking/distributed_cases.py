@@ -165,6 +165,26 @@ def fsdp(rank: int, world: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def fsdp_units(rank: int, world: int) -> None:
+    """FSDP2 of units that return a measured layer's own output: when its gradient arrives they are still sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    layers = ["model.embed_tokens", "model.layers.0.self_attn", "model.layers.1.mlp", "lm_head"]
+    right = expected(layers, [share(i, world) for i in range(world)])
+    for before in (True, False):
+        model = build()
+        tracker = gk.GradNormTracker(model, layers) if before else None
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp, layer):
+                fully_shard(part)
+        for part in [model.model.embed_tokens, model.lm_head] * before:  # a layer that is a unit by itself
+            fully_shard(part)
+        fully_shard(model)
+        tracker = tracker or gk.GradNormTracker(model, layers)
+        measure(tracker, model, share(rank, world))
+        same(tracker.step(), right)
+
+
 def measure_packed(tracker: gk.GradNormTracker, model: nn.Module, rows: list[int]) -> None:
     """One micro-batch of the first 3 to 7 tokens of these rows, packed into one row with two tokens of padding."""
     parts = [tokens()[row][: 3 + row % 5] for row in rows]
@@ -405,6 +425,7 @@ CASES = {
         ddp,
         errors,
         fsdp,
+        fsdp_units,
         packed,
         exact,
         sketch,

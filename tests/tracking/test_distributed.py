@@ -49,7 +49,21 @@ def launch(folder: Path, world: int, *cases: str) -> list[subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
-        (2, ("ddp", "errors", "fsdp", "packed", "exact", "spread", "uneven", "tensor_parallel", "sequence_parallel")),
+        (
+            2,
+            (
+                "ddp",
+                "errors",
+                "fsdp",
+                "fsdp_units",
+                "packed",
+                "exact",
+                "spread",
+                "uneven",
+                "tensor_parallel",
+                "sequence_parallel",
+            ),
+        ),
         (4, ("tensor_and_data_parallel",)),
         pytest.param(4, ("ddp", "fsdp", "exact", "spread", "uneven"), marks=pytest.mark.slow),
         (2, ("sketch", "automatic", "unbiased")),

@@ -69,7 +69,7 @@ def own_gradient(model: Any, layers: list[str], ids: torch.Tensor, mask: torch.T
     [
         ({}, {}),
         ({"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}, {"fused": True}),
-        ({"loss_type": "dft"}, {"layers": r"layers\.0\.(self_attn|mlp)"}),
+        pytest.param({"loss_type": "dft"}, {"layers": r"layers\.0\.(self_attn|mlp)"}, marks=tiny.knows_dft),
         ({"gradient_checkpointing": True, "completion_only_loss": False}, {}),
         ({"average_tokens_across_devices": False}, {}),
     ],

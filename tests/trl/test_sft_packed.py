@@ -40,10 +40,11 @@ def watch(trainer: Any, attached: Any) -> tuple[list[dict[str, Any]], list[dict[
     [
         (None, {"pad_to_multiple_of": 16}, {"layers": "all"}),
         ("bfd", {"per_device_train_batch_size": 3}, {"fused": True}),
-        (
+        pytest.param(
             "bfd",
             {"per_device_train_batch_size": 1, "pad_to_multiple_of": 20, "loss_type": "dft"},
             {"accumulate": "exact"},
+            marks=tiny.knows_dft,
         ),
     ],
     ids=["padding-free", "bfd", "bfd, one row"],

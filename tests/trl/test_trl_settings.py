@@ -46,6 +46,27 @@ def test_settings_that_are_refused(tmp_path, changes, options, message):
     assert trainer.__dict__ == before
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fused": True}, "fused=True needs a layer's weight in backward"),
+        ({"layers": "all"}, r"only nn\.Linear layers .* also picks .*(norm|embed_tokens)"),
+        ({}, None),
+    ],
+)
+def test_zero3_measures_linear_layers_only(tmp_path, options, message, monkeypatch):
+    """The trainer is not DeepSpeed's: this is refused before training begins."""
+    trainer = tiny.grpo(tmp_path)
+    monkeypatch.setattr(type(trainer.accelerator), "deepspeed_plugin", SimpleNamespace(zero_stage=3))
+    before = dict(trainer.__dict__)
+    if message is None:
+        attach(trainer, **options).detach()
+    else:
+        with pytest.raises(ValueError, match=message):
+            attach(trainer, **options)
+    assert trainer.__dict__ == before
+
+
 @pytest.mark.parametrize("version", ["0.29.1", "1.0.0", "1.8.0", "1.17.0", "1.17.0.dev0", "2.9.0", "main"])
 def test_other_versions_of_trl_are_refused(tmp_path, version, monkeypatch):
     trainer = tiny.grpo(tmp_path)

@@ -1,4 +1,4 @@
-"""attach() with sharded parameters, gradients or optimizer states: FSDP2 and DeepSpeed ZeRO on two gloo processes.
+"""attach() where parameters or gradients are sharded: FSDP2 and DeepSpeed's ZeRO on two gloo processes.
 
 accelerate chooses both only where it finds GPUs. The workers tell it that its processes are of such a kind; what it and
 DeepSpeed then do to the model is their own. U is compared with brute force on a replica that is not sharded.
@@ -142,8 +142,8 @@ def under_zero(folder: str, stage: int) -> None:
     settings = zero(stage)
     for trainer in (
         supervised(folder, settings, batch_dim=0),
-        supervised(folder, settings, batch_dim=0, accumulate="exact"),
-        grpo(folder, settings, batch_dim=0),
+        supervised(folder, settings, batch_dim=0, accumulate="exact", fused=stage == 2),
+        grpo(folder, settings, batch_dim=0, layers="all" if stage == 2 else "last_attention"),
     ):
         assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
         assert trainer.model_wrapped.zero_optimization_stage() == stage

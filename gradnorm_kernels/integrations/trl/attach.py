@@ -31,6 +31,7 @@ from .validation import (
     check_version,
     grpo_plan,
     refuse_common,
+    refuse_zero3,
     row_tasks,
     sampling_strategy,
     sft_plan,
@@ -169,7 +170,9 @@ def attach(
                 "attach(...) measures only"
             )
         hooks = SftHooks(trainer, task_column, rows, row_scale=row_scale)
-    chosen = layers_beside_the_head(trainer.model, layers, bool(tracker_options.get("frozen")))
+    frozen = bool(tracker_options.get("frozen"))
+    chosen = layers_beside_the_head(trainer.model, layers, frozen)
+    refuse_zero3(trainer, select_layers(trainer.model, chosen, frozen).layers, fused)
     # A list of names stands for "all" here: what it picked up without being asked for is still left out, not refused.
     tracker_options.setdefault("unverified", "skip" if layers == "all" else "raise")
     tracker = GradNormTracker(trainer.model, chosen, fused=fused, **{"plan": plan, **tracker_options})

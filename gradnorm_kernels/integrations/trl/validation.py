@@ -9,6 +9,8 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from ...tracking.accumulate import StepPlan
+from ...tracking.layers import Layer
+from ...tracking.skipped import some
 from .loss_scale import GRPO_LOSSES, LOSS_TYPES, SFT_LOSSES, own_grpo_loss, own_sft_loss
 
 #: The first and the last minor version of TRL under which the integration tests pass. Before 1.9 the losses divide by
@@ -179,6 +181,26 @@ def refuse_common(trainer: Any) -> None:
         raise ValueError(
             "DeepSpeed does not reveal its fp16 loss scale, so gradients could not be measured in their own unit: use "
             "bf16"
+        )
+
+
+def refuse_zero3(trainer: Any, layers: Sequence[Layer], fused: bool) -> None:
+    """Refuse what cannot be measured where DeepSpeed's ZeRO-3 takes a layer's weights away after its forward.
+
+    Raises:
+        ValueError: names the argument, and the layers that are not linear.
+    """
+    plugin = getattr(trainer.accelerator, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    if fused:
+        raise ValueError("fused=True needs a layer's weight in backward, which ZeRO-3 has taken away: use fused=False")
+    others = [layer.name for layer in layers if layer.kind != "linear"]
+    if others:
+        raise ValueError(
+            f"under DeepSpeed's ZeRO-3 only nn.Linear layers can be measured; layers= also picks {some(others)}, whose "
+            "weights are not there when their gradients arrive: choose other layers (the default picks the "
+            "projections of the last attention), or use ZeRO-2 or FSDP2"
         )
 
 
