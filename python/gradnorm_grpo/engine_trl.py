@@ -549,6 +549,7 @@ class TrlTraining(Training):
                 self._line["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.model.device)
             self._add_gains(self._line)
             self._display.show(self._log(self._line))
+            self._remark_left_out()
         if self._finished or (self.settings.eval_steps and step % self.settings.eval_steps == 0):
             self.evaluate(step)
 

@@ -150,7 +150,7 @@ class Grpo:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf)
             if iteration == 0:
                 lr = self.scheduler.get_last_lr()[0]
-                line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **self.describe(batch, stats)}
+                line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **describe(batch, stats)}
                 if full and self.full_tracker is not None:
                     line |= _estimates(self.full_tracker.step(), FULL)
                 self.sampler.update(stats)
@@ -254,12 +254,6 @@ class Grpo:
             return None
         with torch.no_grad():
             return self.logprobs(self.reference, rollouts)
-
-    # What is logged
-
-    def describe(self, batch: Batch, stats: StepStats) -> Line:
-        """As :func:`describe`."""
-        return describe(batch, stats)
 
     def close(self) -> None:
         """Remove the trackers' hooks from the model."""

@@ -93,7 +93,8 @@ def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line],
         TASK_METRICS of all prompts by key, and the tasks' inner products and cosines.
     """
     names, model = list(grpo.tasks), grpo.model
-    tracker = GradNormTracker(model, "last_attention", accumulate="sketch", sketch_width=SKETCH_WIDTH)
+    # Decoders have the rows first. Said here, because the shapes of prompts of one token are not enough to tell.
+    tracker = GradNormTracker(model, "last_attention", accumulate="sketch", sketch_width=SKETCH_WIDTH, batch_dim=0)
     together = min(ROUND, max(2, grpo.settings.per_device_train_batch_size // grpo.settings.num_generations))
     done = 0
     found: list[Line] = []
@@ -216,7 +217,7 @@ def probe(settings: Settings, name: str, console: Console) -> Path:
                 batch = grpo.rollout([task for task in names for _ in range(count)])
                 _, stats = grpo.backward(batch, [], measure=True)
                 model.zero_grad(set_to_none=True)
-                record({"kind": "probe", "step": number, **grpo.describe(batch, stats)}, display)
+                record({"kind": "probe", "step": number, **describe(batch, stats)}, display)
     finally:
         log.close()
         grpo.close()

@@ -270,11 +270,6 @@ class Settings:
             raise UserError("gradient_checkpointing works with share_prompt=false only: it drops the prompt's cache")
         if self.final_probe_prompts == 1:
             raise UserError("final_probe_prompts must be 0 or at least 2, got 1: U takes pairs of prompts")
-        if self.final_probe_prompts and not self.track:
-            raise UserError(
-                f"final_probe_prompts={self.final_probe_prompts} measures gradients, which track=false turns off: set "
-                "it to 0"
-            )
         if self.trl and self.engine != "trl":
             raise UserError(
                 f"trl holds {', '.join(map(str, self.trl))}, which only engine 'trl' uses: set engine to trl, or leave "

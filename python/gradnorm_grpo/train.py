@@ -164,7 +164,7 @@ class Training:
     def __init__(self, settings: Settings, name: str, console: Console) -> None:
         """Reads what is there and what was asked for; nothing is written or changed."""
         self.settings, self.console = settings, console
-        self.interrupted = False
+        self.interrupted = self._told = False
         self.started = time.monotonic()
         self.checkpoint = self._checkpoint_to_resume(name)
         self.before = read_info(self.checkpoint.parent) if self.checkpoint else None
@@ -208,6 +208,13 @@ class Training:
 
     def _remark(self, text: str) -> None:
         self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    def _remark_left_out(self) -> None:
+        """Say once which generated questions did not fit."""
+        long = [task.name for task in self.tasks if task.questions is None and task.left_out]
+        if long and not self._told:
+            self._told = True
+            self._remark(f"generated questions longer than max_prompt_length are left out: {', '.join(long)}")
 
     def _checkpoint_to_resume(self, name: str) -> Path | None:
         wanted = self.settings.resume_from_checkpoint
@@ -353,7 +360,7 @@ class LoopTraining(Training):
 
     def _loop(self) -> None:
         settings, grpo, planner = self.settings, self.grpo, self.planner
-        names, told = [task.name for task in self.tasks], False
+        names = [task.name for task in self.tasks]
         stop, done = Interruption(), grpo.step_number >= planner.plan.steps
         with stop.watch(), Display(self.console, "step", names, planner.plan.steps, grpo.step_number) as display:
             while not done and not stop.requested:
@@ -363,10 +370,7 @@ class LoopTraining(Training):
                 display.show(self._log(line))
                 self._plan(line, time.monotonic() - began)
                 display.expect(planner.plan.steps)
-                long = [task.name for task in self.tasks if task.questions is None and task.left_out]
-                if long and not told:
-                    told = True
-                    self._remark(f"generated questions longer than max_prompt_length are left out: {', '.join(long)}")
+                self._remark_left_out()
                 step, out_of_time = grpo.step_number, 0 < 60 * settings.max_minutes <= self.seconds
                 done = step >= planner.plan.steps or out_of_time
                 if out_of_time:

@@ -85,6 +85,8 @@ def test_every_setting_of_grpo_config_arrives_there(tmp_path: Path) -> None:
         ({"full_steps": 2}, "full_steps=2 cannot be combined with engine 'trl'"),
         ({"share_prompt": "true", "loss_type": "grpo"}, "share_prompt='true' cannot be combined with engine 'trl'"),
         ({"generation_batch_size": 8}, "generation_batch_size=8 cannot be combined with engine 'trl'"),
+        ({"plan_minutes": 5.0}, "plan_minutes=5.0 cannot be combined with engine 'trl'"),
+        ({"final_probe_prompts": 4}, "final_probe_prompts=4 cannot be combined with engine 'trl'"),
         ({"max_steps": 0}, "max_steps must be at least 1 with engine 'trl'"),
     ],
 )
@@ -96,7 +98,9 @@ def test_what_the_engine_cannot_honour_is_refused_by_name(change: dict[str, Any]
 
 def test_the_cases_above_are_all_that_the_table_refuses() -> None:
     refused = {name for name, place in SETTINGS.items() if place.how == "refused"}
-    assert refused == {"track", "full_steps", "share_prompt", "generation_batch_size"}
+    assert refused == {
+        *("track", "full_steps", "share_prompt", "generation_batch_size", "plan_minutes", "final_probe_prompts"),
+    }
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from gradnorm_grpo.runlog import read_run
 
 from .trl_launch import lines
 
+pytestmark = pytest.mark.timeout(900)  # for the first, which waits for the runs
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("compare", "maximum")
 TIMED = ("time", "rollout_seconds", "update_seconds")
@@ -92,14 +93,14 @@ def test_a_run_folder_is_as_the_loop_writes_it(runs: Path) -> None:
 def test_a_run_killed_between_checkpoints_goes_on_bit_for_bit(runs: Path) -> None:
     assert codes(runs, "whole") == [0] and codes(runs, "killed") == [-9] and codes(runs, "again") == [0]
     whole, again = lines(runs / "whole"), lines(runs / "killed")
-    assert [line["step"] for line in again] == list(range(1, 9))
+    assert [line["step"] for line in again] == list(range(1, 7))
     assert [untimed(line) for line in again] == [untimed(line) for line in whole]
     # There is something to restore: the sampler's averages and the model that the warm start ended with.
     assert len({line["tasks/compare/sampling_prob"] for line in whole}) > 1
     assert whole[-1]["trl/kl"] > 0 and (runs / "killed" / "reference.safetensors").is_file()
-    assert [path.name for path in checkpoints(runs / "whole")] == ["checkpoint-8", "checkpoint-16"]
+    assert [path.name for path in checkpoints(runs / "whole")] == ["checkpoint-6", "checkpoint-12"]
     assert untimed(lines(runs / "killed", "eval")[-1]) == untimed(lines(runs / "whole", "eval")[-1])
-    assert "settings changed since: max_steps 40 -> 8" in said(runs, "again", 0, "out")
+    assert "settings changed since: max_steps 40 -> 6" in said(runs, "again", 0, "out")
 
 
 def test_an_error_of_one_process_ends_all_with_one_message(runs: Path) -> None:

@@ -150,7 +150,7 @@ def main(folder: Path) -> None:
     Launch(folder, "two", [train("two", *half)] * 2, "completions").wait()
     wrong = ["train", "--config", str(other), "--output_dir", str(folder / "wrong")]
     Launch(folder, "wrong", [train("wrong", *half), wrong]).wait()
-    long = ("--max_steps", "40", "--save_steps", "4", "--save_total_limit", "20")
+    long = ("--max_steps", "40", "--save_steps", "3", "--save_total_limit", "20")
     # With all that a checkpoint has to hold: a sampler that follows U, several updates on a generation, a reference.
     follow = (
         "--sampling_strategy",
@@ -164,12 +164,12 @@ def main(folder: Path) -> None:
     )
     follow += ("--warm_start_steps", "2", "--warm_start_examples", "8", "--warm_start_batch_size", "4")
     follow += ("--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2")
-    whole = train("whole", *follow, "--max_steps", "8", "--save_steps", "4")
+    whole = train("whole", *follow, "--max_steps", "6", "--save_steps", "3")
     Launch(folder, "whole", [whole], "rewards").wait()
     killed = Launch(folder, "killed", [train("killed", *follow, *long)], "rewards")
-    killed.send(signal.SIGKILL, [0], lambda: len(lines(folder / "killed")) >= 6)
+    killed.send(signal.SIGKILL, [0], lambda: len(lines(folder / "killed")) >= 5)
     killed.wait()
-    again = ["train", "--resume", str(folder / "killed" / "checkpoint-8"), "--max_steps", "8"]
+    again = ["train", "--resume", str(folder / "killed" / "checkpoint-6"), "--max_steps", "6"]
     Launch(folder, "again", [again], "rewards").wait()
     lost = Launch(folder, "lost", [train("lost", *half, *long)] * 2)
     lost.send(signal.SIGKILL, [1], lambda: len(lines(folder / "lost")) >= 2)

@@ -79,7 +79,7 @@ def same(found: gk.StepStats, right: gk.StepStats, tolerance: float = 1e-9) -> N
     assert set(found) == set(right), (found.tasks, right.tasks)
     for task in right:
         a, b = found[task], right[task]
-        assert (a.n, a.std_error_method) == (b.n, b.std_error_method), (a, b)
+        assert (a.n, a.n_effective, a.std_error_method) == (b.n, b.n_effective, b.std_error_method), (a, b)
         for name in ("sq_norm", "std_error", "noise_scale", "plug_in", "mean_sq_norm", "pair_weight"):
             x, y = getattr(a, name), getattr(b, name)
             assert abs(x - y) <= tolerance * abs(y) or (x != x and y != y), (task, name, x, y)

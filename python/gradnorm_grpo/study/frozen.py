@@ -25,7 +25,7 @@ from gradnorm_kernels.estimation.metrics import gradient_metrics, task_key
 
 from ..errors import UserError
 from ..folder import describe_run
-from ..loop import Batch, Grpo
+from ..loop import Batch, Grpo, describe
 from ..numbers import fixed, significant
 from ..probe import untrained
 from ..runlog import FULL, LOG_FILE, RUN_FILE, SUMMARY_FILE, Line, RunLog, plain, read_log, write_json
@@ -139,7 +139,7 @@ def _part(grpo: Grpo, batch: Batch, trackers: Mapping[str, GradNormTracker]) -> 
     grpo.model.zero_grad(set_to_none=True)
     task = batch.tasks[0]
     own = dataclasses.replace(batch, sampling={task: batch.sampling[task]})
-    line = grpo.describe(own, StepStats())
+    line = describe(own, StepStats())
     values = {key: value for key, value in line.items() if key.startswith("tasks/")}
     for prefix, tracker in trackers.items():
         for name, gradient in tracker.step().items():
