@@ -158,7 +158,7 @@ WORKERS: dict[str, Callable[[str], None]] = {
 
 
 @pytest.mark.parametrize(
-    "worker", [name if name == "fsdp2" else pytest.param(name, marks=needs_deepspeed) for name in WORKERS]
+    "worker", [pytest.param(name, marks=pytest.mark.slow if name == "fsdp2" else needs_deepspeed) for name in WORKERS]
 )
 def test_two_processes(tmp_path: Path, worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
