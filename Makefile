@@ -117,11 +117,12 @@ $(VERL)/.installed: tests/verl/constraints.txt
 test-verl: $(VERL)/.installed
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VERL)/bin/python -m pytest tests/verl $(ARGS)
 
-# The pinned TRL is tested by `make test`. TRL 1.15 launches Triton kernels on a CPU too: they are interpreted.
+# The pinned TRL is tested by `make test`. Older ones need jmespath for environments. TRL 1.15 launches Triton kernels on
+# a CPU too: they are interpreted.
 test-trl-versions: setup
 	@for pair in "1.9.2 0" "1.15.0 1"; do set -- $$pair; \
 	  folder=build/trl-$$1; echo "test-trl-versions: TRL $$1"; \
-	  test -d $$folder/trl || $(PIP) --no-deps --target $$folder trl==$$1 || exit 1; \
+	  test -d $$folder/trl || $(PIP) --no-deps --target $$folder trl==$$1 jmespath || exit 1; \
 	  TRITON_INTERPRET=$$2 PYTHONPATH=$$folder $(PYTEST) $(BY_FILE) tests/trl $(ARGS) || exit 1; \
 	done
 
