@@ -24,7 +24,10 @@ WANTED: dict[str, dict[str, bool]] = {
 COMBINATIONS = [(dtype, algorithm) for dtype in DTYPES for algorithm in ALGORITHMS]
 TURNS = [
     pytest.param(
-        trap, *combination, marks=[pytest.mark.slow] * ((i + j) % len(COMBINATIONS) != 0), id="-".join(map(str, (trap, *combination)))
+        trap,
+        *combination,
+        marks=[pytest.mark.slow] * ((i + j) % len(COMBINATIONS) != 0),
+        id="-".join(map(str, (trap, *combination))),
     )
     for i, trap in enumerate(TRAPS)
     for j, combination in enumerate(COMBINATIONS)
