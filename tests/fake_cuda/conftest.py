@@ -33,3 +33,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[Fake
     """A machine with two GPUs on which Triton runs."""
     with install(monkeypatch, library) as fake:
         yield fake
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, host: Host) -> Iterator[FakeCuda]:
+    """A machine with two GPUs on which both compiled backends run."""
+    with install(monkeypatch, library, host) as fake:
+        yield fake

@@ -6,7 +6,6 @@ to the tensors' device and to the current stream, and the numbers are the refere
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from typing import Any
 
@@ -17,9 +16,8 @@ from torch import Tensor
 from gradnorm_kernels import dispatch, ops, reference, traps
 from gradnorm_kernels.traps import ALGORITHMS, Case
 from gradnorm_kernels.tuning import costs as tuning
-from tests.cuda_host.build import Host
 from tests.fake_cuda.device import CudaTensor, FakeCuda
-from tests.fake_cuda.launches import install, other_defaults
+from tests.fake_cuda.launches import other_defaults
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"num_samples": 4, "num_groups": 3}
@@ -64,10 +62,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL, host: Host) -> Any:
-    """A machine with two GPUs on which both compiled backends run."""
-    with install(monkeypatch, library, host) as fake:
-        yield fake
+def fake(both: FakeCuda) -> FakeCuda:
+    """Both compiled backends run."""
+    return both
 
 
 def on(fake: FakeCuda, case: Case, device: str = "cuda:0", ids: str | None = None) -> Case:
