@@ -526,6 +526,22 @@ class GradNormTracker:
             self.running.setdefault(task, RunningEstimate()).update(gradient)
         return stats
 
+    def discard(self) -> None:
+        """Forget the micro-batches since the last :meth:`step`, as where the optimizer's step is skipped.
+
+        No estimate is made of them, and ``running`` stays. What they showed of the layers (where the rows lie, that
+        the formulas hold) is kept: a small batch, discarded, spares a large one the forwards of the verification. With
+        several ranks every one of them discards; nothing is communicated.
+
+        Raises:
+            RuntimeError: inside :meth:`microbatch`.
+        """
+        if self._recorder is not None:
+            raise RuntimeError("tracker.microbatch(...) is open: close the block before discard()")
+        # A layer that a small batch did not reach, as an expert's, is looked for again.
+        self._unplaced = self._probes and not all(self._placements.knows(layer) for layer in self._layers)
+        self._reset(next_step=False)
+
     def _reset(self, *, next_step: bool) -> None:
         self._parts, self._task_index = [], {}
         self._samples.reset()

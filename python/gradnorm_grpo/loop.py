@@ -20,11 +20,12 @@ from gradnorm_kernels import GradNormTracker, StepPlan, StepStats
 from gradnorm_kernels.control.balancer import TaskBalancer
 from gradnorm_kernels.estimation.metrics import gradient_metrics, task_key
 
+from .checkpoint import random_state, restore_random_state
 from .errors import UserError
 from .mixture import Mixture
 from .models import adamw, mixed_precision
 from .objective import advantages, row_weights, token_losses
-from .rollout import Prompter, Rollouts, completion_logprobs, completion_texts, generate
+from .rollout import Prompter, Rollouts, completion_logprobs, completion_texts, generate, pad
 from .runlog import FULL, Line, pair_metrics, task_metrics
 from .settings import Settings
 from .tasks import Example, Task
@@ -130,6 +131,46 @@ class Grpo:
         except (ValueError, ImportError) as error:
             raise UserError(f"a setting does not fit: {error}") from error
         self.step_number = 0
+        self._verify()
+
+    def _verify(self) -> None:
+        """Let the trackers verify the measured layers on a few tokens, whose measurement is discarded.
+
+        The verification takes several forwards: in the first step they would be those of a whole batch. A layer that
+        cannot be measured is named here, before the warm start.
+        """
+        watching = [tracker for tracker in (self.tracker, self.full_tracker) if tracker is not None]
+        if not watching:
+            return
+        device = next(iter(self.parameters)).device
+        before = random_state(device)
+        try:
+            self.accumulate(self._few_tokens(device), [], watching)
+        except RuntimeError as error:
+            raise UserError(f"tracker_layers {self.settings.tracker_layers!r} cannot be measured: {error}") from error
+        finally:
+            restore_random_state(before, device)
+            self.optimizer.zero_grad(set_to_none=True)
+            for tracker in watching:
+                tracker.discard()
+
+    def _few_tokens(self, device: torch.device) -> Batch:
+        """Short prompts with groups of three-token completions, made of the tasks' first questions."""
+        group = self.settings.num_generations
+        count = min(4, self.settings.per_device_train_batch_size // group)
+        names = [list(self.tasks)[i % len(self.tasks)] for i in range(count)]
+        examples = [Example(self.tasks[name].preview(1 + i)[-1], "") for i, name in enumerate(names)]
+        tokens = [self.prompter.tokens(name, example) for name, example in zip(names, examples, strict=True)]
+        # As many tokens as rows could not be told from them.
+        longest = next(n for n in range(14, 20) if not {n - 1, n, n + 2} & {count, count * group})
+        prompts = [(row * longest)[: longest - i] for i, row in enumerate(tokens)]
+        completions = [[row[(2 * j + k) % len(row)] for k in range(3)] for row in prompts for j in range(group)]
+        prompt_ids, prompt_mask = pad(prompts, self.tokenizer.pad_token_id, "left", device)
+        completion_ids, completion_mask = pad(completions, self.tokenizer.pad_token_id, "right", device)
+        ended = torch.ones(len(completions), dtype=torch.bool, device=device)
+        rollouts = Rollouts(prompt_ids, prompt_mask, completion_ids, completion_mask, ended, group)
+        signs = torch.tensor([(-1.0) ** j for j in range(group)]).expand(count, group)
+        return Batch(names, examples, rollouts, torch.zeros(count, group), signs, {})
 
     # One step, from prompts to update
 

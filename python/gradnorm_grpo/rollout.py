@@ -53,12 +53,13 @@ class Prompter:
 
     def ids(self, task: str, example: Example) -> list[int]:
         """The prompt's token ids."""
-        ids = self._tokens(task, example)
+        ids = self.tokens(task, example)
         if fault := self._fault(ids):
             raise UserError(f"a prompt of task {task!r} {fault}")
         return ids
 
-    def _tokens(self, task: str, example: Example) -> list[int]:
+    def tokens(self, task: str, example: Example) -> list[int]:
+        """The prompt's token ids, however many they are."""
         ids: list[int] = self.tokenizer(self.text(task, example), add_special_tokens=False)["input_ids"]
         return ids
 
@@ -84,7 +85,7 @@ class Prompter:
         for task in tasks:
 
             def fits(example: Example, name: str = task.name) -> bool:
-                return self._fault(self._tokens(name, example)) is None
+                return self._fault(self.tokens(name, example)) is None
 
             questions = list(dict.fromkeys(task.questions or task.preview(GENERATED_CHECKED)))
             faults: list[str] = []

@@ -25,7 +25,9 @@ from .settings import Settings
 from .tasks import Task
 from .tasks.rows import data_hashes
 
-_FORMAT = 2  # raise when the procedure below changes: it is part of the key
+_FORMAT = 3  # raise when the procedure below changes: it is part of the key
+PADDING = 200  # tokens of padding that cost no more than another pass
+Pair = tuple[list[int], list[int]]  # the token ids of a prompt, and of its answer
 _SETTINGS = (
     *("model", "dtype", "bf16", "train_layers", "tiny_hidden_size", "tiny_layers", "seed"),
     *("tasks", "prompt_template", "system_prompt", "few_shot", "eval_prompts", "max_prompt_length"),
@@ -99,14 +101,17 @@ def warm_start(
     order = _batches(len(pairs), settings.warm_start_batch_size, settings.warm_start_steps, settings.seed)
     model.train()
     for step, batch in enumerate(order, 1):
-        with mixed_precision(settings, model.device):
-            loss = _answer_loss(model, [pairs[i] for i in batch], tokenizer.pad_token_id)
-        loss.backward()
+        loss = 0.0
+        for part in _by_length([pairs[i] for i in batch]):
+            with mixed_precision(settings, model.device):
+                part_loss = _answer_loss(model, part, tokenizer.pad_token_id) * (len(part) / len(batch))
+            part_loss.backward()
+            loss += float(part_loss.detach())
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        wanted = on_step(step, float(loss.detach()))
+        wanted = on_step(step, loss)
         if wanted is not None and max(step, wanted) < total:
             total = max(step, wanted)
             schedule = one_cycle(step, total)
@@ -126,7 +131,24 @@ def _batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
     return [indices[i * size : (i + 1) * size] for i in range(steps)]
 
 
-def _answer_loss(model: Any, pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> torch.Tensor:
+def _by_length(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The pairs in parts of similar length, each padded by itself: tasks differ in the length of their prompts."""
+    parts: list[list[Pair]] = []
+    room = 0
+    for pair in sorted(pairs, key=_length, reverse=True):
+        room -= _length(parts[-1][0]) - _length(pair) if parts else 0
+        if not parts or room < 0:
+            parts.append([])
+            room = PADDING
+        parts[-1].append(pair)
+    return parts
+
+
+def _length(pair: Pair) -> int:
+    return len(pair[0]) + len(pair[1])
+
+
+def _answer_loss(model: Any, pairs: Sequence[Pair], pad_id: int) -> torch.Tensor:
     """Mean over the examples of the mean cross-entropy of the answer's tokens."""
     width = max(len(answer) for _, answer in pairs)
     ids, mask = pad([prompt + answer for prompt, answer in pairs], pad_id, "left", model.device)

@@ -362,3 +362,59 @@ def test_a_nan_row_stays_in_its_task(model: nn.Module, data: tuple[Tensor, Tenso
     stats = tracker.step()
     assert math.isnan(stats["x"].sq_norm)
     assert math.isfinite(stats["y"].sq_norm) and math.isfinite(stats["y"].std_error)
+
+
+@pytest.mark.parametrize("accumulate", ["pairs", "exact", "sketch", "auto"])
+def test_what_is_discarded_leaves_nothing_but_the_verification(model: nn.Module, accumulate: str) -> None:
+    """A small batch, discarded: the next step is as in a fresh tracker, and the model runs once per forward."""
+    small, (ids, mask) = batch(4, 5, "right", seed=3), batch(ROWS, 8, "right")
+    found = {}
+    calls: list[str] = []
+    for discards in (False, True):
+        tracker = gk.GradNormTracker(model, accumulate=accumulate)
+        if discards:
+            run(tracker, model, *small, TASKS[:4], samples=["a", "b", "c", "d"])
+            tracker.discard()
+            assert tracker.running == {}
+            tracker.state_dict()  # nothing waits for a step
+        calls.clear()
+        counter = model.register_forward_pre_hook(lambda *_: calls.append("forward"))
+        run(tracker, model, ids, mask, samples=["a", "b", "c", "d", "e", "f"])
+        counter.remove()
+        found[discards] = tracker.step()["t"]
+        tracker.close()
+        assert (len(calls) == 1) is discards
+    assert found[True] == found[False]
+
+
+def test_a_layer_that_was_not_called_before_the_discard_is_looked_for_again() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, second: bool) -> Tensor:
+            # The layer sees the rows in its second dimension, which only the probe finds out.
+            return self.b(x.transpose(0, 1)).transpose(0, 1) if second else self.a(x)
+
+    model = Branch()
+    tracker = gk.GradNormTracker(model, "all")
+    x = torch.randn(5, 3, 4)
+    with warnings.catch_warnings(), tracker.microbatch(["t"] * 5):
+        warnings.simplefilter("ignore")
+        model(x, False).square().mean((1, 2)).mean().backward()
+    tracker.discard()
+    model.zero_grad()
+    with tracker.microbatch(["t"] * 5):
+        model(x, True).square().mean((1, 2)).mean().backward()
+    rows = [
+        torch.autograd.grad(model(x[r : r + 1], True).square().mean(), list(model.b.parameters())) for r in range(5)
+    ]
+    truth = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    assert tracker.step()["t"].sq_norm == pytest.approx(u_statistic(truth), rel=1e-5)
+
+
+def test_discard_inside_a_micro_batch_is_refused(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    tracker = gk.GradNormTracker(model)
+    with pytest.raises(RuntimeError, match="close the block before discard"), tracker.microbatch(TASKS):
+        tracker.discard()
