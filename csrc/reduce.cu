@@ -103,7 +103,7 @@ __device__ __forceinline__ void finish_norms(const Finish& args, bool valid) {
   }
 }
 
-// The part of this lane in the inner product of two groups, from what gram_sm80 left pairwise.
+// The part of this lane in the inner product of two groups, from what gram_sm80 left pairwise. Ranks ascend with the groups.
 __device__ __forceinline__ double pair_sum(const Finish& args, int a, int b) {
   const Tiles rows(args.group_span, a), columns(args.group_span, b);
   const int width = columns.last - columns.first + 1;
