@@ -128,6 +128,43 @@ void call(const py::kwargs& given) {
   launch(args, stream);
 }
 
+void visit(Fields& field, gradnorm::Schedule& args) {
+  field("start", args.start);
+  field("end", args.end);
+  field("sample", args.sample);
+  field("group", args.group);
+  field("valid", args.valid);
+  field("wide", args.wide);
+  field("segments", args.segments);
+  field("samples", args.samples);
+  field("groups", args.groups);
+  field("tokens", args.tokens);
+  field("length", args.length);
+  field("gram_tokens", args.gram_tokens);
+  field("splits", args.splits);
+  field("anywhere", args.anywhere);
+  field("stored", args.stored);
+  field("inner", args.inner);
+  field("workspace", args.workspace);
+  field("spans", args.spans);
+  field("info", args.info);
+  field("state", args.state);
+  field("segment_start", args.segment_start);
+  field("segment_end", args.segment_end);
+  field("segment_sample", args.segment_sample);
+  field("segment_group", args.segment_group);
+  field("split_start", args.split_start);
+  field("split_first", args.split_first);
+  field("split_last", args.split_last);
+  field("outer", args.outer);
+  field("inner_sample", args.inner_sample);
+  field("token_row", args.token_row);
+  field("sample_rank", args.sample_rank);
+  field("group_rank", args.group_rank);
+  field("sample_span", args.sample_span);
+  field("group_span", args.group_span);
+}
+
 void visit(Fields& field, gradnorm::WgradNorm& args) {
   field("x", args.x);
   field("dy", args.dy);
@@ -168,52 +205,68 @@ void visit(Fields& field, gradnorm::Gram& args) {
   field("d_out", args.d_out);
   field("token_row", args.token_row);
   field("token_rank", args.token_rank);
+  field("count", args.count);
   field("reach", args.reach);
   field("pairwise", args.pairwise);
   field("partials", args.partials);
   field("partial", args.partial);
-}
-
-void visit(Fields& field, gradnorm::ColumnSums& args) {
-  field("partial", args.partial);
-  field("rows", args.rows);
-  field("columns", args.columns);
-  field("out", args.out);
-}
-
-void visit(Fields& field, gradnorm::GramSums& args) {
-  field("partial", args.partial);
-  field("rank_begin", args.rank_begin);
-  field("rank_sample", args.rank_sample);
-  field("ranks", args.ranks);
-  field("samples", args.samples);
-  field("reach", args.reach);
-  field("partials", args.partials);
-  field("pairwise", args.pairwise);
-  field("out", args.out);
 }
 
 void visit(Fields& field, gradnorm::SplitFixup& args) {
   field("workspace", args.workspace);
   field("elements", args.elements);
+  field("split_start", args.split_start);
   field("split_first", args.split_first);
   field("split_last", args.split_last);
   field("outer", args.outer);
+  field("inner_sample", args.inner_sample);
+  field("inner", args.inner);
+  field("samples", args.samples);
   field("groups", args.groups);
-  field("outer_groups", args.outer_groups);
+  field("sample_sq", args.sample_sq);
   field("group_sq", args.group_sq);
-  field("outer_sq", args.outer_sq);
   field("sums", args.sums);
+  field("width", args.width);
   field("type", args.type);
   field("weight_grad", args.weight_grad);
+}
+
+void visit(Fields& field, gradnorm::Finish& args) {
+  field("state", args.state);
+  field("info", args.info);
+  field("samples", args.samples);
+  field("groups", args.groups);
+  field("wgrad_samples", args.wgrad_samples);
+  field("wgrad_groups", args.wgrad_groups);
+  field("wgrad_rows", args.wgrad_rows);
+  field("fixup_samples", args.fixup_samples);
+  field("fixup_groups", args.fixup_groups);
+  field("fixup_rows", args.fixup_rows);
+  field("gram_samples", args.gram_samples);
+  field("sample_span", args.sample_span);
+  field("sample_reach", args.sample_reach);
+  field("gram_groups", args.gram_groups);
+  field("group_span", args.group_span);
+  field("group_reach", args.group_reach);
+  field("pairs", args.pairs);
+  field("partials", args.partials);
+  field("products", args.products);
+  field("slabs", args.slabs);
+  field("first", args.first);
+  field("last", args.last);
+  field("sample_sq", args.sample_sq);
+  field("group_sq", args.group_sq);
+  field("group_gram", args.group_gram);
+  field("weight_grad", args.weight_grad);
+  field("d_in", args.d_in);
 }
 
 void visit(Fields& field, gradnorm::TokenSums& args) {
   field("values", args.values);
   field("token_row", args.token_row);
-  field("rank_begin", args.rank_begin);
-  field("rank_sample", args.rank_sample);
-  field("ranks", args.ranks);
+  field("sample_span", args.sample_span);
+  field("info", args.info);
+  field("samples", args.samples);
   field("out", args.out);
 }
 
@@ -227,15 +280,15 @@ std::vector<int> columns(const gradnorm::WgradTile (&tiles)[kCount]) {
 void bind_cuda(py::module_& m) {
   using namespace gradnorm;
   m.def("driver_version", &driver_version);
+  m.def("schedule", &call<Schedule, &schedule>);
   m.def("wgrad_norm_sm80", &call<WgradNorm, &wgrad_norm_sm80>);
   m.def("wgrad_norm_sm90", &call<WgradNorm, &wgrad_norm_sm90>);
   m.def("wgrad_norm_sm80_rows", &wgrad_norm_sm80_rows, py::arg("d_in"), py::arg("d_out"), py::arg("block_n"));
   m.def("wgrad_norm_sm90_rows", &wgrad_norm_sm90_rows, py::arg("d_in"), py::arg("d_out"), py::arg("block_n"));
   m.def("gram_sm80", &call<Gram, &gram_sm80>);
-  m.def("column_sums", &call<ColumnSums, &column_sums>);
-  m.def("gram_sums", &call<GramSums, &gram_sums>);
   m.def("split_fixup", &call<SplitFixup, &split_fixup>);
-  m.def("split_fixup_rows", &split_fixup_rows, py::arg("elements"));
+  m.def("split_fixup_rows", &split_fixup_rows, py::arg("width"));
+  m.def("finish", &call<Finish, &finish>);
   m.def("token_sums", &call<TokenSums, &token_sums>);
   m.attr("GRAM_TILE") = kGramTile;
   py::dict tiles;  // architecture -> the columns of the tiles that its wgrad is compiled for

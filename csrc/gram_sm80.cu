@@ -29,11 +29,11 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) { return row * kRowB
 // A thread's share of bringing tokens in: 8 chunks of 8 columns a step, half of a token's row of either operand.
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const Gram& args, SharedAddress shared, int row_tile, int column_tile)
+  __device__ __forceinline__ Loader(const Gram& args, int tokens, SharedAddress shared, int row_tile, int column_tile)
       : args_(args), shared_(shared) {
-    const int within = threadIdx.x / 2;
-    row_[0] = token_row(row_tile * kTile + within);
-    row_[1] = token_row(column_tile * kTile + within);
+    const int row = row_tile * kTile + threadIdx.x / 2, column = column_tile * kTile + threadIdx.x / 2;
+    row_[0] = row < tokens ? load_global(args.token_row + row) : -1;
+    row_[1] = column < tokens ? load_global(args.token_row + column) : -1;
   }
 
   // Starts the copies of a step: of dy from step x_steps on. Every call ends a group of copies.
@@ -59,10 +59,6 @@ class Loader {
   }
 
  private:
-  __device__ __forceinline__ int64_t token_row(int token) const {
-    return token < args_.tokens ? load_global(args_.token_row + token) : -1;
-  }
-
   const Gram& args_;
   SharedAddress shared_;
   int64_t row_[2];
@@ -147,14 +143,12 @@ __device__ __forceinline__ void write_sums(const Gram& args, SharedAddress share
 
 template <int kType>
 __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant__ Gram args) {
-  const int tiles = (args.tokens + kTile - 1) / kTile;
+  const int tokens = load_global(args.count), tiles = (tokens + kTile - 1) / kTile;
   const int row_tile = blockIdx.x / args.reach, column_tile = row_tile + blockIdx.x % args.reach;
   if (column_tile >= tiles) return;
-  // Ranks ascend, and behind the last token they are -1.
-  const int last_row = min(args.tokens, (row_tile + 1) * kTile) - 1;
-  const int last_rank = load_global(args.token_rank + last_row), first_rank = load_global(args.token_rank + column_tile * kTile);
-  if (first_rank < 0) return;
-  if (!args.pairwise && last_rank >= 0 && last_rank < first_rank) return;
+  // Ranks ascend: where the rows' last one is below the columns' first one, nothing meets.
+  const int last_row = min(tokens, (row_tile + 1) * kTile) - 1;
+  if (!args.pairwise && load_global(args.token_rank + last_row) < load_global(args.token_rank + column_tile * kTile)) return;
 
   const SharedAddress shared = shared_base();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -168,10 +162,10 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
 
   {
     const int token = (threadIdx.x < kTile ? row_tile * kTile : column_tile * kTile) + threadIdx.x % kTile;
-    const int rank = token < args.tokens ? load_global(args.token_rank + token) : -1;
+    const int rank = token < tokens ? load_global(args.token_rank + token) : -1;
     store_shared_int(shared + kRanksAt + threadIdx.x * 4, rank);
   }
-  Loader loader(args, shared, row_tile, column_tile);
+  Loader loader(args, tokens, shared, row_tile, column_tile);
   float x_products[2][4][4] = {}, dy_products[2][4][4] = {};
   for (int step = 0; step < kStages - 1; ++step) loader.issue(step, x_steps, steps);
   for (int step = 0; step < steps; ++step) {

@@ -57,6 +57,54 @@ int driver_version();
 // The CUDA launchers. Pointers are to device memory of the current device; a stream is a cudaStream_t (null: the default
 // stream). Nothing is allocated, nothing waits for the device, so every launch can be captured in a graph.
 //
+// The prologue of a call, one block: checks cu_seqlens and makes the tables that the other launches read.
+//
+// Segments are in the order of (group, sample), and the segments of a sample lie together. Empty ones are left out of every
+// table. The plain form has sample i in segment i and one group; its cu_seqlens are checked here. Where values are wrong
+// the first segment gets all rows, and `finish` makes every result NaN.
+struct Schedule {
+  const void* start;      // [segments] int64, the first row; plain: cu_seqlens [segments + 1], or null: `length` rows each
+  const int64_t* end;     // [segments] the row after the last one; null: the plain form
+  const int32_t* sample;  // [segments]; null in the plain form
+  const int32_t* group;   // [segments]; null in the plain form
+  const uint8_t* valid;   // [1] whether the values are in range, or null: they are, or they are checked here
+  bool wide;              // cu_seqlens are int64, not int32
+  int segments, samples, groups, tokens, length;
+  int gram_tokens;        // samples of at most so many tokens are for the Gram, the others for wgrad
+  int splits;             // of the tokens; 0: no tables for wgrad
+  bool anywhere;          // splits end anywhere, and the inner sums are those of samples; else between samples: of groups
+  bool stored;            // the groups' squares come from the split-K fix-up
+  int inner;              // inner sums: min(samples, segments) if `anywhere`, else groups
+
+  int32_t* workspace;     // [7, segments + 1]
+  int32_t* spans;         // [samples, 2] workspace
+  int32_t* info;          // [2] out: 1 if all values are in range, else 0; how many tokens are for the Gram
+  int32_t* state;         // [samples + groups] out: Source, where the squared norms of samples and groups are found
+
+  // For wgrad, as WgradNorm has them, with room for segments + splits.
+  int32_t* segment_start;
+  int32_t* segment_end;
+  int32_t* segment_sample;
+  int32_t* segment_group;  // the inner sum
+  int32_t* split_start;    // [splits + 1]
+  // For the split-K fix-up, as SplitFixup has them, or null.
+  int32_t* split_first;
+  int32_t* split_last;
+  int32_t* outer;
+  int32_t* inner_sample;
+
+  // For the Gram, as Gram and Span have them, or null.
+  int32_t* token_row;
+  int32_t* sample_rank;
+  int32_t* group_rank;
+  int32_t* sample_span;  // [samples, 3]
+  int32_t* group_span;   // [groups, 3]
+};
+void schedule(const Schedule& args, void* stream);
+
+// Where a squared norm is found: nowhere (it is 0), in the partial sums of wgrad_norm, of split_fixup, or of gram_sm80.
+enum Source : int { kAbsent = 0, kWgrad = 1, kFixup = 2, kGram = 3 };
+
 // Segments are in the order of (group, sample): rows segment_start[i] to segment_end[i] of x and dy, of group
 // segment_group[i]. Empty ones are skipped.
 struct WgradNorm {
@@ -72,10 +120,10 @@ struct WgradNorm {
   int segments, samples, groups;
   const int32_t* split_start;  // [splits + 1] split p takes segments split_start[p] to split_start[p + 1]: whole samples
   int splits;
-  float* sample_sq;    // [rows, samples] sums of squares per tile, zeroed by the caller
-  float* group_sq;     // [rows, groups] the same of the groups' sums, zeroed by the caller; null with workspace
+  float* sample_sq;    // [rows, samples] sums of squares per tile; of a sample that is not measured nothing is written
+  float* group_sq;     // [rows, groups] the same of the groups' sums; null with workspace
   float* workspace;    // [splits + groups - 1, d_out, d_in] or null: the sum of group g in split p goes to p + g, unique
-                       // because both ascend along the segments; zeroed by the caller. Needed if splits > 1
+                       // because both ascend along the segments; others stay as they are. Needed if splits > 1
   void* weight_grad;   // [d_out, d_in] in the type of x, or null; null with workspace
   float* running;      // [d_out, d_in] workspace for weight_grad of more than one group; else null
   int block_n;         // columns of d_in per tile, one of tiles.h
@@ -91,8 +139,8 @@ int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n);
 
 constexpr int kGramTile = 64;  // tokens at a side of a Gram tile
 
-// Tokens are counted in the order of their samples: token t is row token_row[t] of x and dy and belongs to the sample of
-// rank token_rank[t]; ranks ascend. Behind the last token that takes part both are -1.
+// Tokens are counted in the order of their samples: token t is row token_row[t] of x and dy and belongs to the sample (or
+// group) of rank token_rank[t]; ranks ascend. There are count[0] tokens that take part, at most `tokens`.
 struct Gram {
   const void* x;   // [rows, d_in], rows x_stride elements apart
   const void* dy;  // [rows, d_out], rows dy_stride elements apart
@@ -101,60 +149,87 @@ struct Gram {
   int tokens, d_in, d_out;
   const int32_t* token_row;   // [tokens]
   const int32_t* token_rank;  // [tokens]
+  const int32_t* count;       // [1]
   int reach;       // tiles of columns from the diagonal on that a tile of rows is paired with
   bool pairwise;   // all pairs of samples; else each with itself
   int partials;    // partial sums per side: tiles + ranks
   float* partial;  // pairwise: [partials, partials], on and right of the diagonal tile; else [partials, reach]: a sample's
-                   // tokens in a tile of rows with its tokens in a tile of columns; zeroed by the caller
+                   // tokens in a tile of rows with its tokens in a tile of columns; pairs that do not meet stay as they are
 };
 void gram_sm80(const Gram& args, void* stream);
 
-// Results in fp64, in a fixed order of summation.
-// out[c] = sum over r of partial[r, c]
-struct ColumnSums {
-  const float* partial;  // [rows, columns]
-  int64_t rows;
-  int columns;
-  double* out;           // [columns]
+// The tokens of a sample (or group) in the Gram's order, [begin, end), and its rank.
+struct Span {
+  int32_t begin, end, rank;
 };
-void column_sums(const ColumnSums& args, void* stream);
 
-// out[rank_sample[r]] = ||G||^2 (pairwise: out[rank_sample[r], rank_sample[s]] = <G, G'>) from what gram_sm80 left.
-struct GramSums {
-  const float* partial;        // as in Gram
-  const int32_t* rank_begin;   // [ranks + 1] the first token of each rank; a rank may be empty
-  const int32_t* rank_sample;  // [ranks] -1: the rank has no sample
-  int ranks, samples, reach, partials;
-  bool pairwise;
-  double* out;                 // [samples], or [samples, samples]; what no rank names stays as it is
-};
-void gram_sums(const GramSums& args, void* stream);
-
-// The split-K fix-up: the sums of groups over the splits, their squares, and the sum of all, from what wgrad_norm left in
-// `workspace`.
+// The split-K fix-up: the inner sums over the splits, their squares, the sums of outer groups, and the sum of all, from
+// what wgrad_norm left in `workspace`.
 struct SplitFixup {
-  const float* workspace;   // [splits + groups - 1, elements]
-  int64_t elements;         // d_out d_in
-  const int32_t* split_first;  // [groups] the splits that have segments of a group, first and last; first > last: none
-  const int32_t* split_last;   // [groups]
-  const int32_t* outer;     // [groups] ascending: which outer group a group belongs to
-  int groups, outer_groups;
-  float* group_sq;          // [rows, groups] sums of squares, rows as split_fixup_rows has them
-  float* outer_sq;          // [rows, outer_groups], zeroed by the caller
-  float* sums;              // [outer_groups, elements] or null: the outer groups' sums, zeroed by the caller
-  int type;                 // of weight_grad
-  void* weight_grad;        // [elements] or null: the sum of all
+  const float* workspace;      // [splits + inner - 1, elements]
+  int64_t elements;            // d_out d_in
+  const int32_t* split_start;  // [splits + 1] as in WgradNorm: a split without segments has left nothing
+  const int32_t* split_first;  // [inner] the splits that have segments of an inner sum, first and last; first > last: none
+  const int32_t* split_last;   // [inner]
+  const int32_t* outer;        // [inner] ascending: which group an inner sum belongs to
+  const int32_t* inner_sample; // [inner] whose squares an inner sum's are, -1: nobody's; null: inner sums are the groups'
+  int inner, samples, groups;
+  float* sample_sq;            // [rows, samples] or null: sums of squares, rows as split_fixup_rows has them
+  float* group_sq;             // [rows, groups]; groups without inner sums stay as they are
+  float* sums;                 // [groups, width] or null: the groups' sums, with zeros from `elements` on
+  int64_t width;               // at least `elements`
+  int type;                    // of weight_grad
+  void* weight_grad;           // [elements] or null: the sum of all
 };
-int64_t split_fixup_rows(int64_t elements);
+int64_t split_fixup_rows(int64_t width);
 void split_fixup(const SplitFixup& args, void* stream);
 
-// out[s] = sum over the tokens of a sample of values[row]; ranks as in GramSums.
+// The epilogue of a call, or of one of its passes over rows of the weight: squared norms and inner products in fp64, in a
+// fixed order of summation; NaN if values were out of range.
+struct Finish {
+  const int32_t* state;  // [samples + groups] Source
+  const int32_t* info;   // [1] 0: values were out of range
+  int samples, groups;
+
+  // kWgrad and kFixup: [rows, samples] and [rows, groups] each.
+  const float* wgrad_samples;
+  const float* wgrad_groups;
+  int64_t wgrad_rows;
+  const float* fixup_samples;
+  const float* fixup_groups;
+  int64_t fixup_rows;
+
+  // kGram: what gram_sm80 left of all rows of the weight. Spans are [samples] and [groups].
+  const float* gram_samples;
+  const int32_t* sample_span;
+  int sample_reach;
+  const float* gram_groups;
+  const int32_t* group_span;
+  int group_reach;
+
+  // Inner products of groups: what gram_sm80 left pairwise [partials, partials], or products [slabs, groups, groups] of
+  // the groups' sums; null where there is neither.
+  const float* pairs;
+  int partials;
+  const float* products;
+  int slabs;
+
+  bool first, last;     // the results hold nothing yet; nothing will be added to them
+  double* sample_sq;    // [samples]
+  double* group_sq;     // [groups]
+  double* group_gram;   // [groups, groups] or null; its diagonal is group_sq
+  void* weight_grad;    // [d_out, d_in] or null: its first row becomes NaN if values were out of range
+  int d_in;
+};
+void finish(const Finish& args, void* stream);
+
+// out[s] = sum over the tokens of a sample of values[row]; NaN if values were out of range.
 struct TokenSums {
   const double* values;        // [rows]
-  const int32_t* token_row;    // [tokens]
-  const int32_t* rank_begin;   // [ranks + 1]
-  const int32_t* rank_sample;  // [ranks]
-  int ranks;
+  const int32_t* token_row;    // as in Gram
+  const int32_t* sample_span;  // [samples] Span
+  const int32_t* info;         // as in Finish
+  int samples;
   double* out;                 // [samples]
 };
 void token_sums(const TokenSums& args, void* stream);

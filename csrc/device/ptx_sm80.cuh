@@ -26,6 +26,12 @@ __device__ __forceinline__ float load_shared_float(SharedAddress at) {
   return value;
 }
 
+__device__ __forceinline__ double load_shared_double(SharedAddress at) {
+  double value;
+  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(value) : "r"(at) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ int load_shared_int(SharedAddress at) {
   int value;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
@@ -43,6 +49,10 @@ __device__ __forceinline__ int4 load_shared_int4(SharedAddress at) {
 
 __device__ __forceinline__ void store_shared_float(SharedAddress at, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_double(SharedAddress at, double value) {
+  asm volatile("st.shared.f64 [%0], %1;" ::"r"(at), "d"(value) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_int(SharedAddress at, int value) {

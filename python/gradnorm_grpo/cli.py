@@ -1,4 +1,4 @@
-"""The command line: `train`, `probe`, `study`, `frozen`, `estimators`, `intervals` and `report`."""
+"""The command line: `train`, `probe`, `study`, `frozen`, `estimators`, `intervals`, `lags` and `report`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {
        train_grpo.py estimators --preset NAME [--setting value ...]  the estimators side by side on stored rollouts
        train_grpo.py intervals --preset NAME [--seeds 1 2 3] [--setting value ...]
                                                                   how often each interval of U holds it
+       train_grpo.py lags --preset NAME [--seeds 1 2 3] [--setting value ...]
+                                                                  how long a task's gradient keeps its direction
        train_grpo.py report DIR                                   a run's table and HTML report, or a study's answers
 
 settings, as options or as keys of the YAML file:
 """
-COMMANDS = ("train", "probe", "study", "frozen", "estimators", "intervals", "report")
+COMMANDS = ("train", "probe", "study", "frozen", "estimators", "intervals", "lags", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,6 +105,10 @@ def _run(arguments: list[str], console: Console) -> int:
         from .study.intervals import intervals
 
         return intervals(arguments, console)
+    if command == "lags":
+        from .study.lags import lags
+
+        return lags(arguments, console)
     from .parse import parse_settings
 
     try:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -174,13 +174,18 @@ class Grpo:
 
     # One step, from prompts to update
 
-    def step(self) -> Line:
-        """One batch of rollouts and its ``num_iterations`` updates; returns what happened."""
+    def step(self, look: Callable[[Batch], None] | None = None) -> Line:
+        """One batch of rollouts and its ``num_iterations`` updates; returns what happened.
+
+        ``look`` is called with the batch before the update, and leaves no gradients behind.
+        """
         settings, started = self.settings, time.perf_counter()
         device = next(iter(self.parameters)).device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         batch = self.rollout(self.mixture.draw(settings.prompts_per_step))
+        if look is not None:
+            look(batch)
         rolled_out = time.perf_counter()  # the completions have been read: no GPU is still at work on them
         line: Line = {"kind": "train", "step": self.step_number + 1}
         old: list[Tensor] = []

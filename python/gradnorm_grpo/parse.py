@@ -98,6 +98,13 @@ def parse_intervals(arguments: list[str]) -> tuple[Settings, IntervalSettings, l
     return settings, read_interval_options(spec.intervals), spec.seeds, name
 
 
+def parse_lags(arguments: list[str]) -> tuple[Settings, list[int], str]:
+    """The settings of the runs whose steps are compared, the seeds, and the name."""
+    given, rest = take_options(arguments)
+    settings, spec, name = _shared(rest, given, "lags")
+    return settings, spec.seeds, name
+
+
 def _shared(arguments: list[str], given: dict[str, Any], who: str) -> tuple[Settings, StudySpec, str]:
     rest, config = _take_config(arguments)
     if config is None:

@@ -16,6 +16,7 @@ from typing import Any
 MARGIN = 0.05  # of the budget: for the summary, the report, and what takes longer than it did before
 EVAL_SHARE = 0.15  # of the budget: the most that the evaluations still to come may take
 WARM_SHARE = 0.4  # of the budget: the most that the warm start may take, down to half of its steps
+PROBE_SHARE = 0.75  # of the time left after a step: the most that the probe may take where steps are still to come
 LEAST_QUESTIONS = 8  # held-out questions of a task that an evaluation is not cut below
 LEAST_PROMPTS = 16  # prompts of a task that the probe is not cut below
 LATEST = 3  # steps whose mean duration is taken for that of the next ones
@@ -99,11 +100,15 @@ class Planner:
         more = max(ceiling.steps - step, 0)
         left -= self._evaluations(more) * plan.questions * self.costs.question
         each = self.costs.step + self._saving(more)
-        asked = more * each + plan.prompts * self.costs.probe_prompt
-        if asked > left:
-            share = max(left, 0.0) / asked
-            prompts = min(plan.prompts, max(LEAST_PROMPTS, int(plan.prompts * share)))
-            plan = replace(plan, steps=min(step + int(more * share), ceiling.steps), prompts=prompts)
+        steps, probe = more * each, plan.prompts * self.costs.probe_prompt
+        if steps + probe > left:
+            # Steps are cut first: the probe's estimates are the run's result, and need a number of prompts.
+            room = max(left - steps, PROBE_SHARE * left if more else left, 0.0)
+            if probe > room:
+                prompts = min(plan.prompts, max(LEAST_PROMPTS, int(room / self.costs.probe_prompt)))
+                plan = replace(plan, prompts=prompts)
+            room = max(left - plan.prompts * self.costs.probe_prompt, 0.0)
+            plan = replace(plan, steps=min(step + int(room / each), ceiling.steps))
         self.over = (plan.steps - step) * each + plan.prompts * self.costs.probe_prompt > max(left, 0.0)
         self.plan = plan
         return plan != before

@@ -131,7 +131,7 @@ def _parts(batch: Batch, beta: float) -> list[Batch]:
     has_gradient = (batch.advantages != 0).any(1)
     if beta > 0 or has_gradient.all() or not has_gradient.any():
         return [batch]
-    others = _subset(batch, (~has_gradient).nonzero()[:, 0])
+    others = subset(batch, (~has_gradient).nonzero()[:, 0])
     ran = others.rollouts
     first = Rollouts(
         ran.prompt_ids[:, -2:],
@@ -141,10 +141,11 @@ def _parts(batch: Batch, beta: float) -> list[Batch]:
         ran.ended,
         ran.group,
     )
-    return [_subset(batch, has_gradient.nonzero()[:, 0]), dataclasses.replace(others, rollouts=first)]
+    return [subset(batch, has_gradient.nonzero()[:, 0]), dataclasses.replace(others, rollouts=first)]
 
 
-def _subset(batch: Batch, prompts: Tensor) -> Batch:
+def subset(batch: Batch, prompts: Tensor) -> Batch:
+    """The part of a batch that has these prompts, [m] int64 positions among its n."""
     ran, at = batch.rollouts, prompts.tolist()
     prompts = prompts.to(ran.prompt_ids.device)
     rows = (prompts[:, None] * ran.group + torch.arange(ran.group, device=prompts.device)).flatten()

@@ -102,6 +102,21 @@ def test_a_probe_that_is_faster_than_expected_takes_the_time_that_is_left() -> N
     assert planner.fit_prompts(30, 90.0) and planner.plan.prompts == 30
 
 
+@pytest.mark.parametrize(
+    ("wanted", "left"),
+    [
+        (Plan(10, 0, 20), Plan(7, 0, 20)),  # (85 - 20) s for steps of 10 s
+        (Plan(10, 0, 100), Plan(3, 0, 63)),  # three quarters of 85 s for the probe, and 22 s for steps
+        (Plan(2, 0, 100), Plan(2, 0, 75)),  # the probe has what the steps leave
+        (Plan(1, 0, 100), Plan(1, 0, 85)),
+    ],
+)
+def test_steps_are_cut_before_the_probe(wanted: Plan, left: Plan) -> None:
+    planner = Planner(wanted, 100.0)
+    planner.costs.steps.append((10.0, 1.0))
+    assert planner.fit(1, 10.0) and planner.plan == left and not planner.over
+
+
 def test_a_study_has_runs_of_equal_length() -> None:
     with pytest.raises(UserError, match="plan_minutes=5 .*set it to 0"):
         parse_study(["--preset", "tiny", "--plan_minutes", "5"])

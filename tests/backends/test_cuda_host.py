@@ -1,6 +1,6 @@
 """The cuda backend's kernels, run on the host from their own sources (tests/cuda_host), against the float64 reference.
 
-What is executed is everything but the GPU: Python's tables, the bindings, the launchers and the device code of
+What is executed is everything but the GPU: the bindings, the launchers and the device code of ``schedule.cu``,
 ``wgrad_norm_sm80.cu``, ``gram_sm80.cu`` and ``reduce.cu``. Reading out of bounds, a missing wait or barrier and a race
 end a launch with an error. Every call of ``traps.check`` runs twice, under another order of blocks, warps and arrivals,
 and must give the same bits.
@@ -9,6 +9,7 @@ and must give the same bits.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ import torch
 
 from gradnorm_kernels import checks, ops, reference, traps
 from gradnorm_kernels.backends import Plan, cuda, native
-from gradnorm_kernels.backends.cuda import tables, wgrad
+from gradnorm_kernels.backends.cuda import schedule, wgrad
 from gradnorm_kernels.backends.cuda.launch import old_driver, operand
-from gradnorm_kernels.segments import Segments
+from gradnorm_kernels.segments import PlainSegments, Segments
 from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
 
 BF16, FP16 = torch.bfloat16, torch.float16
+CPU = torch.device("cpu")
 VARIANTS = ({}, {"weight_grad": True}, {"group_gram": True}, {"weight_grad": True, "group_gram": True})
 
 
@@ -98,9 +100,11 @@ def launches(context: HostContext, monkeypatch: pytest.MonkeyPatch) -> list[str]
     ("lengths", "groups", "launched"),
     [
         # Few long samples: splits that end anywhere, sums of samples in the workspace.
-        ([1500, 777], [0, 1], ["wgrad_norm_sm80", "split_fixup"]),
+        ([1500, 777], [0, 1], ["schedule", "wgrad_norm_sm80", "split_fixup", "finish"]),
         # Many samples on a small weight: splits between samples.
-        ([97, 60, 113] * 13, [0, 1, 1] * 13, ["wgrad_norm_sm80", "split_fixup"]),
+        ([97, 60, 113] * 13, [0, 1, 1] * 13, ["schedule", "wgrad_norm_sm80", "split_fixup", "finish"]),
+        # A sample that goes on through the next split: that one is empty, and leaves nothing in the workspace.
+        ([3] * 16 + [900] + [4] * 16, [0] * 33, ["schedule", "wgrad_norm_sm80", "split_fixup", "finish"]),
     ],
 )
 def test_splits(
@@ -133,9 +137,54 @@ def test_the_groups_gram_with_a_small_workspace(context: HostContext, monkeypatc
     assert names.count("wgrad_norm_sm80") == 2 * 3
 
 
+@pytest.mark.parametrize(
+    ("offsets", "dtype", "algorithm"),
+    [
+        ([1, 5, 11, 18], torch.int32, "wgrad"),
+        ([0, 5, 11, 17], torch.int64, "gram"),
+        ([0, 12, 11, 18], torch.int32, "gram"),
+        ([0, -1, 11, 18], torch.int64, "wgrad"),
+        ([0, 5, 1 << 40, 18], torch.int64, "wgrad"),
+        ([0, 5, 19, 18], torch.int32, "wgrad"),
+        ([0, 540, 530, 600], torch.int32, "wgrad"),  # the tokens are split
+    ],
+)
+def test_wrong_offsets_on_the_device_make_nan(
+    host: Host, monkeypatch: pytest.MonkeyPatch, offsets: list[int], dtype: torch.dtype, algorithm: str
+) -> None:
+    """The prologue checks cu_seqlens that nobody reads on the host. Results are NaN: of dW the first row."""
+    install(monkeypatch, host_context(host, multiprocessors=5))
+    tokens = 600 if offsets[-1] == 600 else 18
+    case = traps.packed([5, 6, tokens - 11], 16, 24, BF16)
+    plain = PlainSegments(torch.tensor(offsets, dtype=dtype), 0, tokens, 3)
+    monkeypatch.setattr(cuda, "plain_segments", lambda *_: plain)
+    wanted = {"weight_grad": algorithm == "wgrad", "group_gram": algorithm == "gram"}
+    result = ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, **wanted, algorithm=algorithm, backend="cuda")
+    assert result.sample_sq_norms.isnan().all() and result.group_sq_norms.isnan().all()
+    if result.weight_grad is not None:
+        assert result.weight_grad[:1].isnan().all() and result.weight_grad[1:].isfinite().all()
+    assert result.group_gram is None or result.group_gram.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_right_offsets_on_the_device_are_taken(
+    context: HostContext, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    case = traps.packed([5, 0, 6, 7], 16, 24, BF16)
+    expected = reference.fused_grad_norm(case.x, case.dy, case.cu_seqlens, weight_grad=True)
+    # A slice starts where no vector of 16 bytes does.
+    plain = PlainSegments(torch.tensor([9, 0, 5, 5, 11, 18], dtype=dtype)[1:], 0, 18, 4)
+    monkeypatch.setattr(cuda, "plain_segments", lambda *_: plain)
+    result = ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, weight_grad=True, backend="cuda")
+    for found, truth in zip(result[:3], expected[:3], strict=True):
+        assert truth is not None
+        torch.testing.assert_close(found.double(), truth.double(), rtol=1e-2, atol=0.05)
+
+
 def test_a_wrong_value_on_the_device_makes_nan(context: HostContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Index values that nobody reads on the host are clamped, and results are NaN: of dW the first row."""
     case = traps.packed([5, 6, 7], 16, 24, BF16)
+    monkeypatch.setattr(cuda, "plain_segments", lambda *_: None)
     segments = Segments(
         torch.tensor([0, 5, 5]),
         torch.tensor([5, 5, 18]),
@@ -193,13 +242,23 @@ def test_no_bank_conflicts(context: HostContext) -> None:
 
 def test_more_blocks_than_a_grid_has(context: HostContext) -> None:
     """An error, not the grid that the number's low 32 bits stand for."""
-    tensors = dict.fromkeys(("x", "dy", "token_row", "token_rank", "partial"))
+    tensors = dict.fromkeys(("x", "dy", "token_row", "token_rank", "count", "partial"))
     sizes = {"x_stride": 8, "dy_stride": 8, "type": 1, "d_in": 8, "d_out": 8, "partials": 100_000, "pairwise": True}
     with pytest.raises(RuntimeError, match=r"^gram_sm80: more than 2\^31 - 1 blocks"):
         context.launch("gram_sm80", **tensors, **sizes, tokens=64 << 16, reach=1 << 16)
-    tables = dict.fromkeys(("partial", "rank_begin", "rank_sample", "out"))
-    with pytest.raises(RuntimeError, match="^gram_sums: more than 46340 partial sums per side"):
-        context.launch("gram_sums", **tables, ranks=2, samples=2, reach=46340, partials=46342, pairwise=True)
+    with pytest.raises(RuntimeError, match="^finish: more than 46340 partial sums per side"):
+        context.launch("finish", **finish_fields(pairs=torch.zeros(1), partials=46342))
+
+
+def finish_fields(**fields: object) -> dict[str, object]:
+    """The arguments of the epilogue of one sample and one group, whose squared norm is absent."""
+    tensors = ("wgrad_samples", "wgrad_groups", "fixup_samples", "fixup_groups", "gram_samples", "sample_span")
+    tensors += ("gram_groups", "group_span", "pairs", "products", "group_gram", "weight_grad")
+    sizes = ("wgrad_rows", "fixup_rows", "sample_reach", "group_reach", "partials", "slabs", "d_in")
+    state, info = torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    out = {name: torch.zeros(1, dtype=torch.float64) for name in ("sample_sq", "group_sq")}
+    flags = {"first": True, "last": True, "samples": 1, "groups": 1}
+    return {**dict.fromkeys(tensors), **dict.fromkeys(sizes, 0), **out, **flags, "state": state, "info": info, **fields}
 
 
 def test_the_driver_is_asked_for_its_version(host: Host) -> None:
@@ -208,18 +267,23 @@ def test_the_driver_is_asked_for_its_version(host: Host) -> None:
 
 def test_a_failed_launch_says_which(context: HostContext) -> None:
     """An error of the device is an exception that names the launch: here, a buffer that is too short."""
-    zeros = torch.zeros(4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="^column_sums: global write of 8 bytes .* outside of every buffer"):
-        context.launch("column_sums", partial=torch.zeros(3, 5), rows=3, columns=5, out=zeros)
-    with pytest.raises(TypeError, match="missing argument: rows"):
-        context.launch("column_sums", partial=torch.zeros(3, 5), columns=5, out=zeros)
+    short = torch.zeros(0, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="^finish: global write of 8 bytes .* outside of every buffer"):
+        context.launch("finish", **finish_fields(sample_sq=short))
+    fields = finish_fields()
+    del fields["samples"]
+    with pytest.raises(TypeError, match="missing argument: samples"):
+        context.launch("finish", **fields)
+    with pytest.raises(TypeError, match="an argument was given that the launch does not take"):
+        context.launch("finish", **finish_fields(rows=3))
 
 
 def test_without_a_device_a_launch_says_which() -> None:
     if native.cuda_unavailable_reason() is not None or torch.cuda.is_available():
         pytest.skip(native.cuda_unavailable_reason() or "there is a device")
-    with pytest.raises(RuntimeError, match="^column_sums: "):
-        native.module().column_sums(partial=0, rows=1, columns=1, out=0, stream=0)
+    pointers = dict.fromkeys(("values", "token_row", "sample_span", "info", "out"), 0)
+    with pytest.raises(RuntimeError, match="^token_sums: "):
+        native.module().token_sums(**pointers, samples=1, stream=0)
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
@@ -253,25 +317,78 @@ def test_a_driver_older_than_the_toolkit_is_named() -> None:
     assert said is not None and "built with CUDA 13.0 and the driver is for CUDA 12.8: update the driver" in said
 
 
-def test_splits_end_between_samples() -> None:
-    split = tables.whole_samples(segments([10, 0, 30, 5, 5, 50], [0, 0, 1, 1, 2, 4], [0, 0, 0, 0, 1, 1]), 3, 100)
-    assert split.split_start.tolist() == [0, 4, 6, 6]  # cuts at 0, 33, 66: samples begin at 0, 10, 45 and 50
-    first, last = tables.split_ranges(split, 3)
-    assert first.tolist() == [0, 1, 1] and last.tolist() == [0, 1, 0]
+Piece = tuple[int, int, int]
 
 
-def test_splits_anywhere_cut_samples() -> None:
-    split = tables.anywhere(segments([70, 0, 20, 10], [0, 1, 2, 2], [0, 0, 0, 0]), 4, 100)
-    found = list(zip(split.start.tolist(), split.end.tolist(), split.group.tolist(), strict=True))
-    assert [segment for segment in found if segment[0] < segment[1]] == [
-        *((0, 25, 0), (25, 50, 0), (50, 70, 0)),
-        *((70, 75, 2), (75, 90, 2), (90, 100, 2)),
+def pieces(tables: schedule.WgradTables) -> list[list[Piece]]:
+    """(first row, row after the last, inner sum) of each segment, by splits."""
+    found = list(zip(tables.start.tolist(), tables.end.tolist(), tables.group.tolist(), strict=True))
+    begins = tables.split_start.tolist()
+    assert begins[0] == 0
+    return [found[a:b] for a, b in pairwise(begins)]
+
+
+def test_splits_end_between_samples(context: HostContext) -> None:
+    given = segments([10, 0, 30, 5, 5, 50], [0, 0, 1, 1, 2, 4], [0, 0, 0, 0, 1, 1])
+    made = schedule.build(context, replace(given, groups=3), 100, CPU, gram_tokens=0, splits=3, stored=True)
+    assert made.wgrad is not None and made.fixup is not None
+    # Cuts at 0, 33, 66: samples begin at 0, 10, 45 and 50.
+    assert pieces(made.wgrad) == [
+        [(0, 10, 0), (10, 40, 0), (40, 45, 0)],
+        [(45, 50, 1), (50, 100, 1)],
+        [],
     ]
-    tokens = [
-        sum(end - start for start, end, _ in found[a:b])
-        for a, b in zip(split.split_start, split.split_start[1:], strict=False)
+    assert made.fixup.first.tolist() == [0, 1, 1] and made.fixup.last.tolist() == [0, 1, 0]
+    assert made.fixup.outer.tolist() == [0, 1, 2] and made.fixup.sample is None
+    assert made.state.tolist() == [1, 1, 1, 0, 1, 2, 2, 0], "sample 3 and group 2 are absent"
+    assert made.info.tolist() == [1, 0]
+
+
+def test_splits_anywhere_cut_samples(context: HostContext) -> None:
+    given = segments([70, 0, 20, 10], [0, 1, 2, 2], [0, 0, 0, 0])
+    made = schedule.build(context, given, 100, CPU, gram_tokens=0, splits=4, anywhere=True, stored=True)
+    assert made.wgrad is not None and made.fixup is not None and made.fixup.sample is not None
+    # Inner sums are those of the samples that have rows.
+    assert pieces(made.wgrad) == [
+        [(0, 25, 0)],
+        [(25, 50, 0)],
+        [(50, 70, 0), (70, 75, 1)],
+        [(75, 90, 1), (90, 100, 1)],
     ]
-    assert tokens == [25, 25, 25, 25]
+    assert made.wgrad.sample[:6].tolist() == [-1] * 6
+    assert made.fixup.first.tolist() == [0, 2, 1] and made.fixup.last.tolist() == [2, 3, 0]
+    assert made.fixup.sample.tolist() == [0, 2, -1] and made.fixup.outer.tolist() == [0, 0, 0]
+    assert made.state.tolist() == [2, 0, 2, 2]
+
+
+def test_short_samples_are_for_the_gram(context: HostContext) -> None:
+    given = segments([3, 40, 0, 2, 5, 30], [0, 1, 2, 2, 2, 3], [0, 0, 1, 1, 1, 1])
+    made = schedule.build(context, given, 80, CPU, gram_tokens=7, splits=1, samples_by_gram=True)
+    assert made.wgrad is not None and made.tokens is not None and made.tokens.sample_rank is not None
+    assert made.state.tolist() == [3, 1, 3, 1, 1, 1] and made.info.tolist() == [1, 10]
+    assert made.wgrad.sample[:5].tolist() == [-1, 1, -1, -1, 3]
+    assert made.tokens.row[:10].tolist() == [0, 1, 2, 43, 44, 45, 46, 47, 48, 49]
+    assert made.tokens.sample_rank[:10].tolist() == [0] * 3 + [2] * 7
+    spans = made.tokens.sample_span.view(4, 3).tolist()
+    assert spans[0] == [0, 3, 0] and spans[2] == [3, 10, 2]
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_more_segments_than_threads(context: HostContext, splits: int) -> None:
+    """Sums over the block go on from one round of segments to the next."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 4, (700,), generator=draw).tolist()
+    given = segments(lengths, [i // 2 for i in range(700)], [i // 100 for i in range(700)])
+    tokens = sum(lengths)
+    made = schedule.build(context, given, tokens, CPU, gram_tokens=0, splits=splits, stored=splits > 1)
+    assert made.wgrad is not None
+    flat = [piece for split in pieces(made.wgrad) for piece in split]
+    starts = [sum(lengths[:i]) for i in range(700)]
+    assert flat == [(a, a + n, i // 100) for i, (a, n) in enumerate(zip(starts, lengths, strict=True)) if n]
+    sample_begins = [starts[i - i % 2] for i, n in enumerate(lengths) if n]
+    cuts = [p * tokens // splits for p in range(splits)]
+    expected = [sum(begin >= cut for cut in cuts) - 1 for begin in sample_begins]
+    assert [p for p, split in enumerate(pieces(made.wgrad)) for _ in split] == expected
 
 
 def test_how_many_splits() -> None:

@@ -18,6 +18,7 @@ from tests.cuda_host.backend import host_context, install
 from tests.cuda_host.build import Host, Patch, Tree
 
 WGRAD, GRAM, REDUCE, SEGMENTS = "wgrad_norm_sm80.cu", "gram_sm80.cu", "reduce.cu", "device/segments.cuh"
+SCHEDULE = "schedule.cu"
 COPY, RACE, WRONG = "before the copy into it", "race at shared", "wrong"
 
 MUTATIONS = {
@@ -67,7 +68,21 @@ MUTATIONS = {
         Patch(GRAM, r" else if \(rank == own\) \{\s+break;\s+\}", ""),
         WRONG,
     ),
+    # The prologue.
+    "segments read too soon": (
+        Patch(SCHEDULE, r"(collect\(args, valid, filled, turn\);)\s+sync_block\(\);", r"\1"),
+        "that another thread of this launch writes, no barrier between|outside of every buffer",
+    ),
+    "one place for two scans": (Patch(SCHEDULE, r"turn\+\+ % 2 \* \(kWarps \* 8\)", "0"), RACE),
+    "a sample's last piece is left out": (
+        Patch(SCHEDULE, r"split <= part\.last; \+\+split, \+\+to", "split < part.last; ++split, ++to"),
+        f"outside of every buffer|{WRONG}",
+    ),
     # Reductions.
+    "no barrier before the epilogue's sums": (
+        Patch(REDUCE, r"sync_block\(\);(\s+if \(threadIdx\.x >= kColumns)", r"\1"),
+        f"{RACE}|nobody wrote",
+    ),
     "the diagonal counts twice": (Patch(REDUCE, r"offset == 0 \? 1\.0 : 2\.0", "2.0"), WRONG),
     "one place for two sums of a block": (Patch(REDUCE, r"turn % 2 \* \(kWarps \* 4\)", "0"), RACE),
     "a split's part is left out": (Patch(REDUCE, r"split <= last; \+\+split", "split < last; ++split"), WRONG),
@@ -80,6 +95,7 @@ SLOW = {
     *("matrices in another order", "a row too many", "one place for two sums of a block"),
     *("a sample's end inside a sample", "Gram: terms written over a stage in use"),
     *("rows that do not touch are one run", "Gram: the neighbour's terms count", "the diagonal counts twice"),
+    *("one place for two scans", "a sample's last piece is left out", "no barrier before the epilogue's sums"),
 }
 
 

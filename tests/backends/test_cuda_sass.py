@@ -33,8 +33,10 @@ SOURCES = (
     Source("wgrad_norm_sm80.cu", 80, 2, 255, True),
     Source("gram_sm80.cu", 80, 2, 168, True),  # three blocks of 128 threads
     Source("gram_sm80.cu", 90, 2, 168, True),
-    Source("reduce.cu", 80, 6, 128, False),  # two blocks of 256
-    Source("reduce.cu", 90, 6, 128, False),
+    Source("reduce.cu", 80, 4, 128, False),  # two blocks of 256
+    Source("reduce.cu", 90, 4, 128, False),
+    Source("schedule.cu", 80, 1, 128, False),
+    Source("schedule.cu", 90, 1, 128, False),
 )
 
 

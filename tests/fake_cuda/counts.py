@@ -38,10 +38,10 @@ HOST = {
         "narrow, short": {"dW": 16, "groups, dW": 16, "group Gram": 17},
     },
     "cuda": {
-        "wide, long": {"dW": 8, "groups, dW": 8, "group Gram": 69},
-        "narrow, long": {"dW": 65, "groups, dW": 65, "group Gram": 51},
-        "wide, short": {"dW": 55, "groups, dW": 55, "group Gram": 116},
-        "narrow, short": {"dW": 90, "groups, dW": 90, "group Gram": 98},
+        "wide, long": {"dW": 4, "groups, dW": 4, "group Gram": 10},
+        "narrow, long": {"dW": 5, "groups, dW": 5, "group Gram": 6},
+        "wide, short": {"dW": 5, "groups, dW": 5, "group Gram": 11},
+        "narrow, short": {"dW": 6, "groups, dW": 6, "group Gram": 7},
     },
 }
 #: With all of them on the device, where ids are sorted by torch.
@@ -53,10 +53,10 @@ DEVICE = {
         "narrow, short": {"dW": 27, "groups, dW": 43, "group Gram": 44},
     },
     "cuda": {
-        "wide, long": {"dW": 23, "groups, dW": 39, "group Gram": 100},
-        "narrow, long": {"dW": 80, "groups, dW": 96, "group Gram": 82},
-        "wide, short": {"dW": 70, "groups, dW": 86, "group Gram": 147},
-        "narrow, short": {"dW": 105, "groups, dW": 121, "group Gram": 129},
+        "wide, long": {"dW": 3, "groups, dW": 29, "group Gram": 35},
+        "narrow, long": {"dW": 4, "groups, dW": 30, "group Gram": 31},
+        "wide, short": {"dW": 4, "groups, dW": 30, "group Gram": 36},
+        "narrow, short": {"dW": 5, "groups, dW": 31, "group Gram": 32},
     },
 }
 
@@ -68,17 +68,19 @@ def fake(both: FakeCuda) -> FakeCuda:
     return both
 
 
-def operations(fake: FakeCuda, shape: str, where: str, backend: str, groups: int = 1, **wanted: bool) -> list[str]:
+def operations(
+    fake: FakeCuda, shape: str, where: str, backend: str, groups: int = 1, tokens: int = TOKENS, **options: Any
+) -> list[str]:
     """The names of what one call puts on the device."""
     d, length = SHAPES[shape]
-    x, dy = (fake.put(torch.empty(TOKENS, d, dtype=torch.bfloat16)) for _ in range(2))
-    given: dict[str, Any] = {"cu_seqlens": torch.arange(0, TOKENS + 1, length, dtype=torch.int32)}
+    x, dy = (fake.put(torch.empty(tokens, d, dtype=torch.bfloat16)) for _ in range(2))
+    given: dict[str, Any] = {"cu_seqlens": torch.arange(0, tokens + 1, length, dtype=torch.int32)}
     if groups > 1:
-        given |= {"group_ids": torch.arange(TOKENS // length) % groups}
+        given |= {"group_ids": torch.arange(tokens // length) % groups}
     if where == "device":
         given = {name: fake.put(value) if isinstance(value, Tensor) else value for name, value in given.items()}
     del fake.operations[:]
-    ops.fused_grad_norm(x, dy, **given, num_groups=groups if groups > 1 else None, backend=backend, **wanted)
+    ops.fused_grad_norm(x, dy, **given, num_groups=groups if groups > 1 else None, backend=backend, **options)
     return list(fake.operations)
 
 
@@ -102,3 +104,24 @@ def test_three_launches_and_nothing_else(fake: FakeCuda) -> None:
     assert split == [*three[:2], "split_fixup_kernel", three[2]]
     of_tracker = operations(fake, "narrow, long", "host", "triton", groups=4, group_gram=True)
     assert of_tracker == ["_to_copy", *split[:3], "bmm", three[2]]
+
+
+def test_three_launches_of_the_cuda_backend(fake: FakeCuda) -> None:
+    """The same of the hand-written kernels; the Gram of short samples is one launch more."""
+    three = ["schedule", "wgrad_norm_sm90", "finish"]
+    assert operations(fake, "wide, long", "device", "cuda", weight_grad=True) == three
+    assert operations(fake, "wide, long", "device", "cuda") == three
+    split = operations(fake, "narrow, long", "device", "cuda", weight_grad=True)
+    assert split == [*three[:2], "split_fixup", three[2]]
+    short = operations(fake, "wide, short", "device", "cuda", weight_grad=True)
+    assert short == ["schedule", "gram_sm80", "wgrad_norm_sm90", "finish"]
+    of_tracker = operations(fake, "narrow, long", "host", "cuda", groups=4, group_gram=True)
+    assert of_tracker == ["_to_copy", *split[:3], "bmm", three[2]]
+
+
+def test_norms_from_pairs_of_tokens_alone(fake: FakeCuda) -> None:
+    """The Gram of samples, and the Gram of groups, which is pairwise where it is wanted."""
+    four = ["schedule", "gram_sm80", "gram_sm80", "finish"]
+    for pairwise in (False, True):
+        options = {"algorithm": "gram", "group_gram": pairwise}
+        assert operations(fake, "wide, short", "device", "cuda", tokens=256, **options) == four

@@ -27,7 +27,7 @@ def gradients_of(ids: Tensor, dy: Tensor, sample: Tensor, samples: int, words: i
     return found.flatten(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "tokens, d, words, samples",
     [(1, 3, 4, 2), (150, 19, 40, 5), (130, 5, 1, 70), (97, 16, 1000, 3), (60, 7, 3, 1)],

@@ -97,8 +97,15 @@ def test_long_samples_in_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     check(packed([300, 1, 130], 7, 50, torch.float32), LARGE)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["x", "dy"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("x", float("nan")),
+        ("dy", float("inf")),
+        pytest.param("x", float("inf"), marks=pytest.mark.slow),
+        pytest.param("dy", float("nan"), marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_not_finite_stays_in_its_sample_and_group(where: str, value: float) -> None:
     """The poisoned sample shares a block with neighbours on both sides."""
     case = packed([10, 40, 30, 20], 9, 8, torch.float32, sample_ids=[0, 1, 2, 1], group_ids=[0, 1, 2])

@@ -244,6 +244,11 @@ def test_a_final_probe_has_a_table_and_a_verdict_of_its_own(tmp_path: Path) -> N
     assert text.index(heading) < text.index("16 to 1 in squared norm") and few in text
     row = next(line for line in text[text.index(heading) :].splitlines() if NAMES[0] in line)
     assert row.split()[-9:] == ["64", "60", "4.00", "±", "0.50", "8.0", "1.2", row.split()[-2], "0.50"]
+    narrow = printed(run_dir, 80)
+    lines = narrow[narrow.index(heading) :].splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    for number in ("64", "0.50"):  # two tables, in which no name is broken over lines
+        assert {line.split()[0] for line in lines if number in line.split()[1:]} >= set(NAMES[:3])
     page = write_report(run_dir).read_text()
     assert 'id="final-probe"' in page and page.count(heading) >= 2
     ids = re.findall(r'\bid="([^"]+)"', page)

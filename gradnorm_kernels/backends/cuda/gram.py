@@ -2,50 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ...segments import Segments
+from ...segments import PlainSegments, Segments
 from .. import native
-from . import tables
+from . import reduce
 from .launch import LaunchContext
+from .schedule import Schedule, build
+
+
+@dataclass(frozen=True)
+class GramPartials:
+    """What a launch left: ``partial`` [partials, reach], or [partials, partials] pairwise, float32."""
+
+    partial: Tensor
+    reach: int
 
 
 def norms(
-    context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments, key: Tensor, keys: int, limit: int | None
-) -> Tensor:
-    """||sum of the gradients of the tokens with one key||^2: [keys] float64.
-
-    ``key`` [S]: the segments' samples or groups. ``limit``: keys of more tokens are left out (their result is 0).
-    """
-    count, reach, lengths = len(x), None, None
-    if limit is not None and limit < count:
-        lengths = segments.end - segments.start
-        per_key = lengths.new_zeros(keys).index_add_(0, key, lengths)
-        lengths = torch.where(per_key[key] <= limit, lengths, 0)
-        # How many tiles apart the tokens of one key can be, plus the tile itself.
-        reach = (context.module.GRAM_TILE - 2 + limit) // context.module.GRAM_TILE + 1
-    return _run(context, x, dy, tables.tokens(segments, key, keys, count, lengths), keys, reach)
+    context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments | PlainSegments, group_gram: bool
+) -> reduce.Results:
+    """Everything but dW from pairs of tokens, for x [T, d_in] and dy [T, d_out]."""
+    schedule = build(context, segments, len(x), x.device, gram_tokens=len(x), samples_by_gram=True, groups_by_gram=True)
+    of_samples = partial_sums(context, x, dy, schedule, None)
+    of_groups = partial_sums(context, x, dy, schedule, None, by_group=True, pairwise=group_gram)
+    results = reduce.Results.empty(x, segments.samples, segments.groups, None, group_gram)
+    reduce.finish(context, results, schedule, of_samples=of_samples, of_groups=of_groups)
+    return results
 
 
-def pairs(context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments, key: Tensor, keys: int) -> Tensor:
-    """The inner products of the sums by key: [keys, keys] float64."""
-    return _run(context, x, dy, tables.tokens(segments, key, keys, len(x)), keys, None, pairwise=True)
+def pairs(context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments) -> Tensor:
+    """The inner products of the groups' sums: [K, K] float64."""
+    schedule = build(context, segments, len(x), x.device, gram_tokens=len(x), groups_by_gram=True)
+    of_groups = partial_sums(context, x, dy, schedule, None, by_group=True, pairwise=True)
+    gram = x.new_empty(segments.groups, segments.groups, dtype=torch.float64)
+    reduce.finish_pairs(context, gram, schedule, of_groups)
+    return gram
 
 
-def _run(
+def partial_sums(
     context: LaunchContext,
     x: Tensor,
     dy: Tensor,
-    order: tables.TokenOrder,
-    keys: int,
-    reach: int | None,
+    schedule: Schedule,
+    limit: int | None,
+    by_group: bool = False,
     pairwise: bool = False,
-) -> Tensor:
+) -> GramPartials:
+    """The sums over pairs of tokens of one sample (or group), or pairwise over all pairs, per pair of tiles.
+
+    ``limit``: no sample among them has more tokens; None: any number.
+    """
+    tokens = schedule.tokens
+    assert tokens is not None
+    rank, ranks = (tokens.group_rank, tokens.ranks[1]) if by_group else (tokens.sample_rank, tokens.ranks[0])
     tiles = -(-len(x) // context.module.GRAM_TILE)
-    reach = tiles if reach is None else min(reach, tiles)
-    partials = tiles + len(order.key)
-    partial = torch.zeros(partials, partials if pairwise else reach, dtype=torch.float32, device=x.device)
+    reach = tiles
+    if limit is not None:
+        # How many tiles apart the tokens of one sample can be, plus the tile itself.
+        reach = min(tiles, (context.module.GRAM_TILE - 2 + limit) // context.module.GRAM_TILE + 1)
+    partials = tiles + ranks
+    partial = x.new_empty(partials, partials if pairwise else reach, dtype=torch.float32)
     context.launch(
         "gram_sm80",
         x=x,
@@ -56,24 +76,12 @@ def _run(
         tokens=len(x),
         d_in=x.shape[1],
         d_out=dy.shape[1],
-        token_row=order.row,
-        token_rank=order.rank,
+        token_row=tokens.row,
+        token_rank=rank,
+        count=tokens.count,
         reach=reach,
         pairwise=pairwise,
         partials=partials,
         partial=partial,
     )
-    out = torch.zeros((keys, keys) if pairwise else (keys,), dtype=torch.float64, device=x.device)
-    context.launch(
-        "gram_sums",
-        partial=partial,
-        rank_begin=order.begin,
-        rank_sample=order.key,
-        ranks=len(order.key),
-        samples=keys,
-        reach=reach,
-        partials=partials,
-        pairwise=pairwise,
-        out=out,
-    )
-    return out
+    return GramPartials(partial, reach)

@@ -1,61 +1,168 @@
-"""The second kernels (``csrc/reduce.cu``): the split-K fix-up, and partial sums added in float64."""
+"""What follows the products (``csrc/reduce.cu``): the split-K fix-up, and the epilogue that adds in float64."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import tables
 from .launch import LaunchContext
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .gram import GramPartials
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a call of fused_grad_norm returns: the squared norms sample_sq [N] and group_sq [K] float64; where they are
+    wanted dW [d_out, d_in] in x's dtype and the groups' Gram [K, K] float64."""
+
+    sample_sq: Tensor
+    group_sq: Tensor
+    weight_grad: Tensor | None
+    group_gram: Tensor | None
+
+    @staticmethod
+    def empty(like: Tensor, samples: int, groups: int, weight_grad: Tensor | None, group_gram: bool) -> Results:
+        """Not initialised, on the device of ``like``."""
+        sample_sq, group_sq = (like.new_empty(size, dtype=torch.float64) for size in (samples, groups))
+        gram = like.new_empty(groups, groups, dtype=torch.float64) if group_gram else None
+        return Results(sample_sq, group_sq, weight_grad, gram)
+
+
+@dataclass(frozen=True)
+class SquareSums:
+    """Partial sums of squares of one launch, float32: ``sample`` [rows, N] and ``group`` [rows, K], or None."""
+
+    sample: Tensor | None
+    group: Tensor | None
+    rows: int
 
 
 def split_fixup(
     context: LaunchContext,
     workspace: Tensor,
-    split: tables.SplitSegments,
-    groups: int,
-    outer: Tensor,
-    outer_groups: int,
+    schedule: Schedule,
     sums: Tensor | None,
     weight_grad: Tensor | None,
     element: int,
-) -> tuple[Tensor, Tensor]:
-    """Squared norms of the groups' sums over the splits, and of the outer groups': [groups], [outer_groups] float64.
+) -> SquareSums:
+    """The squares of the inner sums over the splits, where these are samples', and of the groups'.
 
-    ``workspace`` holds each split's sums. ``sums`` and ``weight_grad``, if given, are overwritten.
+    ``workspace`` [splits + inner - 1, elements] holds each split's sums. ``sums`` [K, at least elements] and
+    ``weight_grad``, if given, are overwritten.
     """
+    tables, split = schedule.fixup, schedule.wgrad
+    assert tables is not None and split is not None
     elements = workspace.shape[1]
-    rows = context.size("split_fixup_rows", elements=elements)
-    group_sq = torch.zeros(rows, groups, dtype=torch.float32, device=workspace.device)
-    outer_sq = torch.zeros(rows, outer_groups, dtype=torch.float32, device=workspace.device)
-    first, last = tables.split_ranges(split, groups)
+    width = elements if sums is None else sums.shape[1]
+    rows = context.size("split_fixup_rows", width=width)
+    sample_sq = None if tables.sample is None else workspace.new_empty(rows, schedule.samples)
+    group_sq = workspace.new_empty(rows, schedule.groups)
     context.launch(
         "split_fixup",
         workspace=workspace,
         elements=elements,
-        split_first=first,
-        split_last=last,
-        outer=outer,
-        groups=groups,
-        outer_groups=outer_groups,
+        split_start=split.split_start,
+        split_first=tables.first,
+        split_last=tables.last,
+        outer=tables.outer,
+        inner_sample=tables.sample,
+        inner=len(tables.outer),
+        samples=schedule.samples,
+        groups=schedule.groups,
+        sample_sq=sample_sq,
         group_sq=group_sq,
-        outer_sq=outer_sq,
         sums=sums,
+        width=width,
         type=element,
         weight_grad=weight_grad,
     )
-    return column_sums(context, group_sq), column_sums(context, outer_sq)
+    return SquareSums(sample_sq, group_sq, rows)
 
 
-def column_sums(context: LaunchContext, partial: Tensor) -> Tensor:
-    """``out[c] = sum over r of partial[r, c]``: [columns] float64."""
-    # Every column is written.
-    out = torch.empty(partial.shape[1], dtype=torch.float64, device=partial.device)
-    if partial.shape[1]:
-        context.launch("column_sums", partial=partial, rows=partial.shape[0], columns=partial.shape[1], out=out)
+def finish(
+    context: LaunchContext,
+    results: Results,
+    schedule: Schedule,
+    *,
+    of_wgrad: SquareSums | None = None,
+    of_fixup: SquareSums | None = None,
+    of_samples: GramPartials | None = None,
+    of_groups: GramPartials | None = None,
+    products: Tensor | None = None,
+    first: bool = True,
+    last: bool = True,
+) -> None:
+    """Add one pass over rows of the weight to the results. After the ``last`` one all are NaN if values were wrong.
+
+    ``of_samples`` and ``of_groups``, of all rows, count in the ``first`` pass; ``of_groups`` is pairwise where the Gram
+    is wanted. ``products`` [slabs, K, K] float32: the inner products of the groups' sums, by slabs of the weight.
+    ``first``: the results hold nothing yet. Of weight_grad only the first row becomes NaN.
+    """
+    wgrad, fixup = of_wgrad or SquareSums(None, None, 0), of_fixup or SquareSums(None, None, 0)
+    tokens = schedule.tokens
+    pairwise = of_groups is not None and results.group_gram is not None
+    weight_grad = results.weight_grad
+    context.launch(
+        "finish",
+        state=schedule.state,
+        info=schedule.info,
+        samples=schedule.samples,
+        groups=schedule.groups,
+        wgrad_samples=wgrad.sample,
+        wgrad_groups=wgrad.group,
+        wgrad_rows=wgrad.rows,
+        fixup_samples=fixup.sample,
+        fixup_groups=fixup.group,
+        fixup_rows=fixup.rows,
+        gram_samples=None if of_samples is None else of_samples.partial,
+        sample_span=None if tokens is None else tokens.sample_span,
+        sample_reach=0 if of_samples is None else of_samples.reach,
+        gram_groups=None if of_groups is None or pairwise else of_groups.partial,
+        group_span=None if tokens is None else tokens.group_span,
+        group_reach=0 if of_groups is None else of_groups.reach,
+        pairs=of_groups.partial if of_groups is not None and pairwise else None,
+        partials=0 if of_groups is None else len(of_groups.partial),
+        products=products,
+        slabs=0 if products is None else len(products),
+        first=first,
+        last=last,
+        sample_sq=results.sample_sq,
+        group_sq=results.group_sq,
+        group_gram=results.group_gram,
+        weight_grad=weight_grad,
+        d_in=0 if weight_grad is None else weight_grad.shape[1],
+    )
+
+
+def finish_pairs(context: LaunchContext, gram: Tensor, schedule: Schedule, of_groups: GramPartials) -> None:
+    """Fill ``gram`` [K, K] float64 from the pairwise partial sums of the groups."""
+    groups_only = Schedule(
+        0, schedule.groups, schedule.info, schedule.state[schedule.samples :], None, None, schedule.tokens
+    )
+    nothing = gram.new_empty(0)
+    finish(context, Results(nothing, gram.new_empty(len(gram)), None, gram), groups_only, of_groups=of_groups)
+
+
+def token_sums(context: LaunchContext, values: Tensor, schedule: Schedule) -> Tensor:
+    """``out[n] = sum over the tokens t of sample n of values[t]``: [N] float64, for ``values`` [T] float64.
+
+    NaN where the values of index tensors were out of range.
+    """
+    tokens = schedule.tokens
+    assert tokens is not None
+    out = values.new_empty(schedule.samples)
+    context.launch(
+        "token_sums",
+        values=values,
+        token_row=tokens.row,
+        sample_span=tokens.sample_span,
+        info=schedule.info,
+        samples=schedule.samples,
+        out=out,
+    )
     return out
-
-
-def zeros(like: Tensor, *shape: int) -> Tensor:
-    """Zeros in float64 on the device of ``like``."""
-    return torch.zeros(shape, dtype=torch.float64, device=like.device)

@@ -8,80 +8,82 @@ where there are too few samples for that, it ends anywhere, and the workspace ho
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ...segments import Segments
+from ...segments import PlainSegments, Segments
 from ...tuning.tiles import CudaConfig, cuda_config
 from .. import native
 from ..torch.numerics import exact_matmuls
-from ..torch.wgrad import gram_of_sums
-from . import tables
+from . import gram
 from .launch import LaunchContext
-from .reduce import column_sums, split_fixup, zeros
+from .reduce import Results, SquareSums, finish, split_fixup
+from .schedule import Schedule, build, segment_count
 
 BLOCK_M = 128
 # The most bytes of workspace. Where more would be needed, the rows of the weight are taken in several passes.
 _WORKSPACE = 256 << 20
 # The most bytes of workspace for splits that end anywhere.
 _SAMPLE_WORKSPACE = 64 << 20
+# Elements of the groups' sums whose products are added in float32, at most; float64 from there on.
+_SLAB = 1 << 16
 # The fewest tokens of a split.
 _SPLIT_TOKENS = 256
-
-
-class Wgrad(NamedTuple):
-    """``sample_sq`` [N], ``group_sq`` [K], ``gram`` [K, K] or None: float64. A sample that was not measured has 0."""
-
-    sample_sq: Tensor
-    group_sq: Tensor
-    gram: Tensor | None
-
-    def plus(self, more: Wgrad) -> Wgrad:
-        """The sums of two passes over different rows of the weight."""
-        gram = None if self.gram is None or more.gram is None else self.gram + more.gram
-        return Wgrad(self.sample_sq + more.sample_sq, self.group_sq + more.group_sq, gram)
 
 
 def run(
     context: LaunchContext,
     x: Tensor,
     dy: Tensor,
-    segments: Segments,
+    segments: Segments | PlainSegments,
     gram_tokens: int,
     weight_grad: Tensor | None,
     group_gram: bool,
-) -> Wgrad:
-    """The pass over x [T, d_in] and dy [T, d_out]; samples of at most ``gram_tokens`` tokens are not measured.
+) -> Results:
+    """The results of x [T, d_in] and dy [T, d_out]; norms of samples of at most ``gram_tokens`` tokens from the Gram.
 
-    ``weight_grad`` [d_out, d_in], if given, is overwritten with the sum.
+    ``weight_grad`` [d_out, d_in], if given, is overwritten with the sum. Where the values of index tensors were out of
+    range, every result is NaN (dW in its first row).
     """
     d_in, d_out, groups = x.shape[1], dy.shape[1], segments.groups
+    store_sums = group_gram and groups > 1
     columns = -(-d_in // launch_config(context, d_in).columns)
     # Rows of the weight per pass: all, unless the workspace must hold sums of every group for each of them.
-    rows = max(BLOCK_M, _WORKSPACE // (4 * d_in * 2 * groups) // BLOCK_M * BLOCK_M) if group_gram else d_out
+    rows = max(BLOCK_M, _WORKSPACE // (4 * d_in * 2 * groups) // BLOCK_M * BLOCK_M) if store_sums else d_out
     wanted = splits(-(-min(rows, d_out) // BLOCK_M) * columns, len(x), context.multiprocessors)
-    few = min(segments.samples, len(segments.start))
+    few = min(segments.samples, segment_count(segments))
     size = 4 * d_out * d_in
-    if wanted > 1 and few < 4 * wanted and (wanted + few) * size <= _SAMPLE_WORKSPACE and not group_gram:
-        return _by_samples(context, x, dy, segments, wanted, weight_grad)
-    if not group_gram and (wanted + groups) * size > _WORKSPACE:
+    anywhere = wanted > 1 and few < 4 * wanted and (wanted + few) * size <= _SAMPLE_WORKSPACE and not store_sums
+    if not (anywhere or store_sums) and (wanted + groups) * size > _WORKSPACE:
         wanted = max(1, _WORKSPACE // size - groups)
-    measured = segments.sample
-    if gram_tokens > 0:
-        measured = torch.where(segments.lengths()[segments.sample] > gram_tokens, segments.sample, -1)
-    split = tables.whole_samples(segments, wanted, len(x))
-    if wanted == 1 and not group_gram:
-        return _direct(context, x, dy, segments, split, measured, weight_grad)
-
-    found: Wgrad | None = None
+    schedule = build(
+        context,
+        segments,
+        len(x),
+        x.device,
+        gram_tokens=gram_tokens,
+        splits=wanted,
+        anywhere=anywhere,
+        stored=wanted > 1 or store_sums,
+        samples_by_gram=gram_tokens > 0,
+    )
+    results = Results.empty(x, segments.samples, groups, weight_grad, group_gram)
+    short = gram.partial_sums(context, x, dy, schedule, gram_tokens) if gram_tokens > 0 else None
     for lo in range(0, d_out, rows):
         part = None if weight_grad is None else weight_grad[lo : lo + rows]
-        more = _stored(context, x, dy[:, lo : lo + rows], segments, split, measured, part, group_gram)
-        found = more if found is None else found.plus(more)
-    assert found is not None
-    return found
+        of_wgrad, of_fixup, products = _pass(context, x, dy[:, lo : lo + rows], schedule, part, store_sums)
+        finish(
+            context,
+            results,
+            schedule,
+            of_wgrad=of_wgrad,
+            of_fixup=of_fixup,
+            of_samples=short,
+            products=products,
+            first=lo == 0,
+            last=lo + rows >= d_out,
+        )
+    return results
 
 
 def launch_config(context: LaunchContext, d_in: int) -> CudaConfig:
@@ -104,95 +106,54 @@ def splits(tiles: int, tokens: int, multiprocessors: int) -> int:
     return best
 
 
-def _direct(
-    context: LaunchContext,
-    x: Tensor,
-    dy: Tensor,
-    segments: Segments,
-    split: tables.SplitSegments,
-    measured: Tensor,
-    weight_grad: Tensor | None,
-) -> Wgrad:
-    """One launch that writes nothing but dW and partial sums of squares."""
-    running = None
-    if weight_grad is not None and segments.groups > 1:
-        running = torch.empty(weight_grad.shape, dtype=torch.float32, device=x.device)
-    sample_sq, group_sq = _launch(
-        context, x, dy, segments, split, measured, segments.groups, None, weight_grad, running
-    )
-    return Wgrad(column_sums(context, sample_sq), column_sums(context, group_sq), None)
-
-
-def _stored(
-    context: LaunchContext,
-    x: Tensor,
-    dy: Tensor,
-    segments: Segments,
-    split: tables.SplitSegments,
-    measured: Tensor,
-    weight_grad: Tensor | None,
-    group_gram: bool,
-) -> Wgrad:
-    """Each split stores its groups' sums; the fix-up adds and squares them."""
-    groups, elements = segments.groups, dy.shape[1] * x.shape[1]
-    workspace = torch.zeros(split.splits + groups - 1, elements, dtype=torch.float32, device=x.device)
-    sample_sq, _ = _launch(context, x, dy, segments, split, measured, groups, workspace, None, None)
-    sums = torch.zeros(groups, elements, dtype=torch.float32, device=x.device) if group_gram else None
-    outer = torch.arange(groups, dtype=torch.int32, device=x.device)
-    _, group_sq = split_fixup(
-        context, workspace, split, groups, outer, groups, sums, weight_grad, native.TYPES[x.dtype]
-    )
-    gram = None
+def _pass(
+    context: LaunchContext, x: Tensor, dy: Tensor, schedule: Schedule, weight_grad: Tensor | None, store_sums: bool
+) -> tuple[SquareSums, SquareSums | None, Tensor | None]:
+    """One pass over rows of the weight: squares of wgrad and of the fix-up, and inner products of the groups' sums."""
+    d_in, d_out = x.shape[1], dy.shape[1]
+    if schedule.fixup is None:
+        running = None
+        if weight_grad is not None and schedule.groups > 1:
+            running = torch.empty(weight_grad.shape, dtype=torch.float32, device=x.device)
+        return _launch(context, x, dy, schedule, None, weight_grad, running), None, None
+    assert schedule.wgrad is not None
+    elements = d_out * d_in
+    held = schedule.wgrad.splits + len(schedule.fixup.outer) - 1
+    workspace = torch.empty(held, elements, dtype=torch.float32, device=x.device)
+    of_wgrad = _launch(context, x, dy, schedule, workspace, None, None)
+    sums, slabs = None, -(-elements // _SLAB)
+    if store_sums:
+        # With zeros behind the last element, so that all slabs are one product.
+        sums = torch.empty(schedule.groups, slabs * -(-elements // slabs), dtype=torch.float32, device=x.device)
+    of_fixup = split_fixup(context, workspace, schedule, sums, weight_grad, native.TYPES[x.dtype])
+    products = None
     if sums is not None:
+        parts = sums.unflatten(1, (slabs, -1)).transpose(0, 1)
         with exact_matmuls(x.device):
-            gram = gram_of_sums(sums)
-        gram.diagonal().copy_(group_sq)
-    return Wgrad(column_sums(context, sample_sq), group_sq, gram)
-
-
-def _by_samples(
-    context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments, count: int, weight_grad: Tensor | None
-) -> Wgrad:
-    """Splits that end anywhere store their samples' sums; the fix-up makes the groups' sums of them."""
-    split = tables.anywhere(segments, count, len(x))
-    rank = tables.ranks(segments.sample)
-    bound = min(segments.samples, len(segments.start))
-    measured = torch.full_like(split.group, -1)
-    workspace = torch.zeros(count + bound - 1, dy.shape[1] * x.shape[1], dtype=torch.float32, device=x.device)
-    _launch(context, x, dy, segments, split, measured, bound, workspace, None, None)
-    # Unused ranks have nothing to add: they may name the last group.
-    outer = torch.full((bound,), segments.groups - 1, dtype=torch.int32, device=x.device)
-    outer = outer.scatter_(0, rank, segments.group)
-    arguments = (split, bound, outer, segments.groups, None, weight_grad, native.TYPES[x.dtype])
-    by_rank, group_sq = split_fixup(context, workspace, *arguments)
-    # index_copy into one element more, which takes the unused ranks.
-    names = torch.full((bound,), segments.samples, dtype=torch.int64, device=x.device)
-    names = names.scatter_(0, rank, segments.sample.long())
-    sample_sq = zeros(x, segments.samples + 1).index_copy_(0, names, by_rank)
-    return Wgrad(sample_sq[:-1], group_sq, None)
+            products = torch.bmm(parts, parts.mT)
+    return of_wgrad, of_fixup, products
 
 
 def _launch(
     context: LaunchContext,
     x: Tensor,
     dy: Tensor,
-    segments: Segments,
-    split: tables.SplitSegments,
-    measured: Tensor,
-    groups: int,
+    schedule: Schedule,
     workspace: Tensor | None,
     weight_grad: Tensor | None,
     running: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One launch. Returns the partial sums of squares per tile: ([rows, N], [rows, groups]) float32."""
+) -> SquareSums:
+    """One launch: the partial sums of squares per tile, of groups only where there is no ``workspace``."""
+    tables = schedule.wgrad
+    assert tables is not None
     d_in, d_out = x.shape[1], dy.shape[1]
     config = launch_config(context, d_in)
     name = f"wgrad_norm_sm{context.arch}"
     rows = context.size(f"{name}_rows", d_in=d_in, d_out=d_out, block_n=config.columns)
-    # One launch fills both.
-    sizes = [rows * segments.samples, rows * groups if workspace is None else 0]
-    sample_sq, group_sq = torch.zeros(sum(sizes), dtype=torch.float32, device=x.device).split(sizes)
-    sample_sq, group_sq = sample_sq.view(rows, segments.samples), group_sq.view(-1, groups)
+    sample_sq = torch.empty(rows, schedule.samples, dtype=torch.float32, device=x.device)
+    group_sq = None
+    if workspace is None:
+        group_sq = torch.empty(rows, schedule.groups, dtype=torch.float32, device=x.device)
     context.launch(
         name,
         x=x,
@@ -203,17 +164,17 @@ def _launch(
         tokens=len(x),
         d_in=d_in,
         d_out=d_out,
-        segment_start=split.start,
-        segment_end=split.end,
-        segment_sample=measured,
-        segment_group=split.group,
-        segments=len(split.start),
-        samples=segments.samples,
-        groups=groups,
-        split_start=split.split_start,
-        splits=split.splits,
+        segment_start=tables.start,
+        segment_end=tables.end,
+        segment_sample=tables.sample,
+        segment_group=tables.group,
+        segments=len(tables.start),
+        samples=schedule.samples,
+        groups=schedule.groups if schedule.fixup is None else len(schedule.fixup.outer),
+        split_start=tables.split_start,
+        splits=tables.splits,
         sample_sq=sample_sq,
-        group_sq=group_sq if workspace is None else None,
+        group_sq=group_sq,
         workspace=workspace,
         weight_grad=weight_grad,
         running=running,
@@ -222,4 +183,4 @@ def _launch(
         staggered=config.staggered,
         multiprocessors=context.multiprocessors,
     )
-    return sample_sq, group_sq
+    return SquareSums(sample_sq, group_sq, rows)

@@ -35,6 +35,8 @@ PROBE_HEADINGS = ("task", "n", "with a\ngradient", "U ± se", "plug-in", "noise\
 # A terminal narrower than this gets two tables, the first about the pull, the second about rewards.
 _WHOLE = 120
 _COLUMNS = [(0, 1, 2, 3, 4, 5), (0, 6, 7, 8)]
+_PROBE_WHOLE = 100
+_PROBE_COLUMNS = [(0, 1, 2, 3, 4), (0, 5, 6, 7)]
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def print_table(run_dir: Path | str, console: Console | None = None) -> None:
         probed = task_results(run.final_probe)
         measured = probe_rows(probed)
         console.print(Text(probe_title(run.final_probe), style="bold"))
-        console.print(_table(PROBE_HEADINGS, measured, range(len(PROBE_HEADINGS))))
+        for columns in _PROBE_COLUMNS if console.width < _PROBE_WHOLE else [tuple(range(len(PROBE_HEADINGS)))]:
+            console.print(_table([PROBE_HEADINGS[i] for i in columns], measured, columns))
         shown = footnotes(results)
         for line in (*(note for note in footnotes(probed, measured) if note not in shown), imbalance_sentence(probed)):
             console.print(Text(line))

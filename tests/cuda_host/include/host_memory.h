@@ -1,5 +1,6 @@
-// Global memory as the tests see it: only registered buffers may be touched, and within one launch no two threads may
-// write, or one write and another read, the same place (blocks run in any order, so that would be chance).
+// Global memory as the tests see it: only registered buffers may be touched. Within one launch no two threads may write,
+// or one write and another read, the same place: blocks run in any order, so that would be chance. Threads of one block
+// may where a barrier lies between. A read of what another thread writes later is not noticed.
 #pragma once
 
 #include <unordered_map>
@@ -13,7 +14,12 @@ struct Region {
 };
 
 inline std::vector<Region> regions;
-inline std::unordered_map<uintptr_t, uint64_t> written;  // 2-byte pieces stored to in this launch -> who stored
+struct Writer {
+  unsigned block;
+  int thread;
+  uint32_t time;  // of the thread's clock
+};
+inline std::unordered_map<uintptr_t, Writer> written;  // 2-byte pieces stored to in this launch -> who stored last
 
 inline void check_global(const void* pointer, size_t bytes, size_t alignment, const char* what) {
   static size_t last = 0;
@@ -29,16 +35,26 @@ inline void check_global(const void* pointer, size_t bytes, size_t alignment, co
   fail("global %s of %zu bytes at %p is outside of every buffer", what, bytes, pointer);
 }
 
-inline uint64_t writer_id() { return uint64_t(blockIdx.x) * kMostThreads + actor(); }
+// Whether what was written is there for the current thread: it wrote it itself, or a barrier of its block lies between.
+inline bool visible(const Writer& writer) {
+  return writer.block == blockIdx.x && before(writer.thread, writer.time, actor());
+}
+
+template <typename Visit>
+void each_piece(const void* pointer, size_t bytes, Visit visit) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
+  for (uintptr_t piece = at / 2; piece <= (at + bytes - 1) / 2; ++piece) visit(piece);
+}
 
 template <typename T>
 T global_read(const T* pointer) {
   check_global(pointer, sizeof(T), alignof(T), "read");
   if (!written.empty()) {
-    for (uintptr_t at = reinterpret_cast<uintptr_t>(pointer) / 2; at <= (reinterpret_cast<uintptr_t>(pointer) + sizeof(T) - 1) / 2; ++at) {
-      const auto found = written.find(at);
-      if (found != written.end() && found->second != writer_id()) fail("global memory is read that another thread of this launch writes");
-    }
+    each_piece(pointer, sizeof(T), [](uintptr_t piece) {
+      const auto found = written.find(piece);
+      if (found == written.end() || visible(found->second)) return;
+      fail("global memory is read that another thread of this launch writes, no barrier between");
+    });
   }
   return *pointer;
 }
@@ -46,10 +62,13 @@ T global_read(const T* pointer) {
 template <typename T>
 void global_write(T* pointer, T value) {
   check_global(pointer, sizeof(T), alignof(T), "write");
-  for (uintptr_t at = reinterpret_cast<uintptr_t>(pointer) / 2; at <= (reinterpret_cast<uintptr_t>(pointer) + sizeof(T) - 1) / 2; ++at) {
-    const auto [place, fresh] = written.emplace(at, writer_id());
-    if (!fresh && place->second != writer_id()) fail("two threads of one launch write the same global memory");
-  }
+  each_piece(pointer, sizeof(T), [](uintptr_t piece) {
+    const Writer me{blockIdx.x, actor(), block.clocks[actor()][actor()]};
+    const auto [place, fresh] = written.emplace(piece, me);
+    if (fresh) return;
+    if (!visible(place->second)) fail("two threads of one launch write the same global memory, no barrier between");
+    place->second = me;
+  });
   *pointer = value;
 }
 
