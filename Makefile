@@ -13,7 +13,7 @@ OUT ?=
 PROFILE ?=
 
 .PHONY: help setup train study test test-slow test-interpreted test-versions test-verl test-trl test-trl-versions test-deepspeed \
-	kernels-report gpu-check lint format \
+	test-torchtitan kernels-report gpu-check lint format \
 	bench clean
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test-trl          TRL's own GRPO and SFT tests with attach: TRL_SOURCE= names a folder with TRL's sources"
 	@echo "make test-trl-versions the TRL integration under the oldest supported TRL and the one before the pinned one"
 	@echo "make test-deepspeed    the TRL integration under DeepSpeed's ZeRO-2 and ZeRO-3 on a CPU"
+	@echo "make test-torchtitan   the recipe for torchtitan in its own training step on a CPU, also on two ranks"
 	@echo "make kernels-report    every kernel compiled for sm_80, 86, 89, 90, 100, 103 and 120: registers, spills, shared memory;"
 	@echo "                       one JSON line each; ARGS=\"--arch 90 120\" for fewer"
 	@echo "make gpu-check         on a machine with a GPU: build, tests, benchmarks and sanitizer in nine minutes; OUT= names the"
@@ -133,6 +134,13 @@ test-deepspeed: setup
 	  --target $(DEEPSPEED) deepspeed==0.19.8 einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic-core \
 	  annotated-types typing-inspection
 	@PYTHONPATH=$(DEEPSPEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/trl/test_trl_sharded.py $(ARGS)
+
+# torchtitan 0.3 needs Python 3.11. Its own requirements name an older datasets and packages that its step does not use.
+TORCHTITAN := build/torchtitan
+test-torchtitan: setup
+	@test -d $(TORCHTITAN)/torchtitan || $(PIP) --no-deps --target $(TORCHTITAN) torchtitan==0.3.0 spmd_types==0.2.3 \
+	  torchao==0.18.0 torchdata==0.11.0 torch_checkpointing==0.1.1 tyro==1.0.17 docstring_parser typeguard einops
+	@PYTHONPATH=$(TORCHTITAN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/torchtitan $(ARGS)
 
 kernels-report: setup
 	@$(BIN)/python -m tests.compiled.report $(ARGS)

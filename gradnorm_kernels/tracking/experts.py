@@ -28,7 +28,7 @@ from .calls import Call
 from .formula import Mismatch, first_tensor
 from .layers import Layer
 from .parameter_gram import Tokens
-from .quiet import quiet
+from .quiet import quiet, uncounted
 from .rows import on_gpu
 
 #: Operations whose output's row r depends on row r of their tagged operands alone.
@@ -171,7 +171,8 @@ class ExpertsTrace(TorchFunctionMode):
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
         if self.unreadable is None:
-            self._follow(name, args, kwargs or {}, out)
+            with uncounted():
+                self._follow(name, args, kwargs or {}, out)
         return out
 
     def finish(self) -> None:

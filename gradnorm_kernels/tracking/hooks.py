@@ -25,7 +25,7 @@ from .layers import Layer, Parameters
 from .packed_probe import PackedProbe
 from .packing import Packing, TokenPlacement, token_arguments
 from .probe import Probe
-from .quiet import is_quiet
+from .quiet import is_quiet, uncounted
 from .recorder import Recorder
 from .replay import Impossible, copied, tensors_in
 from .shared import SharedOutput, watch_rows
@@ -62,7 +62,7 @@ class _Hook:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         # Not traced by torch.compile: the hook keeps tensors of this call. A compiled model has a graph break there.
-        self._function = _untraced(function)
+        self._function = _untraced(uncounted()(function))
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)
