@@ -160,7 +160,7 @@ class SegmentedWgradCall {
 
   const SegmentedWgrad& args_;
   const Geometry shape_;
-  const Schedule schedule_;
+  const cpu::Schedule schedule_;
   float* packed_;
   double* partials_;
 };

@@ -111,9 +111,10 @@ def fault(monkeypatch: pytest.MonkeyPatch, host: Host) -> str:
     )
     split = traps.packed([300, 500], 40, 24, torch.float16, group_ids=[0, 0])
     gaps = traps.packed([3, 4, 40, 5], 24, 16, torch.bfloat16, group_ids=[0, 1, 0, 0])
+    plain = traps.packed([3, 2], 16, 16, torch.bfloat16)  # the prologue checks cu_seqlens
     for case, multiprocessors, algorithm in (
         *((several, 2, "wgrad"), (several, 2, "gram")),
-        *((split, 5, "wgrad"), (gaps, 1, "gram")),
+        *((split, 5, "wgrad"), (gaps, 1, "gram"), (plain, 1, "wgrad")),
     ):
         install(monkeypatch, host_context(host, multiprocessors=multiprocessors))
         ids = {"sample_ids": case.sample_ids, "group_ids": case.group_ids, "weight_grad": True}
