@@ -30,6 +30,9 @@ from .runlog import FULL, Line, pair_metrics, task_metrics
 from .settings import Settings
 from .tasks import Example, Task
 
+#: Model, tokenizer, the prompts' token ids, completions per prompt and the settings to completions.
+Sampler = Callable[[Any, Any, Sequence[Sequence[int]], int, Settings], Rollouts]
+
 
 @dataclass
 class Batch:
@@ -145,7 +148,7 @@ class Grpo:
         device = next(iter(self.parameters)).device
         before = random_state(device)
         try:
-            self.accumulate(self._few_tokens(device), [], watching)
+            self.accumulate(self.few_tokens(device), [], watching)
         except RuntimeError as error:
             raise UserError(f"tracker_layers {self.settings.tracker_layers!r} cannot be measured: {error}") from error
         finally:
@@ -154,7 +157,7 @@ class Grpo:
             for tracker in watching:
                 tracker.discard()
 
-    def _few_tokens(self, device: torch.device) -> Batch:
+    def few_tokens(self, device: torch.device) -> Batch:
         """Short prompts with groups of three-token completions, made of the tasks' first questions."""
         group = self.settings.num_generations
         count = min(4, self.settings.per_device_train_batch_size // group)
@@ -212,12 +215,12 @@ class Grpo:
         self.step_number += 1
         return line
 
-    def rollout(self, tasks: list[str]) -> Batch:
-        """Completions, rewards and advantages for the next example of each task in ``tasks``."""
+    def rollout(self, tasks: list[str], sample: Sampler = generate) -> Batch:
+        """Completions, rewards and advantages for the next example of each task in ``tasks``; ``sample`` makes them."""
         settings, sampling = self.settings, self.sampler.probabilities
         examples = [self.tasks[task].next_example() for task in tasks]
         prompts = [self.prompter.ids(task, example) for task, example in zip(tasks, examples, strict=True)]
-        rollouts = generate(self.model, self.tokenizer, prompts, settings.num_generations, settings)
+        rollouts = sample(self.model, self.tokenizer, prompts, settings.num_generations, settings)
         texts = completion_texts(self.tokenizer, rollouts)
         group = settings.num_generations
         scores = [self.tasks[tasks[i // group]].score(text, examples[i // group]) for i, text in enumerate(texts)]

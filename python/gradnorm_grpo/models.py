@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,30 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     if not lists:
         raise UserError(f"train_layers: {type(model).__name__} has no list of decoder layers; use train_layers 'all'")
     return max(lists, key=len)
+
+
+@contextmanager
+def last_layer_alone(model: Any) -> Iterator[None]:
+    """Inside, a forward from ``inputs_embeds`` runs the last decoder layer and what follows it, on what would enter it.
+
+    Not every architecture allows it (some scale what is given as embeddings): compare with a whole forward before use.
+    """
+    layers = decoder_layers(model)
+    path = next(name for name, module in model.named_modules() if module is layers)
+    parent, _, leaf = path.rpartition(".")
+    last = layers[-1]
+    numbered = [
+        (module, module.layer_idx) for module in last.modules() if isinstance(module.__dict__.get("layer_idx"), int)
+    ]
+    setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList([last]))
+    for module, _ in numbered:
+        module.layer_idx = 0  # its place in the cache
+    try:
+        yield
+    finally:
+        for module, index in numbered:
+            module.layer_idx = index
+        setattr(model.get_submodule(parent), leaf, layers)
 
 
 def choose_trainable(model: Any, train_layers: str) -> None:

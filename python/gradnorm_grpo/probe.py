@@ -21,12 +21,13 @@ from transformers import set_seed
 
 from gradnorm_kernels import GradNormTracker, StepStats
 
+from . import last_block
 from .errors import UserError
 from .folder import describe_run, new_folder
 from .loop import Batch, Grpo, describe, estimates
 from .models import load_model
 from .progress import Display
-from .rollout import Prompter, Rollouts
+from .rollout import Prompter, Rollouts, generate
 from .runlog import RUN_FILE, SUMMARY_FILE, Line, RunLog, report_trackers, task_metrics, task_values, write_json
 from .settings import Settings
 from .summary import summarize
@@ -100,11 +101,12 @@ def final_probe(grpo: Grpo, prompts: int, on_round: Callable[[int, float, Line],
     found: list[Line] = []
     try:
         with last_block_alone(model, tracker.layers):
+            sampler = last_block.rollouts if last_block.applies(grpo) else generate
             while done < prompts:
                 started, count = time.perf_counter(), min(together, prompts - done)
                 line: Line = {}
                 for i, name in enumerate(names):
-                    batch = dataclasses.replace(grpo.rollout([name] * count), weights=None)
+                    batch = dataclasses.replace(grpo.rollout([name] * count, sampler), weights=None)
                     sample = done * len(names) + i * count
                     for part in _parts(batch, grpo.settings.beta):
                         grpo.accumulate(part, [], [tracker], first_sample=sample)
@@ -160,6 +162,7 @@ def subset(batch: Batch, prompts: Tensor) -> Batch:
             ran.completion_mask[rows],
             ran.ended[rows],
             ran.group,
+            None if ran.below is None else (ran.below[0][prompts], ran.below[1][rows]),
         ),
         rewards=batch.rewards[at],
         advantages=batch.advantages[at],

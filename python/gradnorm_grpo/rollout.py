@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .models import end_tokens, mixed_precision
+from .models import end_tokens, last_layer_alone, mixed_precision
 from .runlog import Line, eval_metrics
 from .settings import Settings
 from .tasks import Example, Task
@@ -124,7 +124,12 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str, device: torch.devi
 
 @dataclass
 class Rollouts:
-    """n prompts with G completions each; row r belongs to prompt r // G."""
+    """n prompts with G completions each; row r belongs to prompt r // G.
+
+    ``below``: what enters the last decoder layer at the current weights, where it was kept: [n, P - 1, H] at the
+    prompts' tokens but the last, [n G, C, H] at the tokens that predict the completions. The layers below it do not run
+    again then.
+    """
 
     prompt_ids: Tensor  # [n, P], padded on the left
     prompt_mask: Tensor  # [n, P]
@@ -132,12 +137,14 @@ class Rollouts:
     completion_mask: Tensor  # [n G, C]: 1 up to and with the end token
     ended: Tensor  # [n G] bool: has an end token
     group: int  # G
+    below: tuple[Tensor, Tensor] | None = None
 
     def rows(self, first: int, last: int) -> Rollouts:
         """Prompts first..last-1 with their groups, without columns that are padding in all of them."""
         part = slice(first * self.group, last * self.group)
         longest = int(self.completion_mask[part].sum(1).max())
         skip = self.prompt_ids.shape[1] - int(self.prompt_mask[first:last].sum(1).max())
+        below = self.below
         return Rollouts(
             self.prompt_ids[first:last, skip:],
             self.prompt_mask[first:last, skip:],
@@ -145,23 +152,31 @@ class Rollouts:
             self.completion_mask[part, :longest],
             self.ended[part],
             self.group,
+            None if below is None else (below[0][first:last, skip:], below[1][part, :longest]),
         )
 
 
-def _positions(mask: Tensor) -> Tensor:
+def positions(mask: Tensor) -> Tensor:
+    """[B, L] the position of each token that the mask [B, L] does not leave out."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _prompt_cache(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, group: int) -> Any:
-    """Keys and values of all prompt tokens but the last, computed once per prompt and repeated for its group."""
+def prompt_cache(
+    model: Any, prompt_ids: Tensor, prompt_mask: Tensor, group: int, embeddings: Tensor | None = None
+) -> Any:
+    """Keys and values of all prompt tokens but the last, computed once per prompt and repeated for its group.
+
+    ``embeddings`` [n, P - 1, H]: given to the model in the place of these tokens.
+    """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     ids, mask = prompt_ids[:, :-1], prompt_mask[:, :-1]
+    tokens = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
     model(
-        input_ids=ids,
+        **tokens,
         attention_mask=mask,
-        position_ids=_positions(mask),
+        position_ids=positions(mask),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -193,7 +208,7 @@ def generate(
     for first in range(0, len(prompts), batch):
         ids, mask = pad(prompts[first : first + batch], tokenizer.pad_token_id, "left", device)
         with mixed_precision(settings, device):
-            cache = _prompt_cache(model, ids, mask, group)
+            cache = prompt_cache(model, ids, mask, group)
             output = model.generate(
                 input_ids=ids.repeat_interleave(group, 0),
                 attention_mask=mask.repeat_interleave(group, 0),
@@ -246,15 +261,23 @@ def completion_logprobs(
     width = rollouts.completion_ids.shape[1]
     counted = torch.ones_like(rollouts.completion_mask) if pad_logits else rollouts.completion_mask
     counted = counted.bool()
-    if share_prompt:
-        cache = _prompt_cache(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.group)
-        ids = torch.cat([prompts[:, -1:], rollouts.completion_ids[:, :-1]], 1)
-        how = {"position_ids": _positions(mask)[:, -width:], "past_key_values": cache, "use_cache": True}
-    else:
-        ids = torch.cat([prompts, rollouts.completion_ids], 1)[:, :-1]
-        how = {"position_ids": _positions(mask), "use_cache": False, "logits_to_keep": width}
-    with contextlib.nullcontext() if pad_logits else _only_at(model, counted):
-        logits = model(input_ids=ids, attention_mask=mask, **how).logits
+    below = rollouts.below if share_prompt else None
+    how: dict[str, Any]
+    with contextlib.ExitStack() as stack:
+        if below is not None:
+            stack.enter_context(last_layer_alone(model))
+        if share_prompt:
+            given = None if below is None else below[0]
+            cache = prompt_cache(model, rollouts.prompt_ids, rollouts.prompt_mask, rollouts.group, given)
+            ids = torch.cat([prompts[:, -1:], rollouts.completion_ids[:, :-1]], 1)
+            how = {"input_ids": ids} if below is None else {"inputs_embeds": below[1]}
+            how |= {"position_ids": positions(mask)[:, -width:], "past_key_values": cache, "use_cache": True}
+        else:
+            ids = torch.cat([prompts, rollouts.completion_ids], 1)[:, :-1]
+            how = {"input_ids": ids, "position_ids": positions(mask), "use_cache": False, "logits_to_keep": width}
+        if not pad_logits:
+            stack.enter_context(_only_at(model, counted))
+        logits = model(attention_mask=mask, **how).logits
     chosen = rollouts.completion_ids[counted]
     # log p = logit - logsumexp: half the memory of a log_softmax over the vocabulary.
     logits = logits.reshape(len(chosen), -1).float() / temperature

@@ -17,8 +17,8 @@ pytest.importorskip("trl")
 
 from gradnorm_grpo import cli, probe
 from gradnorm_grpo.errors import UserError
-from gradnorm_grpo.loop import Batch, Grpo
-from gradnorm_grpo.rollout import Prompter
+from gradnorm_grpo.loop import Batch, Grpo, Sampler
+from gradnorm_grpo.rollout import Prompter, generate
 from gradnorm_grpo.runlog import read_run
 from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.summary import task_results
@@ -50,8 +50,8 @@ def loop(monkeypatch: pytest.MonkeyPatch, kept: list[Batch]) -> Grpo:
     grpo = Grpo(settings, tiny_model(tokenizer, 32, 2, 3), tokenizer, tasks, Prompter(tokenizer, tasks, settings), None)
     generator, rollout = torch.Generator().manual_seed(6), grpo.rollout
 
-    def given(names: list[str]) -> Batch:
-        batch = rollout(names)
+    def given(names: list[str], sample: Sampler = generate) -> Batch:
+        batch = rollout(names, sample)
         advantages = torch.randn(len(names), 4, generator=generator)
         advantages[[i for i in range(len(names)) if (len(kept) + i) % 3 == 0]] = 0.0
         kept.append(dataclasses.replace(batch, advantages=advantages, rewards=advantages))
@@ -70,7 +70,7 @@ def last_block_gradients(grpo: Grpo, batch: Batch) -> list[Tensor]:
         one = Batch(
             batch.tasks[part],
             batch.examples[part],
-            batch.rollouts.rows(i, i + 1),
+            dataclasses.replace(batch.rollouts.rows(i, i + 1), below=None),  # by the whole model
             batch.rewards[part],
             batch.advantages[part],
             batch.sampling,
@@ -91,6 +91,7 @@ def test_it_is_u_over_all_pairs_of_prompts_of_all_rounds(monkeypatch: pytest.Mon
     assert all(torch.equal(p, before[name]) for name, p in grpo.model.named_parameters())
     assert [p for p in grpo.model.parameters() if not p.requires_grad] == [frozen]
     assert all(p.grad is None for p in grpo.model.parameters())
+    assert all(batch.rollouts.below is not None for batch in kept), "only the last layer ran again"
     sums = {}
     for name in ("copy", "maximum"):
         batches = [batch for batch in kept if batch.tasks[0] == name]
