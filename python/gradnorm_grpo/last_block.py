@@ -27,10 +27,12 @@ def applies(grpo: Grpo) -> bool:
     """Whether the last layer alone gives the log-probabilities of the whole model, tried on the tasks' first questions.
 
     It does not where the model treats embeddings that it is given in a way of its own, with dropout, or where prompts
-    are not shared by their groups.
+    are not shared by their groups. Layers of several kinds are refused: masks are made for the kind of the first layer
+    of those that run, and a sliding window shows its difference in long prompts only.
     """
     settings, model = grpo.settings, grpo.model
-    if settings.bf16 or settings.dtype != "float32" or not settings.shares_prompt:
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if settings.bf16 or settings.dtype != "float32" or not settings.shares_prompt or len(set(kinds)) > 1:
         return False
     few = grpo.few_tokens(model.device).rollouts
     prompts = [row[mask.bool()].tolist() for row, mask in zip(few.prompt_ids, few.prompt_mask, strict=True)]

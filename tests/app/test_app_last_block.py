@@ -132,6 +132,8 @@ def test_a_model_of_its_own_kind_is_measured_whole(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(grpo.model.model, "forward", forward)
         assert not last_block.applies(grpo)
     monkeypatch.undo()
+    grpo.model.config.layer_types = ["sliding_attention", "full_attention", "full_attention"]
+    assert not last_block.applies(grpo), "the mask of the first layer's kind would be taken"
     assert not last_block.applies(loop(loss_type="dapo")), "prompts are not shared"
     assert not last_block.applies(loop(bf16=True))
 
