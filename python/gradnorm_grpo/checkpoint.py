@@ -39,7 +39,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(gauss)],  # type: ignore[union-attr]
         "torch": torch.random.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" and torch.cuda.is_initialized() else [],
     }
 
 
