@@ -106,7 +106,7 @@ def packed_row(padding: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 #: What another case goes through as well.
-SLOW = ("last attention", "all", "all, exact")
+SLOW = ("last attention", "all", "all, exact", "all, fused, exact")
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_the_numbers_of_packed_rows(fake: FakeCuda) -> None:
         assert found[task].sq_norm == pytest.approx(value.sq_norm, abs=1e-4 * value.mean_sq_norm)
 
 
-@pytest.mark.parametrize("name", ["all, fused, tied", "all, sketch"])
+@pytest.mark.parametrize("name", ["all, fused, tied", pytest.param("all, sketch", marks=pytest.mark.slow)])
 def test_the_numbers(fake: FakeCuda, name: str) -> None:
     """Those of a CPU."""
     architecture, options = CASES[name]
@@ -203,7 +203,10 @@ def test_the_numbers(fake: FakeCuda, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["last attention, fused", "all, sketch", *(pytest.param(n, marks=pytest.mark.slow) for n in ("all", "all, exact"))],
+    [
+        "last attention, fused",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "all, exact", "all, sketch")),
+    ],
 )
 def test_whatever_the_defaults_are(fake: FakeCuda, name: str) -> None:
     """The caller's default device and default dtype are not those of our tables."""

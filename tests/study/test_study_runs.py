@@ -197,7 +197,7 @@ def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:
     config = yaml.safe_load((PRESETS / "tiny.yaml").read_text())
     config["study"] |= {"estimators": {"prompts": 8, "subsets": 50, "sketches": 2, "widths": [8]}, "estimator_seeds": 1}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
-    options = [*SMALL[2:], "--seeds", "1", "2", "--arms", "uniform", "inverse", "--jobs", "2", "--output_dir", "out"]
+    options = [*SMALL[2:], "--seeds", "1", "--arms", "uniform", "inverse", "--jobs", "1", "--output_dir", "out"]
     arguments = [
         *(sys.executable, str(ROOT / "python" / "train_grpo.py"), "study", "--config", str(tmp_path / "small.yaml")),
         *options,
@@ -217,8 +217,8 @@ def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "done already" in done.stdout
     assert (runs / "uniform-seed1" / "metrics.jsonl").read_bytes() == first
-    assert len(list(runs.glob("*-seed[12]/summary.json"))) == 4
-    assert not list(runs.glob("*-seed[12]/checkpoint-*")), "weights of finished runs are not kept"
+    assert len(list(runs.glob("*-seed1/summary.json"))) == 2
+    assert not list(runs.glob("*-seed1/checkpoint-*")), "weights of finished runs are not kept"
     out = tmp_path / "out"
     answers = json.loads((out / "answers.json").read_text())
     ids = [entry["id"] for entry in answers["answers"]]
@@ -228,7 +228,7 @@ def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:
     assert json.loads((out / "study.json").read_text())["seconds"] > 5 and "for all runs and the estimators" in page
     for figure in (out / "figures").glob("*.svg"):
         assert f"figures/{figure.name}" in page or figure.name == "overview.svg"
-    lines = [json.loads(line) for line in (runs / "inverse-seed2" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (runs / "inverse-seed1" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     assert all("tasks/copy/full_grad_norm_sq" in line and "tasks/copy/grad_norm_sq" in line for line in steps)
     before = (out / "answers.json").read_text()
