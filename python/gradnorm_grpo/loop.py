@@ -149,6 +149,8 @@ class Grpo:
         before = random_state(device)
         try:
             self.accumulate(self.few_tokens(device), [], watching)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(f"tracker_layers {self.settings.tracker_layers!r} cannot be measured: {error}") from error
         finally:

@@ -129,9 +129,8 @@ def last_layer_alone(model: Any) -> Iterator[None]:
     path = next(name for name, module in model.named_modules() if module is layers)
     parent, _, leaf = path.rpartition(".")
     last = layers[-1]
-    numbered = [
-        (module, module.layer_idx) for module in last.modules() if isinstance(module.__dict__.get("layer_idx"), int)
-    ]
+    inside: list[Any] = list(last.modules())
+    numbered = [(module, module.layer_idx) for module in inside if isinstance(module.__dict__.get("layer_idx"), int)]
     setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList([last]))
     for module, _ in numbered:
         module.layer_idx = 0  # its place in the cache

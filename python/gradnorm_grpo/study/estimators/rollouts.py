@@ -71,7 +71,8 @@ def sample(grpo: Grpo, prompts: int) -> Batch:
         return torch.cat([pad(tensor, side, value=fill) for tensor, side in zip(tensors, sides, strict=True)])
 
     ended = torch.cat([part.rollouts.ended for part in parts])
-    rollouts = Rollouts(**{name: joined(name) for name in _TOKENS}, ended=ended, group=parts[0].rollouts.group)
+    fields: dict[str, Any] = {name: joined(name) for name in _TOKENS}
+    rollouts = Rollouts(**fields, ended=ended, group=parts[0].rollouts.group)
     return Batch(
         [task for part in parts for task in part.tasks],
         [example for part in parts for example in part.examples],
@@ -141,7 +142,8 @@ def load(path: Path, made: dict[str, Any] | None = None, device: torch.device | 
         raise UserError(f"{path} is not the file that {path.with_suffix('.json').name} describes: {advice}")
     if made is not None:
         _refuse_others(text["made_with"], made, path, advice)
-    rollouts = Rollouts(**{name: tensors[name].to(device) for name in (*_TOKENS, "ended")}, group=text["group"])
+    fields: dict[str, Any] = {name: tensors[name].to(device) for name in (*_TOKENS, "ended")}
+    rollouts = Rollouts(**fields, group=text["group"])
     return Batch(
         [text["tasks"][index] for index in tensors["task"].tolist()],
         [Example(question, answer) for question, answer in zip(text["questions"], text["answers"], strict=True)],
