@@ -98,6 +98,7 @@ def test_the_commit_can_be_given_where_there_is_no_checkout(monkeypatch: pytest.
 def test_only_the_generators_of_the_run_s_own_device_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     put: list[tuple[list[int], torch.device]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([7, device.index], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put.append((state.tolist(), device)))
     on_gpu, on_cpu = checkpoint.random_state(GPU), checkpoint.random_state(torch.device("cpu"))
