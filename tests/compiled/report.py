@@ -43,8 +43,8 @@ CHIPS = {
     86: (80, 101_376),
     89: (80, 101_376),
     90: (90, 232_448),
-    100: (90, 232_448),
-    103: (90, 232_448),
+    100: (100, 232_448),
+    103: (100, 232_448),
     120: (80, 101_376),
 }
 #: Those that have tiles of their own. The others run the same source.
@@ -78,14 +78,14 @@ class Job:
 
 
 def shipped(arch: int) -> list[KernelConfig]:
-    """The configs of every frozen file for an architecture, each once."""
+    """The configs of every frozen file for an architecture, or for one that serves it, each once."""
     folder = Path(tuning.__file__).parent / "configs"
     names = {field.name for field in fields(KernelConfig)}
     found = {}
     for path in sorted(folder.glob("*.json")):
         for entry in tuning.frozen(path.stem).get("kernels", {}).get("entries", ()):
             config = KernelConfig(**{name: value for name, value in entry.items() if name in names})
-            if config.arch == arch:
+            if config.arch in tuning.lineage(arch):
                 found[config] = None
     return list(found)
 
