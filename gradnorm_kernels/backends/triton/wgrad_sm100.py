@@ -90,13 +90,6 @@ def fitting_config(config: KernelConfig, d_in: int, d_out: int) -> KernelConfig:
     return replace(config, block_n=128, block_k=64, num_stages=5)
 
 
-def fitting_config(config: KernelConfig, d_in: int, d_out: int) -> KernelConfig:
-    """The config for a matrix: 256 columns only where no tile has a part outside of it. The masks there would spill."""
-    if config.block_n <= 128 or not edges(config, d_in, d_out):
-        return config
-    return replace(config, block_n=128, block_k=64, num_stages=5)
-
-
 def flat_config(config: KernelConfig) -> KernelConfig:
     """The config of the flat kernel for what this one lacks: two accumulators in registers leave 128 columns."""
     if not config.nested:
@@ -110,14 +103,6 @@ def signatures(
     """What a config launches: (kernel, argument -> type, constexpr -> value, options), for a compile-only check."""
     if not config.nested:
         return []
-    narrow = fitting_config(config, 1, 1)
-    found = _forms(narrow, element, (False, True))
-    return found if narrow == config else found + _forms(config, element, (False,))
-
-
-def _forms(
-    config: KernelConfig, element: str, edges: tuple[bool, ...]
-) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     narrow = fitting_config(config, 1, 1)
     found = _forms(narrow, element, (False, True))
     return found if narrow == config else found + _forms(config, element, (False,))
