@@ -586,7 +586,7 @@ def _forms(
     tile |= {"GROUP_M": config.group_m, "STAGES": config.num_stages}
     tile["ASYNC"] = asynchronous(config, config.element_bytes)
     found = []
-    for split, one_group, weight_grad, store_sums, edges in product((False, True), repeat=5):
+    for edges, split, one_group, weight_grad, store_sums in product((True, False), *[(False, True)] * 4):
         if one_group and store_sums:
             continue
         form = {"SPLIT": split, "ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad, "STORE_SUMS": store_sums}

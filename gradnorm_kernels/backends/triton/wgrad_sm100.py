@@ -104,7 +104,7 @@ def signatures(
     if not config.nested:
         return []
     narrow = fitting_config(config, 1, 1)
-    found = _forms(narrow, element, (False, True))
+    found = _forms(narrow, element, (True, False))
     return found if narrow == config else found + _forms(config, element, (False,))
 
 
