@@ -128,6 +128,25 @@ void call(const py::kwargs& given) {
   launch(args, stream);
 }
 
+void visit(Fields& field, gradnorm::SegmentTable& args) {
+  field("offsets", args.offsets);
+  field("sample_ids", args.sample_ids);
+  field("group_ids", args.group_ids);
+  field("offsets_wide", args.offsets_wide);
+  field("samples_wide", args.samples_wide);
+  field("groups_wide", args.groups_wide);
+  field("segments", args.segments);
+  field("samples", args.samples);
+  field("groups", args.groups);
+  field("tokens", args.tokens);
+  field("length", args.length);
+  field("start", args.start);
+  field("end", args.end);
+  field("sample", args.sample);
+  field("group", args.group);
+  field("valid", args.valid);
+}
+
 void visit(Fields& field, gradnorm::Schedule& args) {
   field("start", args.start);
   field("end", args.end);
@@ -280,6 +299,7 @@ std::vector<int> columns(const gradnorm::WgradTile (&tiles)[kCount]) {
 void bind_cuda(py::module_& m) {
   using namespace gradnorm;
   m.def("driver_version", &driver_version);
+  m.def("segment_table", &call<SegmentTable, &segment_table>);
   m.def("schedule", &call<Schedule, &schedule>);
   m.def("wgrad_norm_sm80", &call<WgradNorm, &wgrad_norm_sm80>);
   m.def("wgrad_norm_sm90", &call<WgradNorm, &wgrad_norm_sm90>);

@@ -57,6 +57,23 @@ int driver_version();
 // The CUDA launchers. Pointers are to device memory of the current device; a stream is a cudaStream_t (null: the default
 // stream). Nothing is allocated, nothing waits for the device, so every launch can be captured in a graph.
 //
+// Segments in the order of (group, sample), those of a sample in their own order, from ids on the device. Where a value is
+// wrong `valid` is 0, the first segment of the table has all rows, and ids are the nearest ones that are in range.
+struct SegmentTable {
+  const void* offsets;     // [segments + 1] cu_seqlens, or null: `length` rows each
+  const void* sample_ids;  // [segments], or null: sample i in segment i
+  const void* group_ids;   // [samples], or null: one group
+  bool offsets_wide, samples_wide, groups_wide;  // int64, not int32
+  int segments, samples, groups;  // at least one of each
+  int64_t tokens, length;
+  int64_t* start;    // [segments] out, as the next four
+  int64_t* end;
+  int32_t* sample;
+  int32_t* group;
+  uint8_t* valid;    // [1]
+};
+void segment_table(const SegmentTable& args, void* stream);
+
 // The prologue of a call, one block: checks cu_seqlens and makes the tables that the other launches read.
 //
 // Segments are in the order of (group, sample), and the segments of a sample lie together. Empty ones are left out of every
