@@ -98,6 +98,7 @@ void segmented_wgrad(const py::kwargs& given) {
   field("total", args.total);
   field("sample_sq", args.sample_sq);
   field("group_sq", args.group_sq);
+  field("gram", args.gram);
   field("workspace", args.workspace);
   field("isa", args.isa);
   field("threads", args.threads);
@@ -110,7 +111,9 @@ void bind_cpu(py::module_& m) {
   using namespace gradnorm;
   m.def("segmented_wgrad", &::segmented_wgrad);
   m.def("segmented_wgrad_workspace", &segmented_wgrad_workspace, py::arg("isa"), py::arg("tokens"), py::arg("d_in"),
-        py::arg("d_out"));
+        py::arg("d_out"), py::arg("gram_groups"));
+  m.attr("MOST_GRAM_GROUPS") = kMostGramGroups;
+  m.attr("MOST_GRAM_SQUARES") = kMostGramSquares;
   m.def("best_isa", &best_isa);
   m.def("runs_isa", &runs_isa, py::arg("isa"));
 }

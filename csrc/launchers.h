@@ -21,6 +21,9 @@ extern const BuildInfo build;
 
 enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+constexpr int kMostGramGroups = 32;  // from about here on a GEMM over the kept sums is faster
+constexpr int kMostGramSquares = 1024;
+
 // The CPU launcher: sums of per-sample gradients dy_t x_t^T over segments of tokens, and their squared norms. Segments
 // are in the order of their tokens, none is empty, those of a group lie together. Memory is the host's.
 struct SegmentedWgrad {
@@ -39,12 +42,15 @@ struct SegmentedWgrad {
   float* total;       // [d_out, d_in] the sum over the groups, or null
   double* sample_sq;  // [measured segments] added to
   double* group_sq;   // [groups] added to
+  double* gram;       // [groups, groups] added to: inner products of the groups' sums; then sums, sums_kept and open are not
+                      // used. Null for more than kMostGramGroups groups, or kMostGramSquares measured segments and groups
   void* workspace;    // segmented_wgrad_workspace() bytes
   int isa;            // position in BuildInfo::cpu_isas
   int threads;        // at most so many; the result does not depend on it
 };
 void segmented_wgrad(const SegmentedWgrad& args);
-int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out);
+// `gram_groups`: groups if `gram` is given, else 0. With it all tokens are packed at once.
+int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups);
 // The instruction set to use on this processor: a position in BuildInfo::cpu_isas.
 int best_isa();
 // Whether this processor runs the instruction set at a position of BuildInfo::cpu_isas.
