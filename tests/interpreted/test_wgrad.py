@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gradnorm_kernels import checks, reference
 from gradnorm_kernels import segments as table
+from gradnorm_kernels.backends.base import Results
 from gradnorm_kernels.backends.triton import wgrad
-from gradnorm_kernels.backends.triton.reduce import Results
 from gradnorm_kernels.backends.triton.wgrad_sm100 import fitting_config
 from gradnorm_kernels.tuning import costs, tiles
 from gradnorm_kernels.tuning.tiles import KernelConfig
