@@ -6,10 +6,13 @@ schedule is cut into even splits, wherever that cuts samples, and a fix-up adds 
 norms are partial sums in float64, one per program and sample, which only that program adds to. They are added up at the
 end: the same bits every time on the same kind of GPU.
 
-Memory besides the results: 8 (N + K) bytes per program, 16 per K tile, and a float32 tile per program if dW is wanted
-with several groups: 0.1 and 8.3 MiB for 64 samples at 4096 x 4096 and 65536 tokens on 132 multiprocessors. A split
-schedule takes a workspace of three to five tiles per program (25 MiB for three). ``group_gram`` holds the groups' sums
-of several tiles.
+B200 and B300 run nested loops (:mod:`.wgrad_sm100`) where there is one group, the schedule is not split and rows fit a
+tensor descriptor, and the flat kernels everywhere else.
+
+Memory besides the results: 8 (N + K) bytes per program (per tile with nested loops), 16 per K tile, and a float32 tile
+per program if dW is wanted with several groups: 0.1 and 8.3 MiB for 64 samples at 4096 x 4096 and 65536 tokens on 132
+multiprocessors. A split schedule takes a workspace of three to five tiles per program (25 MiB for three).
+``group_gram`` holds the groups' sums of several tiles.
 """
 
 from __future__ import annotations
