@@ -6,8 +6,8 @@ schedule is cut into even splits, wherever that cuts samples, and a fix-up adds 
 norms are partial sums in float64, one per program and sample, which only that program adds to. They are added up at the
 end: the same bits every time on the same kind of GPU.
 
-B200 and B300 run nested loops (:mod:`.wgrad_sm100`) where there is one group, the schedule is not split and rows fit a
-tensor descriptor, and the flat kernels everywhere else.
+B200 and B300 run nested loops (:mod:`.wgrad_sm100`) where there is one group, the schedule is not split, rows fit a
+tensor descriptor and Triton is 3.7 or newer, and the flat kernels everywhere else.
 
 Memory besides the results: 8 (N + K) bytes per program (per tile with nested loops), 16 per K tile, and a float32 tile
 per program if dW is wanted with several groups: 0.1 and 8.3 MiB for 64 samples at 4096 x 4096 and 65536 tokens on 132
@@ -31,7 +31,7 @@ from .launch import config_for, on_device
 from .reduce import FIXUP_CHUNK, WARPS, finish, split_fixup_kernel
 from .wgrad_kernels import asynchronous, pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
 from .wgrad_schedule import Schedule, build
-from .wgrad_sm100 import fitting_config, flat_config, wgrad_sm100_kernel
+from .wgrad_sm100 import COMPILES, fitting_config, flat_config, wgrad_sm100_kernel
 
 # The fewest K tiles that a split should have.
 _SPLIT_K_TILES = 4
@@ -83,8 +83,9 @@ def wgrad(
     if not (_describable(x) and _describable(dy)):
         launch = replace(launch, config=pointer_config(flat_config(launch.config)))
     elif launch.config.nested:
-        fitting = flat_config(launch.config) if segments.groups > 1 else fitting_config(launch.config, d_in, d_out)
-        launch = replace(launch, config=fitting)
+        able = COMPILES and segments.groups == 1
+        config = fitting_config(launch.config, d_in, d_out) if able else flat_config(launch.config)
+        launch = replace(launch, config=config)
     config, size = launch.config, launch.config.block_m * launch.config.block_n
     tiles = -(-d_in // config.block_n) * -(-d_out // config.block_m)
     groups, store_sums = segments.groups, group_gram and segments.groups > 1
