@@ -14,22 +14,22 @@ namespace {
 
 constexpr char kName[] = "wgrad_norm_sm90";
 
-// The map of a matrix [tokens, columns] in which a box can hold fewer than 64 rows. Element (c, r, b) of the map is
-// element c of row b + r, for 0 <= r < 64. The box of 64 rows at (c, n - 64, row) begins below r = 0, with zeros; then,
+// The map of a matrix [tokens, columns] in which a box of box_rows rows can hold fewer rows. Element (c, r, b) of the map is
+// element c of row b + r, for 0 <= r < box_rows. The box at (c, n - box_rows, row) begins below r = 0, with zeros; then,
 // from r = 0 to the end of the box, come the n rows from `row` on. Of a neighbour's rows not one is read, whatever they
 // hold, and one map serves all samples. Coordinates of loads may be negative (CUDA Programming Guide).
 //
-// The address is the matrix's own: with one 64 rows before it the zeros could come last, but loads through such a map
-// are reported to fault where that memory is not mapped. All that is asked for lies in the matrix: row + r < row + n.
-// That r = 63 of the last b would not is allowed: cuTensorMapEncodeTiled knows of no allocation, and the maps through
+// The address is the matrix's own: with one box_rows rows before it the zeros could come last, but loads through such a
+// map are reported to fault where that memory is not mapped. All that is asked for lies in the matrix: row + r < row + n.
+// That the last r of the last b would not is allowed: cuTensorMapEncodeTiled knows of no allocation, and the maps through
 // which QuACK (create_ragged_tensor_for_tma, ptr_shift=False) and Triton (tools/ragged_tma.py) load ragged rows declare
 // 2^30 rows of every matrix.
-TensorMap ragged_map(const void* matrix, int64_t stride, int tokens, int columns, int type) {
+TensorMap ragged_map(const void* matrix, int64_t stride, int tokens, int columns, int type, int box_rows) {
   // A single row has no next one, so its stride may be one that is not allowed: then rows are as if they touched.
   const uint64_t row_bytes = tokens == 1 ? (static_cast<uint64_t>(columns) * 2 + 15) / 16 * 16 : stride * uint64_t{2};
-  const uint64_t sizes[3] = {static_cast<uint64_t>(columns), sm90::kPanelTokens, static_cast<uint64_t>(tokens)};
+  const uint64_t sizes[3] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(box_rows), static_cast<uint64_t>(tokens)};
   const uint64_t strides[2] = {row_bytes, row_bytes};
-  const uint32_t box[3] = {sm90::kPanelColumns, sm90::kPanelTokens, 1};
+  const uint32_t box[3] = {sm90::kPanelColumns, static_cast<uint32_t>(box_rows), 1};
   return encode_tensor_map(matrix, type, sizes, strides, box, kName);
 }
 
@@ -43,23 +43,24 @@ void start(const WgradNorm& args, void* stream) {
   require(work_tiles <= 0x7fffffff, "more tiles than a 32-bit number counts");
   const int64_t blocks = work_tiles < args.multiprocessors ? work_tiles : args.multiprocessors;
   launch(kName, sm90::wgrad_norm_kernel<C>, blocks, sm90::kThreads, sm90::Shared<C>::kBytes, stream,
-         ragged_map(args.x, args.x_stride, args.tokens, args.d_in, args.type),
-         ragged_map(args.dy, args.dy_stride, args.tokens, args.d_out, args.type), args);
+         ragged_map(args.x, args.x_stride, args.tokens, args.d_in, args.type, C::kTokens),
+         ragged_map(args.dy, args.dy_stride, args.tokens, args.d_out, args.type, C::kTokens), args);
 }
 
 constexpr int kTiles = sizeof(kSm90WgradTiles) / sizeof(kSm90WgradTiles[0]);
 
-// Launches the tile whose columns are args.block_n. False if there is none.
+// Launches the tile at this position of tiles.h if its columns are args.block_n. False if not.
+template <int kType, size_t kIndex>
+bool start_if(const WgradNorm& args, void* stream) {
+  constexpr WgradTile kTile = kSm90WgradTiles[kIndex];
+  if (args.block_n != kTile.columns) return false;
+  start<sm90::Config<kType, kTile.columns, kTile.tokens, kTile.stages, kTile.shared_sum>>(args, stream);
+  return true;
+}
+
 template <int kType, size_t... kIndex>
 bool start_tile(const WgradNorm& args, void* stream, std::index_sequence<kIndex...>) {
-  const auto start_if = [&](auto config, int columns) {
-    if (args.block_n != columns) return false;
-    start<decltype(config)>(args, stream);
-    return true;
-  };
-  return (start_if(sm90::Config<kType, kSm90WgradTiles[kIndex].columns, kSm90WgradTiles[kIndex].stages>(),
-                   kSm90WgradTiles[kIndex].columns) ||
-          ...);
+  return (start_if<kType, kIndex>(args, stream) || ...);
 }
 
 std::string compiled_columns() {

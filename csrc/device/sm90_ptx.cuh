@@ -112,10 +112,20 @@ struct Wgmma;
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define GRADNORM_REGISTERS_256 \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define GRADNORM_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define GRADNORM_16(i) GRADNORM_4(i), GRADNORM_4(i + 4), GRADNORM_4(i + 8), GRADNORM_4(i + 12)
 #define GRADNORM_OPERANDS_128 GRADNORM_16(0), GRADNORM_16(16), GRADNORM_16(32), GRADNORM_16(48)
 #define GRADNORM_OPERANDS_192 GRADNORM_OPERANDS_128, GRADNORM_16(64), GRADNORM_16(80)
+#define GRADNORM_OPERANDS_256 GRADNORM_OPERANDS_192, GRADNORM_16(96), GRADNORM_16(112)
 #define GRADNORM_WGMMA(type, name, n, a_operand, b_operand, add_operand, major_operand)                                \
   template <int kMajor>                                                                                                \
   struct Wgmma<type, n, kMajor> {                                                                                      \
@@ -129,13 +139,17 @@ struct Wgmma;
   };
 GRADNORM_WGMMA(kBFloat16, "bf16", 128, "64", "65", "66", "67")
 GRADNORM_WGMMA(kBFloat16, "bf16", 192, "96", "97", "98", "99")
+GRADNORM_WGMMA(kBFloat16, "bf16", 256, "128", "129", "130", "131")
 GRADNORM_WGMMA(kFloat16, "f16", 128, "64", "65", "66", "67")
 GRADNORM_WGMMA(kFloat16, "f16", 192, "96", "97", "98", "99")
+GRADNORM_WGMMA(kFloat16, "f16", 256, "128", "129", "130", "131")
 #undef GRADNORM_WGMMA
+#undef GRADNORM_OPERANDS_256
 #undef GRADNORM_OPERANDS_192
 #undef GRADNORM_OPERANDS_128
 #undef GRADNORM_16
 #undef GRADNORM_4
+#undef GRADNORM_REGISTERS_256
 #undef GRADNORM_REGISTERS_192
 #undef GRADNORM_REGISTERS_128
 

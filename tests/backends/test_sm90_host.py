@@ -43,6 +43,7 @@ CASES = {
     "inf": Case((20, 20, 20, 130, 7), 73, 130, groups=(0, 0, 1, 1, 2), poison=(INF, 1)),
     "far rows": Case((33, 40), 16, 40, stride=1 << 25),
     "far parts": Case((33,), 128, 128, groups=(131073,), parts=True, block_n=128),
+    "widest": Case((33, 1, 0, 64, 100), 300, 136, groups=(0, 0, 1, 1, 1), block_n=256),
 }
 
 
@@ -78,7 +79,7 @@ DEFECTS = {
     "too few bytes announced": Defect(
         KERNEL,
         r"(?<=full\(stage\), )C::kStageBytes",
-        "C::kStageBytes - kPanelBytes",
+        "C::kStageBytes - C::kPanelBytes",
         UNORDERED + "|expects",
         "long",
     ),
@@ -88,9 +89,11 @@ DEFECTS = {
         "mbarrier_arrive(shared.full(stage));",
         UNORDERED,
     ),
-    "a neighbour's rows": Defect(KERNEL, r"rows - kPanelTokens", "0", "numbers", "neighbour"),
+    "a neighbour's rows": Defect(KERNEL, r"rows - C::kTokens", "0", "numbers", "neighbour"),
     "a row behind the matrix": Defect(KERNEL, r"(?<=begin, )row(?=\))", "row + 1", "outside of its map"),
-    "a row of a block lost": Defect(LAUNCHER, r"(?<=\(columns\), )sm90::kPanelTokens", "63", "numbers"),
+    "a row of a block lost": Defect(
+        LAUNCHER, r"(?<=\(columns\), )static_cast<uint64_t>\(box_rows\)", "uint64_t{63}", "numbers"
+    ),
     "the last row lost": Defect(
         LAUNCHER, r"static_cast<uint64_t>\(tokens\)(?=\};)", "tokens - uint64_t{1}", "numbers", "one at the end"
     ),
@@ -105,7 +108,7 @@ DEFECTS = {
         "begins outside of every buffer|outside of its map's buffer",
     ),
     "the first steps of a stage": Defect(
-        KERNEL, r"(?<= x \+ )step(?= \*)", "step - kSteps + static_cast<int>(steps.value)", "numbers"
+        KERNEL, r"(?<= x \+ )step(?= \*)", "step - C::kSteps + static_cast<int>(steps.value)", "numbers"
     ),
     "a step too few": Defect(KERNEL, r"\(rows - 1\) / kStepTokens \+ 1", "(rows + 14) / kStepTokens", "numbers"),
     "no wait for a sample's first copy": Defect(
@@ -145,17 +148,44 @@ DEFECTS = {
         KERNEL, r"tag\.sum_index \+= place\.split;", ";", "numbers|write the same", "splits"
     ),
     "running sum forgotten": Defect(KERNEL, r"first_group = 0;", ";", "numbers"),
-    "columns behind the matrix": Defect(FRAGMENT, r"columns > 2 \* kCount - 7", "true", "numbers", "inf"),
+    "columns behind the matrix": Defect(FRAGMENT, r"columns\(\) > 2 \* kCount - 7", "true", "numbers", "inf"),
     "columns behind a row": Defect(
-        FRAGMENT, r"at < columns(?=\) visit)", "true", "write the same|outside of every buffer"
+        FRAGMENT, r"at < columns\(\)(?=\) visit)", "true", "write the same|outside of every buffer"
     ),
     "lanes exchange nothing": Defect(FRAGMENT, r"exchange_pairs\(pairs, lane\);", ";", "numbers"),
     "lanes store elsewhere": Defect(FRAGMENT, r"lane % 4 \* 6", "lane % 4 * 14", "write the same|numbers"),
-    "rows behind the matrix": Defect(KERNEL, r"row \+ 8 < args\.d_out", "true", "outside of every buffer|numbers"),
+    "rows behind the matrix": Defect(FRAGMENT, r"row \+ 8 < d_out", "true", "outside of every buffer|numbers"),
+    # Half of the group's sum is in shared memory.
+    "shared half not cleared": Defect(
+        KERNEL, r"store_shared_float4\(place\(i\), [^;]*;", ";", "nobody wrote", "widest"
+    ),
+    "shared half not added": Defect(
+        KERNEL, r"store_shared_float4\(place\(i \+ 4 \* j\)[^;]*;", ";", "numbers", "widest"
+    ),
+    "shared half without the sum before": Defect(
+        KERNEL,
+        r"load_shared_float4\(place\(i \+ 4 \* j\)\)",
+        "make_float4(0.0f, 0.0f, 0.0f, 0.0f)",
+        "numbers",
+        "widest",
+    ),
+    "shared half out of order": Defect(
+        KERNEL, r"(?<=four = load_shared_float4\(place\()i", "(i ^ 4)", "numbers", "widest"
+    ),
+    "next four too near": Defect(
+        KERNEL, r"\(i - C::kHeld\) / 4(?= \* Shared)", "(i - C::kHeld) / 8", "numbers", "widest"
+    ),
+    "two threads share a place": Defect(
+        TILES, r"consumer \* 128 \+ thread", "consumer * 128 + thread / 2", "race", "widest"
+    ),
+    "both consumers share a place": Defect(KERNEL, r"(?<=shared\.sums\()me\.group", "0", "race", "widest"),
+    "a sum goes on into the next group": Defect(
+        KERNEL, r"sum\.clear\(\);", "if (tile < 0) sum.clear();", "numbers", "widest"
+    ),
     "one set of slots": Defect(KERNEL, r"turn \^= 1;", ";", "race"),
     "no barrier before the sum": Defect(KERNEL, r"barrier_wait\(1 \+ group, 128\);", ";", UNORDERED),
     "too many registers": Defect(
-        KERNEL, r"registers_acquire<kConsumerRegisters>\(\);", "registers_acquire<240>();", "waits for ever"
+        KERNEL, r"registers_acquire<C::kConsumerRegisters>\(\);", "registers_acquire<240>();", "waits for ever"
     ),
     "barriers not fenced": Defect(KERNEL, r"mbarrier_init_fence\(\);", ";", "not fenced"),
     "barriers not shared": Defect(KERNEL, r"sync_block\(\);", ";", "initialis"),
@@ -227,6 +257,13 @@ def test_agrees_with_the_reference(host: Host, name: str) -> None:
     assert run(host, case, seed=2)[0].same(first)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].block_n == 192])
+def test_the_widest_tile_agrees_with_the_reference(host: Host, name: str) -> None:
+    case = replace(CASES[name], block_n=256)
+    result, expected = run(host, case, seed=4)
+    assert differences(case, result, expected) == []
+
+
 @pytest.mark.parametrize("name", ["edges", "odd", "unmeasured", "splits"])
 def test_agrees_with_the_other_tile_and_type(host: Host, name: str) -> None:
     case = narrow(CASES[name])
@@ -251,7 +288,7 @@ def test_agrees_on_random_cases(host: Host) -> None:
 def test_refuses_what_the_copy_engine_cannot_take(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="wgrad_norm_sm90: x and dy must start at a multiple of 16 bytes"):
         run(host, replace(EDGES, stride=204), seed=1)
-    with pytest.raises(RuntimeError, match="wgrad_norm_sm90: block_n must be 128 or 192"):
+    with pytest.raises(RuntimeError, match="wgrad_norm_sm90: block_n must be 128 or 192 or 256"):
         run(host, replace(EDGES, block_n=64), seed=1)
     launch = host.module.wgrad_norm_sm90
     monkeypatch.setattr(host.module, "wgrad_norm_sm90", lambda **fields: launch(**{**fields, "x_stride": 0}))

@@ -61,7 +61,7 @@ class Result:
 
 
 def random_case(seed: int) -> Case:
-    """Few rows and small weights, but every way to cut them: around 16 and 64 tokens, 64 and 192 columns."""
+    """Few rows and small weights, but every way to cut them: around 16 and 64 tokens, 64, 192 and 256 columns."""
     draw = random.Random(seed)
     lengths = [
         draw.choice((0, 1, 15, 16, 17, 31, 33, 48, 63, 64, 65, 97, 128, 129, 200)) for _ in range(draw.randint(1, 8))
@@ -88,7 +88,7 @@ def random_case(seed: int) -> Case:
         multiprocessors=draw.randint(1, 7),
         group_m=draw.randint(1, 4),
         dtype=draw.choice(tuple(TYPES)),
-        block_n=draw.choice((128, 192)),
+        block_n=draw.choice((128, 192, 256)),
         staggered=draw.random() < 0.7,
     )
 
