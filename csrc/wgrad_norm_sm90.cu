@@ -63,12 +63,6 @@ bool start_tile(const WgradNorm& args, void* stream, std::index_sequence<kIndex.
   return (start_if<kType, kIndex>(args, stream) || ...);
 }
 
-std::string compiled_columns() {
-  std::string text;
-  for (const WgradTile& tile : kSm90WgradTiles) text += (text.empty() ? "" : " or ") + std::to_string(tile.columns);
-  return text;
-}
-
 }  // namespace
 
 int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n) {
@@ -87,7 +81,7 @@ void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
   const auto tiles = std::make_index_sequence<kTiles>();
   const bool compiled = args.type == kBFloat16 ? start_tile<kBFloat16>(args, stream, tiles)
                                                : start_tile<kFloat16>(args, stream, tiles);
-  if (!compiled) throw std::runtime_error(std::string(kName) + ": block_n must be " + compiled_columns());
+  if (!compiled) throw std::runtime_error(std::string(kName) + ": block_n must be " + columns_of(kSm90WgradTiles));
 }
 
 }  // namespace gradnorm

@@ -159,7 +159,7 @@ TRITON_TILES: dict[tuple[str, int], list[TritonTile]] = {
     ],
 }
 
-#: What the benchmarks time on Hopper, by name.
+#: What the benchmarks time, by name; each on its architecture.
 CUDA_CANDIDATES = {
     "columns_128": CudaCandidate(CudaConfig(90, 128), "1024 tiles at 4096 x 4096: 7.8 rounds of 132 multiprocessors"),
     "columns_192": CudaCandidate(CudaConfig(90, 192), "fewer bytes from L2 per product; 704 tiles: 5.3 rounds"),
@@ -171,6 +171,10 @@ CUDA_CANDIDATES = {
     "columns_256_band_16": CudaCandidate(
         CudaConfig(90, 256, group_m=16), "a round of 132 tiles is 2048 rows by 2112 columns, the squarest band"
     ),
+    "sm80_columns_128": CudaCandidate(
+        CudaConfig(80, 128), "an A100: ten rounds at 4096 x 4096, the port of shared memory full"
+    ),
+    "sm80_columns_192": CudaCandidate(CudaConfig(80, 192), "an A100: seven longer rounds, the port at 79%"),
 }
 
 _forced: dict[str, Any] = {}

@@ -207,11 +207,8 @@ def test_every_candidate_has_a_reason() -> None:
         assert len({tile[:5] for tile in tried}) == len(tried)
 
 
-H200 = (90, 132, 232_448)  # architecture, multiprocessors, shared memory
-    (80, 108, 166_912),
-    (80, 84, 101_376),
-    (90, 132, 232_448),
-)  # architecture, multiprocessors, shared memory
+A100, A6000, H200 = (80, 108, 166_912), (80, 84, 101_376), (90, 132, 232_448)
+"""Architecture, multiprocessors, shared memory."""
 
 
 def tile_columns(gpu: tuple[int, int, int], widths: tuple[int, ...], d_in: int, d_out: int) -> int:
@@ -236,6 +233,23 @@ def tile_columns(gpu: tuple[int, int, int], widths: tuple[int, ...], d_in: int, 
 )
 def test_the_cuda_tile_on_hopper_is_chosen_by_rounds_and_bytes(d_in: int, d_out: int, columns: int) -> None:
     assert tile_columns(H200, (256, 128, 192), d_in, d_out) == columns
+
+
+@pytest.mark.parametrize(
+    ("gpu", "d_in", "d_out", "columns"),
+    [
+        (A100, 4096, 4096, 192),  # seven rounds of 24 cycles per token, instead of ten whose port is full: 17.8
+        (A100, 1536, 1536, 192),  # one round instead of two
+        (A100, 2048, 256, 128),
+        (A6000, 4096, 4096, 128),  # 13 rounds of 32 cycles, instead of nine of 48
+        (A6000, 1152, 1792, 192),  # one round instead of two
+    ],
+)
+def test_the_cuda_tile_on_ampere_is_chosen_by_rounds_and_the_shared_memory_port(
+    gpu: tuple[int, int, int], d_in: int, d_out: int, columns: int
+) -> None:
+    """GPUs with 99 KiB of shared memory per block have half the tensor cores for the same port: rounds alone count."""
+    assert tile_columns(gpu, (128, 192), d_in, d_out) == columns
 
 
 def forced_or_chosen(arch: int, *widths: int) -> CudaConfig:
