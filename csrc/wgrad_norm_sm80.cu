@@ -306,6 +306,7 @@ int64_t wgrad_norm_sm80_rows(int d_in, int d_out, int block_n) {
 }
 
 void wgrad_norm_sm80(const WgradNorm& args, void* stream) {
+  if (args.cluster != 1) throw std::runtime_error(std::string(kName) + ": cluster must be 1, there are none before sm_90");
   const auto tiles = std::make_index_sequence<kTiles>();
   const bool compiled = args.type == kBFloat16 ? start_tile<kBFloat16>(args, stream, tiles)
                                                : start_tile<kFloat16>(args, stream, tiles);

@@ -27,6 +27,15 @@ __device__ __forceinline__ void mbarrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// An arrival at the mbarrier at the same place in another block of the cluster (section on mapa).
+__device__ __forceinline__ void mbarrier_arrive_at(int rank, SharedAddress barrier) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
 // One arrival that also announces `bytes` still to be copied in this phase.
 __device__ __forceinline__ void mbarrier_arrive_expect(SharedAddress barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -45,6 +54,25 @@ __device__ __forceinline__ void mbarrier_wait(SharedAddress barrier, uint32_t pa
   } while (!done);
 }
 
+// The same for arrivals from every block of the cluster.
+__device__ __forceinline__ void mbarrier_wait_cluster(SharedAddress barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// Section on barrier.cluster: all threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // Section on cp.async.bulk.tensor: copies the map's box at (column, row, base) to `to`. `barrier` counts all of its
 // bytes, also those outside the map, which arrive as zeros.
 __device__ __forceinline__ void tensor_load(SharedAddress to, const TensorMap* map, SharedAddress barrier, int column,
@@ -53,6 +81,18 @@ __device__ __forceinline__ void tensor_load(SharedAddress to, const TensorMap* m
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
       :
       : "r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(base)
+      : "memory");
+}
+
+// The same into every block of the cluster whose bit is set in `blocks`, at the same place, counted by the mbarrier at the
+// same place there.
+__device__ __forceinline__ void tensor_load_multicast(SharedAddress to, const TensorMap* map, SharedAddress barrier,
+                                                      int column, int row, int base, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;"
+      :
+      : "r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(base), "h"(blocks)
       : "memory");
 }
 

@@ -48,13 +48,15 @@ enum Flag : int {
   kExit = 16,
 };
 
-// A type of operands and a tile of tiles.h.
-template <int kType_, int kColumns_, int kTokens_, int kStages_, int kSharedSum_>
+// A type of operands, a tile of tiles.h, and the blocks of a cluster: 1, or 2 that take tiles below each other and load half
+// of the panels of x for both.
+template <int kType_, int kColumns_, int kTokens_, int kStages_, int kSharedSum_, int kCluster_>
 struct Config {
   static constexpr int kType = kType_;
   static constexpr int kColumns = kColumns_;  // of d_in
   static constexpr int kTokens = kTokens_;    // of a K tile
   static constexpr int kStages = kStages_;
+  static constexpr int kCluster = kCluster_;
   static constexpr int kSteps = kTokens / kStepTokens;
   static constexpr int kPanelBytes = kPanelColumns * kTokens * 2;
   static_assert(kPanelBytes % 1024 == 0, "the swizzle repeats every 1024 bytes");
@@ -96,7 +98,8 @@ struct Shared {
   __device__ __forceinline__ SharedAddress columns(int stage, int panel) const {
     return base + kColumnsAt + (stage * C::kColumnPanels + panel) * C::kPanelBytes;
   }
-  // A stage's copies have landed; its products have been made, by both consumers; by the first.
+  // A stage's copies have landed; its products have been made, by both consumers of every block of the cluster; by the
+  // first of this one.
   __device__ __forceinline__ SharedAddress full(int stage) const { return base + kBarriersAt + stage * 32; }
   __device__ __forceinline__ SharedAddress empty(int stage) const { return base + kBarriersAt + stage * 32 + 8; }
   __device__ __forceinline__ SharedAddress led(int stage) const { return base + kBarriersAt + stage * 32 + 16; }

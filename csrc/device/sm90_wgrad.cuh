@@ -40,15 +40,36 @@ struct SegmentWalk {
   }
 };
 
+// The tile that block `rank` of a cluster takes of a work item: a tile for one split of the segments, or as many tiles, one
+// below the other, as the cluster has blocks.
+template <typename C>
+__device__ __forceinline__ TilePlace place_in(int item, int rank, int tile_rows, int tile_columns, int group_m) {
+  const int band = C::kCluster > 1 ? max(group_m / C::kCluster, 1) : group_m;
+  TilePlace place = place_of(item, tile_rows / C::kCluster, tile_columns, band);
+  place.row = place.row * C::kCluster + rank;
+  return place;
+}
+
+// Waits until a stage's products have been made, in every block that the copies into it go to.
+template <typename C>
+__device__ __forceinline__ void wait_free(const Shared<C>& shared, int stage, uint32_t parity) {
+  if constexpr (C::kCluster > 1) {
+    mbarrier_wait_cluster(shared.empty(stage), parity);
+  } else {
+    mbarrier_wait(shared.empty(stage), parity);
+  }
+}
+
 template <typename C>
 __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap* dy_map, const WgradNorm& args,
                                         int tile_rows, int tile_columns, const Shared<C>& shared) {
   tensor_map_prefetch(x_map);
   tensor_map_prefetch(dy_map);
   Ring<C::kStages> ring;
-  const int tiles = tile_rows * tile_columns;
-  for (int work = blockIdx.x; work < tiles * args.splits; work += gridDim.x) {
-    const TilePlace place = place_of(work, tile_rows, tile_columns, args.group_m);
+  const int rank = static_cast<int>(blockIdx.x) % C::kCluster, items = tile_rows / C::kCluster * tile_columns;
+  for (int item = blockIdx.x / C::kCluster; item < items * args.splits; item += gridDim.x / C::kCluster) {
+    const TilePlace place = place_in<C>(item, rank, tile_rows, tile_columns, args.group_m);
+    const int tile = item % items * C::kCluster + rank;
     const int first_row = place.row * kTileRows, first_column = place.column * C::kColumns;
     SegmentWalk walk{args, load_global(args.split_start + place.split), load_global(args.split_start + place.split + 1)};
     Segment segment{}, following{};
@@ -59,7 +80,7 @@ __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap*
       // The first K tile takes the rows that do not fill one: the consumers' loop over the others has no condition in it.
       int rows = (segment.end - segment.row - 1) % C::kTokens + 1;
       const int k_tiles = (segment.end - segment.row - 1) / C::kTokens + 1;
-      Tag tag{0, segment.sample, segment.group, work % tiles, k_tiles, (rows - 1) / kStepTokens + 1};
+      Tag tag{0, segment.sample, segment.group, tile, k_tiles, (rows - 1) / kStepTokens + 1};
       if (args.workspace != nullptr) tag.sum_index += place.split;
       if (group_ends || following.sample != segment.sample) tag.flags |= kSampleEnds;
       if (group_ends) {
@@ -68,7 +89,7 @@ __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap*
       }
       for (int row = segment.row; row < segment.end; row += rows, rows = C::kTokens) {
         const int stage = ring.stage;
-        mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
+        wait_free(shared, stage, ring.parity ^ 1);
         if (row == segment.row) shared.store_tag(stage, tag);
         mbarrier_arrive_expect(shared.full(stage), C::kStageBytes);
         // In the maps (ragged_map) this box holds zeros and then, to its end, the `rows` rows from `row` on.
@@ -79,14 +100,19 @@ __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap*
         }
 #pragma unroll
         for (int i = 0; i < C::kColumnPanels; ++i) {
-          tensor_load(shared.columns(stage, i), x_map, shared.full(stage), first_column + i * kPanelColumns, begin,
-                      row);
+          const int column = first_column + i * kPanelColumns;
+          if constexpr (C::kCluster == 1) {
+            tensor_load(shared.columns(stage, i), x_map, shared.full(stage), column, begin, row);
+          } else if (i % C::kCluster == rank) {  // the other blocks load the other panels, here too
+            tensor_load_multicast(shared.columns(stage, i), x_map, shared.full(stage), column, begin, row,
+                                  (1 << C::kCluster) - 1);
+          }
         }
         ring.advance();
       }
     }
   }
-  mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+  wait_free(shared, ring.stage, ring.parity ^ 1);
   shared.store_tag(ring.stage, Tag{kExit, -1, 0, 0, 0, 0});
   mbarrier_arrive(shared.full(ring.stage));
 }
@@ -119,6 +145,7 @@ struct Consumer {
   __device__ __forceinline__ void release(const Shared<C>& shared, int stage) const {
     sync_warp();
     if (lane == 0) mbarrier_arrive(shared.empty(stage));
+    if (C::kCluster > 1 && lane == 1) mbarrier_arrive_at(static_cast<int>(blockIdx.x) % C::kCluster ^ 1, shared.empty(stage));
     if (lane == 0 && group == 0) mbarrier_arrive(shared.led(stage));
   }
 };
@@ -296,7 +323,9 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
       wgmma_results(product);
       me.release(shared, stage);
       if (tag.flags & kSampleEnds) {
-        if (tag.tile != tile) in = fragment_of<C>(args, place_of(tag.tile, tile_rows, tile_columns, args.group_m), me);
+        if (tag.tile != tile) {
+          in = fragment_of<C>(args, place_in<C>(tag.tile / C::kCluster, tag.tile % C::kCluster, tile_rows, tile_columns, args.group_m), me);
+        }
         tile = tag.tile;
         if (tag.sample >= 0) {
           ended_sq = in.sum_of_squares(product);
@@ -315,6 +344,14 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
   }
 }
 
+// A block's shared memory stays until no other block of the cluster copies or arrives there any more. Threads that have ended
+// count as arrived. Each role calls it by itself: with one barrier behind both, the compiler takes the producer's loop for
+// one that threads diverge in, and without uniform registers it needs more others than it has.
+template <typename C>
+__device__ __forceinline__ void leave_cluster() {
+  if constexpr (C::kCluster > 1) cluster_sync();
+}
+
 template <typename C>
 __global__ void __launch_bounds__(kThreads, 1)
     wgrad_norm_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap dy_map,
@@ -323,21 +360,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared.full(stage), 1);
-      mbarrier_init(shared.empty(stage), 4 * kConsumers);
+      mbarrier_init(shared.empty(stage), 4 * kConsumers * C::kCluster);
       mbarrier_init(shared.led(stage), 4);
     }
     mbarrier_init_fence();
   }
-  sync_block();
+  if constexpr (C::kCluster > 1) {
+    cluster_sync();
+  } else {
+    sync_block();
+  }
   const int tile_rows = (args.d_out - 1) / kTileRows + 1, tile_columns = (args.d_in - 1) / C::kColumns + 1;
   const int warp = warp_uniform(static_cast<int>(threadIdx.x) / 32);
   if (warp < 4) {
     registers_release<C::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<C>(&x_map, &dy_map, args, tile_rows, tile_columns, shared);
+    if (threadIdx.x != 0) return;
+    produce<C>(&x_map, &dy_map, args, tile_rows, tile_columns, shared);
+    leave_cluster<C>();
   } else {
     registers_acquire<C::kConsumerRegisters>();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     consume<C>(args, tile_rows, tile_columns, shared, Consumer{warp / 4 - 1, warp % 4, lane});
+    leave_cluster<C>();
   }
 }
 

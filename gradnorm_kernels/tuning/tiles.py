@@ -65,12 +65,15 @@ class CudaConfig:
 
     ``arch``: 80 or 90. ``columns``: of d_in per tile, one of the tiles in ``csrc/tiles.h``. ``group_m``: rows of tiles
     that are walked together. ``staggered``: on Hopper the second consumer of a block stays a stage behind the first.
+    ``clusters``: on Hopper two blocks take tiles below each other and each loads half of x for both, by multicast, if
+    :func:`cluster_size` allows it. Off by default: no GPU has run it.
     """
 
     arch: int
     columns: int
     group_m: int = 8
     staggered: bool = True
+    clusters: bool = False
 
     @property
     def key(self) -> str:
@@ -171,6 +174,8 @@ CUDA_CANDIDATES = {
     "columns_256_band_16": CudaCandidate(
         CudaConfig(90, 256, group_m=16), "a round of 132 tiles is 2048 rows by 2112 columns, the squarest band"
     ),
+    "columns_192_clusters": CudaCandidate(CudaConfig(90, 192, clusters=True), "x from L2 once for two blocks"),
+    "columns_256_clusters": CudaCandidate(CudaConfig(90, 256, clusters=True), "x from L2 once for two blocks"),
     "sm80_columns_128": CudaCandidate(
         CudaConfig(80, 128), "an A100: ten rounds at 4096 x 4096, the port of shared memory full"
     ),
@@ -231,6 +236,17 @@ def cuda_config(arch: int, columns: Sequence[int], shared_memory: int, rounds: C
             f"columns must be one of {sorted(columns)} on sm_{arch}, the tiles of csrc/tiles.h, got {chosen.columns}"
         )
     return chosen
+
+
+def cluster_size(config: CudaConfig, tile_rows: int, work_tiles: int, multiprocessors: int) -> int:
+    """Blocks per cluster of a launch: 2 where ``config.clusters`` is set and every condition holds, else 1.
+
+    The architecture is Hopper's. ``tile_rows``, the number of rows of tiles of the weight, is even, because a cluster
+    takes two tiles below each other. ``work_tiles``, tiles times splits, is at least ``multiprocessors``: with fewer
+    blocks at a time L2 is not the bottleneck. The results have the same bits either way.
+    """
+    fits = config.arch >= 90 and tile_rows % 2 == 0 and work_tiles >= multiprocessors >= 2
+    return 2 if config.clusters and fits else 1
 
 
 def candidates(kernel: str, arch: int, element_bytes: int, shared_memory: int | None = None) -> list[KernelConfig]:

@@ -32,12 +32,15 @@ def cuobjdump() -> str:
     return found
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+@pytest.fixture(
+    scope="module",
+    params=["wgrad_norm_sm90", pytest.param("wgrad_norm_sm90_clusters", marks=pytest.mark.slow)],
+)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What the compiler says, and the object file."""
-    target = tmp_path_factory.mktemp("sass") / "wgrad_norm_sm90.o"
+    target = tmp_path_factory.mktemp("sass") / f"{request.param}.o"
     command = ["nvcc", "-std=c++17", "-O3", "-DGRADNORM_WITH_CUDA", "-gencode=arch=compute_90a,code=sm_90a"]
-    command += ["-Xptxas=-v", "-c", str(ROOT / "csrc" / "wgrad_norm_sm90.cu"), "-o", str(target)]
+    command += ["-Xptxas=-v", "-c", str(ROOT / "csrc" / f"{request.param}.cu"), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr, target
@@ -76,9 +79,10 @@ def test_instructions(compiled: tuple[str, Path]) -> None:
     assert len(functions) == KERNELS
     for function in functions:
         name = function.split()[0]
-        config = re.search(r"ConfigILi\dELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", name)
+        config = re.search(r"ConfigILi\dELi(\d+)ELi(\d+)ELi\d+ELi(\d+)ELi(\d)E", name)
         assert config is not None, name
-        columns, tokens, _, shared_sum = map(int, config.groups())
+        columns, tokens, shared_sum, cluster = map(int, config.groups())
+        assert cluster == (2 if "clusters" in compiled[1].name else 1)
         # A segment's first K tile has one product or more, up to those of a whole one; both operands transposed, that
         # is MN-major, and one group left in flight.
         products = re.findall(r"HGMMA\.(\S+) (.*)", function)
@@ -91,6 +95,12 @@ def test_instructions(compiled: tuple[str, Path]) -> None:
         # Two boxes of dy and one of x for each 64 columns a stage.
         assert len(re.findall(r"UTMALDG\.3D", function)) % (2 + columns // 64) == 0, name
         assert "UTMALDG.3D" in function, name
+        # In clusters the boxes of x go to both blocks, and blocks wait for each other at the beginning and at the end.
+        multicast = re.findall(r"UTMALDG\.3D\.MULTICAST", function)
+        assert len(multicast) * (2 + columns // 64) == (cluster - 1) * len(re.findall("UTMALDG", function)) * (
+            columns // 64
+        )
+        assert len(re.findall("UCGABAR_WAIT", function)) == (3 if cluster == 2 else 0), name
         assert {"USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"} == set(re.findall(r"USETMAXREG\.[A-Z_]+", function)), name
         assert not re.search(r"\b(LDL|STL)\b", function), name
         of_producer, of_consumer = REGISTERS[columns]

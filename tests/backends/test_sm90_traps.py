@@ -86,7 +86,7 @@ def test_tiles_that_are_asked_for_are_launched_and_right(
 
     def launch(self: HostContext, name: str, **fields: object) -> None:
         if name.startswith("wgrad_norm_sm"):
-            seen.append((name, fields["block_n"], fields["staggered"], fields["group_m"]))
+            seen.append((name, fields["block_n"], fields["staggered"], fields["group_m"], fields["cluster"]))
         original(self, name, **fields)
 
     monkeypatch.setattr(HostContext, "launch", launch)
@@ -94,10 +94,11 @@ def test_tiles_that_are_asked_for_are_launched_and_right(
     install(monkeypatch, host_context(host, arch=config.arch))
     with forced(config):
         traps.check(traps.packed([40, 19, 40], 200, 136, BF16), "cuda", "wgrad", weight_grad=True)
-    wanted = {f"columns_{width}": (width, True, 8) for width in (128, 192, 256)}
-    wanted |= {"columns_192_band_12": (192, True, 12), "columns_256_band_16": (256, True, 16)}
-    wanted |= {f"columns_{width}_abreast": (width, False, 8) for width in (128, 192, 256)}
-    wanted |= {f"sm80_columns_{width}": (width, True, 8) for width in (128, 192)}
+    wanted = {f"columns_{width}": (width, True, 8, 1) for width in (128, 192, 256)}
+    wanted |= {"columns_192_band_12": (192, True, 12, 1), "columns_256_band_16": (256, True, 16, 1)}
+    wanted |= {f"columns_{width}_abreast": (width, False, 8, 1) for width in (128, 192, 256)}
+    wanted |= {f"columns_{width}_clusters": (width, True, 8, 2) for width in (192, 256)}
+    wanted |= {f"sm80_columns_{width}": (width, True, 8, 1) for width in (128, 192)}
     assert set(seen) == {(f"wgrad_norm_sm{config.arch}", *wanted[name])}
     assert wgrad.launch_config(host_context(host, arch=90), 128, 128, 99).columns == 128, (
         "the tiles stay as they were afterwards"

@@ -260,9 +260,28 @@ def test_a_forced_cuda_config_is_for_its_architecture_and_must_be_compiled() -> 
     with tiles.forced(CudaConfig(90, 192, group_m=12)):
         assert forced_or_chosen(90, 128, 192) == CudaConfig(90, 192, group_m=12)
         assert forced_or_chosen(80, 128) == CudaConfig(80, 128)
-    assert forced_or_chosen(90, 128, 192) == CudaConfig(90, 128)
+    assert forced_or_chosen(90, 128, 192) == CudaConfig(90, 128) and not CudaConfig(90, 128).clusters
     with tiles.forced(CudaConfig(90, 256)), pytest.raises(ValueError, match=r"one of \[128, 192\] on sm_90.* got 256"):
         forced_or_chosen(90, 128, 192)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "arch", "tile_rows", "work_tiles", "multiprocessors", "blocks"),
+    [
+        (True, 90, 32, 512, 132, 2),
+        (False, 90, 32, 512, 132, 1),  # the default
+        (True, 80, 32, 512, 132, 1),
+        (True, 90, 33, 528, 132, 1),  # an odd number of rows of tiles
+        (True, 90, 8, 128, 132, 1),  # fewer tiles than multiprocessors
+        (True, 90, 8, 132, 132, 2),
+        (True, 90, 2, 2, 1, 1),
+    ],
+)
+def test_clusters_are_of_two_blocks_where_the_rule_says_so(
+    clusters: bool, arch: int, tile_rows: int, work_tiles: int, multiprocessors: int, blocks: int
+) -> None:
+    config = CudaConfig(arch, 192, clusters=clusters)
+    assert tiles.cluster_size(config, tile_rows, work_tiles, multiprocessors) == blocks
 
 
 def test_the_notes_have_the_cuda_tile_of_every_layer() -> None:

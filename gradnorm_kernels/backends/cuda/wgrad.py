@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...segments import PlainSegments, Segments
-from ...tuning.tiles import CudaConfig, cuda_config
+from ...tuning.tiles import CudaConfig, cluster_size, cuda_config
 from .. import native
 from ..torch.numerics import exact_matmuls
 from . import gram
@@ -204,6 +204,12 @@ def _launch(
         block_n=config.columns,
         group_m=config.group_m,
         staggered=config.staggered,
+        cluster=cluster_size(
+            config,
+            -(-d_out // BLOCK_M),
+            tile_count(d_in, d_out, config.columns) * tables.splits,
+            context.multiprocessors,
+        ),
         multiprocessors=context.multiprocessors,
     )
     return SquareSums(sample_sq, group_sq, rows)

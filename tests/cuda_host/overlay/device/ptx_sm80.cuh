@@ -219,7 +219,7 @@ T shuffle_xor(T value, int mask) {
 }
 
 inline void sync_warp() { host::warp_sync(); }
-inline void sync_block() { host::barrier_sync(0, host::block.threads); }
+inline void sync_block() { host::barrier_sync(0, host::block.size); }
 inline void barrier_wait(int id, int threads) { host::barrier_sync(id, threads); }
 inline void barrier_come(int id, int threads) { host::barrier_arrive(id, threads); }
 
