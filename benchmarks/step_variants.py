@@ -147,7 +147,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """``layers``: "last_attention" or "linears", with the tracker; ``rival``: a way without the tracker.
+    """``layers``: "last_attention", "linears" or "everything", with the tracker; ``rival``: a way without the tracker.
 
     ``accumulate``, ``errors``: the tracker's.
     """
@@ -175,13 +175,13 @@ VARIANTS = {
         Variant("linears", "all linear layers except the head observed", "linears"),
         Variant("linears_fused", "the same, their backward replaced", "linears", True),
         *(
-            Variant(
-                f"linears_fused_{errors}",
-                f"the same, errors from the spread over steps (errors={errors!r})",
-                "linears",
-                True,
-                errors=errors,
-            )
+            Variant(f"linears_fused_{errors}", f"the same, errors={errors!r}", "linears", True, errors=errors)
+            for errors in ("tasks", "steps")
+        ),
+        Variant("everything", "all parameters observed: linear layers, norms, embedding and head", "everything"),
+        Variant("everything_fused", "the same, the linear layers' backward replaced", "everything", True),
+        *(
+            Variant(f"everything_fused_{errors}", f"the same, errors={errors!r}", "everything", True, errors=errors)
             for errors in ("tasks", "steps")
         ),
         Variant(
@@ -203,7 +203,7 @@ VARIANTS = {
 
 def layer_names(setting: Setting, layers: str) -> str | list[str]:
     """The tracker's ``layers`` argument for a variant's ``layers``."""
-    return linears(setting.model) if layers == "linears" else layers
+    return {"linears": linears(setting.model), "everything": "all"}.get(layers, layers)
 
 
 def plain_step(setting: Setting) -> Callable[[], None]:

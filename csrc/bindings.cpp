@@ -98,6 +98,7 @@ void segmented_wgrad(const py::kwargs& given) {
   field("total", args.total);
   field("sample_sq", args.sample_sq);
   field("group_sq", args.group_sq);
+  field("gram", args.gram);
   field("workspace", args.workspace);
   field("isa", args.isa);
   field("threads", args.threads);
@@ -110,7 +111,9 @@ void bind_cpu(py::module_& m) {
   using namespace gradnorm;
   m.def("segmented_wgrad", &::segmented_wgrad);
   m.def("segmented_wgrad_workspace", &segmented_wgrad_workspace, py::arg("isa"), py::arg("tokens"), py::arg("d_in"),
-        py::arg("d_out"));
+        py::arg("d_out"), py::arg("gram_groups"));
+  m.attr("MOST_GRAM_GROUPS") = kMostGramGroups;
+  m.attr("MOST_GRAM_SQUARES") = kMostGramSquares;
   m.def("best_isa", &best_isa);
   m.def("runs_isa", &runs_isa, py::arg("isa"));
 }
@@ -126,6 +129,25 @@ void call(const py::kwargs& given) {
   fields.end();
   py::gil_scoped_release unlocked;
   launch(args, stream);
+}
+
+void visit(Fields& field, gradnorm::SegmentTable& args) {
+  field("offsets", args.offsets);
+  field("sample_ids", args.sample_ids);
+  field("group_ids", args.group_ids);
+  field("offsets_wide", args.offsets_wide);
+  field("samples_wide", args.samples_wide);
+  field("groups_wide", args.groups_wide);
+  field("segments", args.segments);
+  field("samples", args.samples);
+  field("groups", args.groups);
+  field("tokens", args.tokens);
+  field("length", args.length);
+  field("start", args.start);
+  field("end", args.end);
+  field("sample", args.sample);
+  field("group", args.group);
+  field("valid", args.valid);
 }
 
 void visit(Fields& field, gradnorm::Schedule& args) {
@@ -281,6 +303,7 @@ std::vector<int> columns(const gradnorm::WgradTile (&tiles)[kCount]) {
 void bind_cuda(py::module_& m) {
   using namespace gradnorm;
   m.def("driver_version", &driver_version);
+  m.def("segment_table", &call<SegmentTable, &segment_table>);
   m.def("schedule", &call<Schedule, &schedule>);
   m.def("wgrad_norm_sm80", &call<WgradNorm, &wgrad_norm_sm80>);
   m.def("wgrad_norm_sm90", &call<WgradNorm, &wgrad_norm_sm90>);

@@ -21,6 +21,9 @@ extern const BuildInfo build;
 
 enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+constexpr int kMostGramGroups = 32;  // from about here on a GEMM over the kept sums is faster
+constexpr int kMostGramSquares = 1024;
+
 // The CPU launcher: sums of per-sample gradients dy_t x_t^T over segments of tokens, and their squared norms. Segments
 // are in the order of their tokens, none is empty, those of a group lie together. Memory is the host's.
 struct SegmentedWgrad {
@@ -39,12 +42,15 @@ struct SegmentedWgrad {
   float* total;       // [d_out, d_in] the sum over the groups, or null
   double* sample_sq;  // [measured segments] added to
   double* group_sq;   // [groups] added to
+  double* gram;       // [groups, groups] added to: inner products of the groups' sums; then sums, sums_kept and open are not
+                      // used. Null for more than kMostGramGroups groups, or kMostGramSquares measured segments and groups
   void* workspace;    // segmented_wgrad_workspace() bytes
   int isa;            // position in BuildInfo::cpu_isas
   int threads;        // at most so many; the result does not depend on it
 };
 void segmented_wgrad(const SegmentedWgrad& args);
-int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out);
+// `gram_groups`: groups if `gram` is given, else 0. With it all tokens are packed at once.
+int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups);
 // The instruction set to use on this processor: a position in BuildInfo::cpu_isas.
 int best_isa();
 // Whether this processor runs the instruction set at a position of BuildInfo::cpu_isas.
@@ -57,6 +63,23 @@ int driver_version();
 // The CUDA launchers. Pointers are to device memory of the current device; a stream is a cudaStream_t (null: the default
 // stream). Nothing is allocated, nothing waits for the device, so every launch can be captured in a graph.
 //
+// Segments in the order of (group, sample), those of a sample in their own order, from ids on the device. Where a value is
+// wrong `valid` is 0, the first segment of the table has all rows, and ids are the nearest ones that are in range.
+struct SegmentTable {
+  const void* offsets;     // [segments + 1] cu_seqlens, or null: `length` rows each
+  const void* sample_ids;  // [segments], or null: sample i in segment i
+  const void* group_ids;   // [samples], or null: one group
+  bool offsets_wide, samples_wide, groups_wide;  // int64, not int32
+  int segments, samples, groups;  // at least one of each
+  int64_t tokens, length;
+  int64_t* start;    // [segments] out, as the next four
+  int64_t* end;
+  int32_t* sample;
+  int32_t* group;
+  uint8_t* valid;    // [1]
+};
+void segment_table(const SegmentTable& args, void* stream);
+
 // The prologue of a call, one block: checks cu_seqlens and makes the tables that the other launches read.
 //
 // Segments are in the order of (group, sample), and the segments of a sample lie together. Empty ones are left out of every

@@ -14,7 +14,7 @@ them. The table has three forms:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -120,6 +120,36 @@ class Segments:
         return torch.repeat_interleave(of_segment[order], lengths, output_size=tokens)
 
 
+class IndexTensors(NamedTuple):
+    """What a backend's own kernel sorts into :class:`Segments`: index tensors on x's device, not checked yet.
+
+    ``cu_seqlens`` [S+1]; None: every segment has ``length`` rows. ``sample_ids`` [S]; None: segment s is sample s.
+    ``group_ids`` [N]; None: one group. int32 or int64, contiguous. ``segments`` S, ``samples`` N and ``groups`` K are
+    at least 1. ``tokens`` T.
+    """
+
+    cu_seqlens: Tensor | None
+    sample_ids: Tensor | None
+    group_ids: Tensor | None
+    segments: int
+    samples: int
+    groups: int
+    tokens: int
+    length: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return next(ids.device for ids in self[:3] if ids is not None)
+
+    def empty_table(self) -> Segments:
+        """A table to be written: not initialised, ``valid`` included."""
+        start, end = vectors([self.segments] * 2, torch.int64, self.device)
+        sample, group = vectors([self.segments] * 2, torch.int32, self.device)
+        valid = torch.empty((), dtype=torch.bool, device=self.device)
+        return Segments(start, end, sample, group, self.samples, self.groups, valid)
+
+
 @dataclass(frozen=True)
 class PlainSegments:
     """The form of a call without sample_ids and group_ids: segment s is sample s, and all samples are one group.
@@ -194,8 +224,8 @@ def host_segments(batch: GradBatch) -> HostSegments:
     return HostSegments(segments, order, samples, groups)
 
 
-def device_segments(batch: GradBatch) -> Segments:
-    """The device form for a checked call.
+def device_segments(batch: GradBatch, sort: Callable[[IndexTensors], Segments] | None = None) -> Segments:
+    """The device form for a checked call. ``sort`` makes it from values on the device; without, torch's operators do.
 
     Raises ValueError for values on the CPU that do not ascend from 0 to T or are out of range.
     """
@@ -204,6 +234,10 @@ def device_segments(batch: GradBatch) -> Segments:
     target = batch.dy.device
     device = target if not given or any(tensor.device == target for tensor in given) else given[0].device
     checked = _on_host(device)
+    if sort is not None and given and not checked:
+        unsorted = _index_tensors(batch)
+        if min(unsorted.segments, unsorted.samples, unsorted.groups) > 0:
+            return sort(unsorted)
     count = batch.segments
     flags: list[Tensor] = []
 
@@ -315,17 +349,51 @@ def _rows(batch: GradBatch, device: torch.device, flags: list[Tensor]) -> tuple[
     return offsets[:-1], offsets[1:].clone()
 
 
+def _index_tensors(batch: GradBatch) -> IndexTensors:
+    """The index tensors of a call on x's device; those on the host are checked."""
+    cu_seqlens, sample_ids, group_ids = batch.cu_seqlens, batch.sample_ids, batch.group_ids
+    rows_of, offsets_name, samples_name = batch.names
+    samples, groups = batch.segments, 1
+    if sample_ids is not None:
+        samples = _count(samples_name, sample_ids, batch.samples, "samples")
+    if group_ids is not None:
+        groups = _count("group_ids", group_ids, batch.groups, "groups")
+    if cu_seqlens is not None and _on_host(cu_seqlens.device):
+        checks.read_offsets(cu_seqlens, batch.tokens, offsets_name, rows_of)
+
+    def there(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if tensor.dtype not in (torch.int32, torch.int64):
+            tensor = tensor.long()
+        on_host = _on_host(tensor.device)
+        return (_moved(tensor, tensor.dtype, batch.dy.device) if on_host else tensor).contiguous()
+
+    given = there(cu_seqlens), there(sample_ids), there(group_ids)
+    length = 0 if cu_seqlens is not None else batch.tokens if batch.dy.dim() == 2 else batch.dy.shape[1]
+    return IndexTensors(*given, batch.segments, samples, groups, batch.tokens, length)
+
+
+def _count(name: str, ids: Tensor, count: int | None, of: str) -> int:
+    """The number of samples or groups: the largest id plus one where it was not given.
+
+    Raises ValueError for ids on the host that are out of range.
+    """
+    if _on_host(ids.device):
+        return checks.read_ids(name, ids, count, of)[1]
+    if count is None:
+        count = int(ids.max()) + 1 if len(ids) else 0
+    return max(count, 0)
+
+
 def _ids(
     name: str, ids: Tensor | None, count: int | None, of: str, device: torch.device, flags: list[Tensor]
 ) -> tuple[Tensor | None, int]:
     """(ids as int32 in [0, count) on ``device``, count); a missing count is the largest id plus one."""
     if ids is None:
         return None, 0
-    if _on_host(ids.device):
-        _, count = checks.read_ids(name, ids, count, of)
+    on_host, count = _on_host(ids.device), _count(name, ids, count, of)
+    if on_host:
         return _moved(ids, torch.int32, device), count
-    if count is None:
-        count = int(ids.max()) + 1 if len(ids) else 0
-        count = max(count, 0)
     flags.append(((ids >= 0) & (ids < count)).all())
     return ids.clamp(0, max(count - 1, 0)).to(torch.int32), count

@@ -42,6 +42,13 @@ struct Tile {
 struct Kernel {
   int rows, columns;
   void (*tile)(const Tile&);
+  // Inner products of `groups` matrices [rows, columns], `group_stride` floats apart, whose rows are `stride` apart: of the
+  // pair a <= b kLanes partial sums at out[b (b + 1) / 2 + a]. Float32: for a unit's rows and columns at a time.
+  void (*pairs)(const float* sums, int64_t group_stride, int groups, int64_t rows, int columns, int64_t stride,
+                float (*out)[kLanes]);
+  // total [rows, columns], its rows `total_stride` apart: the sum of such matrices, in their order.
+  void (*add_up)(const float* sums, int64_t group_stride, int groups, int64_t rows, int columns, int64_t stride,
+                 float* total, int64_t total_stride);
   // Packs tokens [first, last) of a matrix [tokens, width] of `type` into panels [width / columns][tokens][columns] of
   // rows (dy) or columns (x); a panel begins `panel_stride` floats after the one before it.
   void (*pack_dy)(const void* matrix, int64_t stride, int type, int64_t width, int64_t first, int64_t last, float* panels,

@@ -63,6 +63,16 @@ inline __attribute__((always_inline)) void multiply(Registers& acc, const float*
   }
 }
 
+// The squares of a group's sum, and its way into the total.
+inline __attribute__((always_inline)) void end_group(const Tile& tile, const Registers& sum) {
+  add_squares(sum, tile.squares + tile.group_square * kLanes);
+  if (!tile.total) return;
+  each([&](int i, int j) {
+    float* at = tile.total + i * tile.stride + j * kWidth;
+    store(at, tile.total_set ? sum[i][j] : load(at) + sum[i][j]);
+  });
+}
+
 // `edge`: part of the tile lies outside the matrix. Its accumulators there are products with the panels' zeros, which
 // are NaN where the other factor is not finite: they are cleared before anything is made of them.
 template <bool edge>
@@ -83,6 +93,7 @@ inline __attribute__((always_inline)) void run_tile(const Tile& tile) {
       const int64_t next = (kRows + i) * stride + j;
       if (tile.open_in) __builtin_prefetch(tile.open + next, 1);
       if (touched && (!tile.fresh || tile.keep)) __builtin_prefetch(tile.running + next, 1);
+      if (tile.group_square >= 0 && tile.total) __builtin_prefetch(tile.total + next, 1);
     }
   }
   Registers acc = {};
@@ -111,6 +122,12 @@ inline __attribute__((always_inline)) void run_tile(const Tile& tile) {
 #if RUNNING_IN_REGISTERS
     each([&](int i, int j) { sum[i][j] += acc[i][j]; });
 #else
+    if (tile.group_square >= 0 && s + 1 == tile.part_count) {  // the group's end: its sum is made in the accumulators
+      if (!fresh) each([&](int i, int j) { acc[i][j] += load(tile.running + i * stride + j * kWidth); });
+      if (tile.keep) each([&](int i, int j) { store(tile.running + i * stride + j * kWidth, acc[i][j]); });
+      end_group(tile, acc);
+      return;
+    }
     if (fresh) {
       each([&](int i, int j) { store(tile.running + i * stride + j * kWidth, acc[i][j]); });
     } else {
@@ -123,24 +140,10 @@ inline __attribute__((always_inline)) void run_tile(const Tile& tile) {
     fresh = false;
     each([&](int i, int j) { acc[i][j] = Vector{}; });
   }
-  if (!tile.parts[0].ends) return;
-#if !RUNNING_IN_REGISTERS
-  if (tile.group_square < 0) return;
-  Registers sum;
-  each([&](int i, int j) { sum[i][j] = load(tile.running + i * stride + j * kWidth); });
-#else
-  (void)fresh;
-#endif
-  if (tile.group_square >= 0) {
-    add_squares(sum, tile.squares + tile.group_square * kLanes);
-    if (tile.total) {
-      each([&](int i, int j) {
-        float* at = tile.total + i * stride + j * kWidth;
-        store(at, tile.total_set ? sum[i][j] : load(at) + sum[i][j]);
-      });
-    }
-  }
 #if RUNNING_IN_REGISTERS
+  (void)fresh;
+  if (!tile.parts[0].ends) return;
+  if (tile.group_square >= 0) end_group(tile, sum);
   if (tile.keep) each([&](int i, int j) { store(tile.running + i * stride + j * kWidth, sum[i][j]); });
 #endif
 }
@@ -245,6 +248,69 @@ void pack(const void* matrix, int64_t stride, int type, int64_t width, int64_t f
   }
 }
 
-constexpr gradnorm::cpu::Kernel kKernel = {kRows, kColumns, &tile, &pack<kRows>, &pack<kColumns>};
+// Two matrices with four others at a time: eight sums and six loads in registers.
+void pairs(const float* sums, int64_t group_stride, int groups, int64_t rows, int columns, int64_t stride,
+           float (*out)[kLanes]) {
+  constexpr int kA = 2, kB = 4;
+  for (int a0 = 0; a0 < groups; a0 += kA) {
+    for (int b0 = a0; b0 < groups; b0 += kB) {
+      const float* a[kA];
+      const float* b[kB];
+      for (int i = 0; i < kA; ++i) a[i] = sums + (a0 + i < groups ? a0 + i : groups - 1) * group_stride;
+      for (int j = 0; j < kB; ++j) b[j] = sums + (b0 + j < groups ? b0 + j : groups - 1) * group_stride;
+      Vector acc[kA][kB] = {};
+      float rest[kA][kB] = {};
+      for (int64_t row = 0; row < rows; ++row) {
+        int64_t at = row * stride;
+        const int64_t end = at + columns;
+        for (; at + kWidth <= end; at += kWidth) {
+          Vector right[kB];
+#pragma GCC unroll 4
+          for (int j = 0; j < kB; ++j) right[j] = load(b[j] + at);
+#pragma GCC unroll 2
+          for (int i = 0; i < kA; ++i) {
+            const Vector left = load(a[i] + at);
+#pragma GCC unroll 4
+            for (int j = 0; j < kB; ++j) acc[i][j] += left * right[j];
+          }
+        }
+        for (; at < end; ++at) {
+          for (int i = 0; i < kA; ++i) {
+            for (int j = 0; j < kB; ++j) rest[i][j] += a[i][at] * b[j][at];
+          }
+        }
+      }
+      for (int i = 0; i < kA; ++i) {
+        for (int j = 0; j < kB; ++j) {
+          const int64_t x = a0 + i, y = b0 + j;
+          if (x > y || y >= groups) continue;
+          float* const lanes = out[y * (y + 1) / 2 + x];
+          std::memset(lanes, 0, kLanes * sizeof(float));
+          store(lanes, acc[i][j]);
+          lanes[0] += rest[i][j];
+        }
+      }
+    }
+  }
+}
+
+void add_up(const float* sums, int64_t group_stride, int groups, int64_t rows, int columns, int64_t stride, float* total,
+            int64_t total_stride) {
+  for (int64_t row = 0; row < rows; ++row, sums += stride, total += total_stride) {
+    int c = 0;
+    for (; c + kWidth <= columns; c += kWidth) {
+      Vector sum = load(sums + c);
+      for (int group = 1; group < groups; ++group) sum += load(sums + group * group_stride + c);
+      store(total + c, sum);
+    }
+    for (; c < columns; ++c) {
+      float sum = sums[c];
+      for (int group = 1; group < groups; ++group) sum += sums[group * group_stride + c];
+      total[c] = sum;
+    }
+  }
+}
+
+constexpr gradnorm::cpu::Kernel kKernel = {kRows, kColumns, &tile, &pairs, &add_up, &pack<kRows>, &pack<kColumns>};
 
 }  // namespace

@@ -29,9 +29,8 @@ int64_t most_tokens(int64_t d_in, int64_t d_out) {
   return std::clamp(kPackedFloats / (d_in + d_out), kFewestTokens, kMostTokens);
 }
 
-Schedule make_schedule(const SegmentedWgrad& call) {
+Schedule make_schedule(const SegmentedWgrad& call, int64_t limit) {
   Schedule made;
-  const int64_t limit = most_tokens(call.d_in, call.d_out);
   const auto group_of = [&](int64_t segment) { return segment < call.segments ? call.groups[segment] : -1; };
   int64_t at = 0, segment = 0;
   bool open = false, fresh = true;

@@ -42,6 +42,7 @@ int64_t most_tokens(int64_t d_in, int64_t d_out);
 // The most partial sums of a phase: every token may end a sample and a group.
 constexpr int64_t most_partials(int64_t tokens) { return 2 * tokens; }
 
-Schedule make_schedule(const SegmentedWgrad& call);
+// `limit`: the most tokens of a phase.
+Schedule make_schedule(const SegmentedWgrad& call, int64_t limit);
 
 }  // namespace gradnorm::cpu

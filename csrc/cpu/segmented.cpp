@@ -4,8 +4,12 @@
 // before it is multiplied) and then runs over units: strips of micro-tiles, taken by whichever thread is free. A unit
 // adds its squares up in a fixed order, in float32 within a strip's vectors and in float64 from there on, and the units'
 // sums are added in order: the same bits for any number of threads.
+//
+// Where inner products of the groups' sums are wanted, all tokens are one phase: the sums of all groups
+// in a unit's rows and columns stay in a cache until their products are taken, and never go to memory.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "kernel.h"
 #include "schedule.h"
@@ -20,7 +24,7 @@ using namespace cpu;
 constexpr int64_t kPackTokens = 32;   // of one piece of packing
 constexpr int64_t kUnitRows = 196;    // of a strip: its packed dy stays in the second cache
 constexpr int64_t kSerialWork = 1 << 20;  // multiply-adds that are not worth a second thread
-constexpr int64_t kAlignment = 64, kLine = kAlignment / sizeof(float);
+constexpr int64_t kAlignment = 64, kLine = kAlignment / sizeof(float), kDouble = sizeof(double) / sizeof(float);
 
 const Kernel& kernel_of(int isa) {
 #if defined(__x86_64__)
@@ -38,16 +42,18 @@ struct Geometry {
   const Kernel& kernel;
   int64_t dy_panels, x_panels, row_blocks, units, limit;
   int64_t dy_floats, packed_floats, partial_floats;
+  int64_t pairs;  // of groups whose inner products are wanted
 
-  Geometry(int isa, int64_t tokens, int64_t d_in, int64_t d_out) : kernel(kernel_of(isa)) {
+  Geometry(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups)
+      : kernel(kernel_of(isa)), pairs(gram_groups * (gram_groups + 1) / 2) {
     dy_panels = divide_up(d_out, kernel.rows);
     x_panels = divide_up(d_in, kernel.columns);
     row_blocks = divide_up(dy_panels, std::max<int64_t>(1, kUnitRows / kernel.rows));
     units = row_blocks * x_panels;
-    limit = std::min(tokens, most_tokens(d_in, d_out));
+    limit = pairs ? tokens : std::min(tokens, most_tokens(d_in, d_out));
     dy_floats = dy_panels * dy_stride(limit);
     packed_floats = dy_floats + x_panels * x_stride(limit);
-    partial_floats = units * most_partials(limit) * static_cast<int64_t>(sizeof(double) / sizeof(float));
+    partial_floats = units * (pairs ? int64_t{kMostGramSquares} : most_partials(limit)) * kDouble;
   }
 
   // From a panel to the next, in floats: whole lines, and one more, or the panels' beginnings would often fall into one
@@ -56,17 +62,21 @@ struct Geometry {
   int64_t x_stride(int64_t tokens) const { return divide_up(kernel.columns * tokens, kLine) * kLine + kLine; }
 
   int64_t bytes() const {
-    return (2 * packed_floats + partial_floats) * static_cast<int64_t>(sizeof(float)) + kAlignment;
+    const int64_t floats = (pairs ? 1 : 2) * packed_floats + partial_floats + units * pairs * kDouble;
+    return floats * static_cast<int64_t>(sizeof(float)) + kAlignment;
   }
 };
 
 class SegmentedWgradCall {
  public:
   explicit SegmentedWgradCall(const SegmentedWgrad& args)
-      : args_(args), shape_(args.isa, args.tokens, args.d_in, args.d_out), schedule_(make_schedule(args)) {
+      : args_(args),
+        shape_(args.isa, args.tokens, args.d_in, args.d_out, args.gram ? groups_of(args) : 0),
+        schedule_(make_schedule(args, shape_.limit)) {
     const auto start = reinterpret_cast<uintptr_t>(args.workspace);
     packed_ = reinterpret_cast<float*>(divide_up(start, kAlignment) * kAlignment);
-    partials_ = reinterpret_cast<double*>(packed_ + 2 * shape_.packed_floats);
+    partials_ = reinterpret_cast<double*>(packed_ + (shape_.pairs ? 1 : 2) * shape_.packed_floats);
+    products_ = partials_ + shape_.partial_floats / kDouble;
   }
 
   void run() {
@@ -85,9 +95,12 @@ class SegmentedWgradCall {
       share(threads, units + pieces, work);
       if (p >= 0) reduce(schedule_.phases[p]);
     }
+    if (args_.gram) reduce_products();
   }
 
  private:
+  static int64_t groups_of(const SegmentedWgrad& args) { return args.groups[args.segments - 1] + 1; }
+
   float* packed(int phase) const { return packed_ + (phase % 2) * shape_.packed_floats; }
 
   void pack(int p, int64_t piece) const {
@@ -114,8 +127,10 @@ class SegmentedWgradCall {
     const int64_t to = shape_.dy_panels * (row_block + 1) / shape_.row_blocks;
     const float* const dy = packed(p);
     const float* const x = packed(p) + shape_.dy_floats + unit % shape_.x_panels * shape_.x_stride(phase.tokens);
+    static_assert(most_partials(kMostTokens) >= kMostGramSquares);
     alignas(kAlignment) float squares[most_partials(kMostTokens) * kLanes];
     std::memset(squares, 0, phase.targets.size() * kLanes * sizeof(float));
+    const Sums sums = args_.gram ? own_sums(from * kernel.rows, to * kernel.rows, column) : kept_sums();
 
     for (int b = phase.block; b < phase.block + phase.blocks; ++b) {
       const Block& block = schedule_.blocks[b];
@@ -124,30 +139,82 @@ class SegmentedWgradCall {
       tile.parts = schedule_.parts.data() + block.part;
       tile.part_count = block.parts;
       tile.columns = static_cast<int>(std::min<int64_t>(kernel.columns, args_.d_in - column));
-      tile.stride = args_.d_in;
+      tile.stride = sums.stride;
       tile.open_in = block.open_in;
       tile.fresh = block.fresh;
       tile.total_set = block.group == 0;
       tile.group_square = block.group_square;
-      tile.keep = !block.ends || args_.sums_kept || !args_.total;
+      tile.keep = !block.ends || sums.kept || !args_.total;
       tile.squares = squares;
-      float* const sums = args_.sums + (args_.sums_kept ? block.group * args_.d_out * args_.d_in : 0);
+      float* const running = sums.running + (sums.kept ? block.group * sums.group_stride : 0);
       for (int64_t panel = from; panel < to; ++panel) {
-        const int64_t row = panel * kernel.rows, at = row * args_.d_in + column;
+        const int64_t row = panel * kernel.rows, at = (row - sums.row) * sums.stride + column - sums.column;
         tile.dy_panel = dy + panel * shape_.dy_stride(phase.tokens) + block.first * kernel.rows;
         tile.rows = static_cast<int>(std::min<int64_t>(kernel.rows, args_.d_out - row));
-        tile.running = sums + at;
-        tile.open = (block.alone ? sums : args_.open) + at;
-        tile.total = args_.total ? args_.total + at : nullptr;
+        tile.running = running + at;
+        tile.open = (block.alone ? running : sums.open) + at;
+        tile.total = args_.total && !args_.gram ? args_.total + at : nullptr;
         kernel.tile(tile);
       }
     }
+    if (args_.gram) finish_sums(sums, unit, std::min(to * kernel.rows, args_.d_out));
 
     double* const partials = partials_ + unit * static_cast<int64_t>(phase.targets.size());
     for (size_t index = 0; index < phase.targets.size(); ++index) {
       double sum = 0;
       for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(squares[index * kLanes + lane]);
       partials[index] = sum;
+    }
+  }
+
+  // Where the sums of the groups are, and the unfinished gradient: element (row, column) comes first.
+  struct Sums {
+    float* running;
+    float* open;
+    int64_t row, column, stride, group_stride;
+    bool kept;  // one sum for each group
+  };
+
+  // In the caller's memory, of the whole weight.
+  Sums kept_sums() const {
+    return {args_.sums, args_.open, 0, 0, args_.d_in, args_.d_out * args_.d_in, args_.sums_kept};
+  }
+
+  // In memory of this thread's own, of one unit: all groups.
+  Sums own_sums(int64_t first, int64_t last, int64_t column) const {
+    static thread_local std::vector<float> memory;
+    const int64_t stride = shape_.kernel.columns, size = (last - first) * stride;
+    memory.resize((groups_of(args_) + 1) * size);
+    return {memory.data(), memory.data() + groups_of(args_) * size, first, column, stride, size, true};
+  }
+
+  // The inner products of the groups' sums over one unit, and the sum over the groups.
+  void finish_sums(const Sums& sums, int64_t unit, int64_t last) const {
+    const int groups = static_cast<int>(groups_of(args_));
+    const int64_t rows = last - sums.row;
+    const int columns = static_cast<int>(std::min<int64_t>(shape_.kernel.columns, args_.d_in - sums.column));
+    alignas(kAlignment) float lanes[kMostGramGroups * (kMostGramGroups + 1) / 2][kLanes];
+    shape_.kernel.pairs(sums.running, sums.group_stride, groups, rows, columns, sums.stride, lanes);
+    for (int64_t pair = 0; pair < shape_.pairs; ++pair) {
+      double sum = 0;
+      for (int lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(lanes[pair][lane]);
+      products_[unit * shape_.pairs + pair] = sum;
+    }
+    if (!args_.total) return;
+    float* const total = args_.total + sums.row * args_.d_in + sums.column;
+    shape_.kernel.add_up(sums.running, sums.group_stride, groups, rows, columns, sums.stride, total, args_.d_in);
+  }
+
+  void reduce_products() const {
+    const int64_t groups = groups_of(args_);
+    for (int64_t unit = 0; unit < shape_.units; ++unit) {
+      const double* product = products_ + unit * shape_.pairs;
+      for (int64_t b = 0; b < groups; ++b) {
+        for (int64_t a = 0; a <= b; ++a, ++product) {
+          args_.gram[a * groups + b] += *product;
+          if (a < b) args_.gram[b * groups + a] += *product;
+        }
+      }
     }
   }
 
@@ -163,6 +230,7 @@ class SegmentedWgradCall {
   const cpu::Schedule schedule_;
   float* packed_;
   double* partials_;
+  double* products_;
 };
 
 }  // namespace
@@ -171,8 +239,8 @@ void segmented_wgrad(const SegmentedWgrad& args) {
   SegmentedWgradCall(args).run();
 }
 
-int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out) {
-  return Geometry(isa, tokens, d_in, d_out).bytes();
+int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups) {
+  return Geometry(isa, tokens, d_in, d_out, gram_groups).bytes();
 }
 
 bool runs_isa(int isa) {

@@ -1,4 +1,4 @@
-"""What a backend declares, what it is handed, and the operators it may have.
+"""What a backend declares, what it is handed and fills, and the operators it may have.
 
 A backend is a package of :mod:`gradnorm_kernels.backends` with a :class:`Backend` named ``BACKEND`` and one function
 per operator, named after it:
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 #: The operators, as their functions are named in a backend's package.
 OPERATORS = ("fused_grad_norm", "grad_gram", "grad_dot", "grad_sketch", "embedding_grad_norm", "tied_grad_gram")
@@ -41,6 +42,24 @@ class Plan:
     group_sums: str
     workspace: int
     tile: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a launch of segmented wgrad fills: the squared norms sample_sq [N] and group_sq [K] float64; where they are
+    wanted dW [d_out, d_in] in x's dtype and the groups' Gram [K, K] float64."""
+
+    sample_sq: Tensor
+    group_sq: Tensor
+    weight_grad: Tensor | None
+    group_gram: Tensor | None
+
+    @staticmethod
+    def empty(like: Tensor, samples: int, groups: int, weight_grad: Tensor | None, group_gram: bool) -> Results:
+        """Not initialised, on the device of ``like``."""
+        sample_sq, group_sq = (like.new_empty(size, dtype=torch.float64) for size in (samples, groups))
+        gram = like.new_empty(groups, groups, dtype=torch.float64) if group_gram else None
+        return Results(sample_sq, group_sq, weight_grad, gram)
 
 
 def _always() -> None:

@@ -54,6 +54,16 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"][0], device)
 
 
+@contextlib.contextmanager
+def same_random_state(device: torch.device) -> Iterator[None]:
+    """What is drawn inside leaves the generators as they were."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        restore_random_state(before, device)
+
+
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:120]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import random_state, restore_random_state
+from .checkpoint import same_random_state
 from .loop import Grpo
 from .models import decoder_layers, end_tokens
 from .rollout import Rollouts, pad, positions, prompt_cache
@@ -36,17 +36,14 @@ def applies(grpo: Grpo) -> bool:
         return False
     few = grpo.few_tokens(model.device).rollouts
     prompts = [row[mask.bool()].tolist() for row, mask in zip(few.prompt_ids, few.prompt_mask, strict=True)]
-    before = random_state(model.device)
     try:
-        found = rollouts(model, grpo.tokenizer, prompts, settings.num_generations, settings)
-        model.train()
-        with torch.no_grad():
+        with same_random_state(model.device), torch.no_grad():
+            found = rollouts(model, grpo.tokenizer, prompts, settings.num_generations, settings)
+            model.train()
             alone = grpo.logprobs(model, found)
             whole = grpo.logprobs(model, dataclasses.replace(found, below=None))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False  # an architecture whose forward does not allow it
-    finally:
-        restore_random_state(before, model.device)
     return bool(((alone - whole).abs() * found.completion_mask).max() <= TOLERANCE)
 
 

@@ -20,7 +20,7 @@ from gradnorm_kernels import GradNormTracker, StepPlan, StepStats
 from gradnorm_kernels.control.balancer import TaskBalancer
 from gradnorm_kernels.estimation.metrics import gradient_metrics, task_key
 
-from .checkpoint import random_state, restore_random_state
+from .checkpoint import same_random_state
 from .errors import UserError
 from .mixture import Mixture
 from .models import adamw, mixed_precision
@@ -146,15 +146,14 @@ class Grpo:
         if not watching:
             return
         device = next(iter(self.parameters)).device
-        before = random_state(device)
         try:
-            self.accumulate(self.few_tokens(device), [], watching)
+            with same_random_state(device):
+                self.accumulate(self.few_tokens(device), [], watching)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise UserError(f"tracker_layers {self.settings.tracker_layers!r} cannot be measured: {error}") from error
         finally:
-            restore_random_state(before, device)
             self.optimizer.zero_grad(set_to_none=True)
             for tracker in watching:
                 tracker.discard()

@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def batch(runs: list[list[Span]], d_in: int, d_out: int, dtype: torch.dtype = to
 def test_the_machine_has_an_instruction_set_and_the_best_is_taken():
     assert ISAS[0] == 0, "the portable one runs everywhere"
     assert native.module().best_isa() == ISAS[-1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory(monkeypatch: pytest.MonkeyPatch):
+    """Every call has scratch memory of its own, which is full of NaN where a test asks for that."""
+    monkeypatch.setattr(wgrad, "_SCRATCH", threading.local())
+    monkeypatch.setattr(wgrad, "_MOST_KEPT", 0)
 
 
 @isas
@@ -103,6 +111,59 @@ def test_the_same_bits_for_any_number_of_threads_and_every_time(isa: int):
         results = (found.sample_sq, found.group_sq, total)
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True)), f"{threads} threads"
+
+
+@isas
+@pytest.mark.parametrize(("d_in", "d_out"), [(1, 1), (97, 53), (200, 333)])
+@pytest.mark.parametrize("groups", [1, 2, 5, 31, 32, 33])
+def test_inner_products_of_groups(groups: int, d_in: int, d_out: int, isa: int):
+    """Taken inside the pass for few groups, from stored sums for more; the same for any number of threads."""
+    runs = runs_of([[3, 40 + k, 1] if k % 2 else [20 + k] for k in range(groups)])
+    x, dy = batch(runs, d_in, d_out)
+    right = torch.empty(d_out, d_in, dtype=torch.float64)
+    expected = segmented_wgrad(x.double(), dy.double(), runs, 1 << 30, right, True)
+    scale = expected.group_sq.sqrt().outer(expected.group_sq.sqrt())
+    for weight_grad in (True, False):
+        first = None
+        for threads in (1, 2, 3):
+            with traps.poisoned_memory():
+                total = torch.empty(d_out, d_in) if weight_grad else None
+                found = wgrad.segmented_wgrad(x, dy, runs, 5000, total, True, isa, threads)
+            assert found.gram is not None and expected.gram is not None
+            traps.assert_close(found.gram, expected.gram, NORMS[torch.float32], scale)
+            assert torch.equal(found.gram, found.gram.T)
+            if total is not None:
+                traps.assert_close(total.double(), right, WEIGHT_GRAD[torch.float32])
+            first = first or found
+            assert torch.equal(found.gram, first.gram) and torch.equal(found.sample_sq, first.sample_sq)
+
+
+def test_few_groups_need_no_stored_sums(monkeypatch: pytest.MonkeyPatch):
+    """Memory of a call with inner products of 8 groups: the packed operands, and not one sum for each group."""
+    asked: list[int] = []
+    scratch = wgrad._scratch
+    monkeypatch.setattr(wgrad, "_scratch", lambda size: asked.append(size) or scratch(size))
+    x, dy = batch(runs_of([[40]] * 8), 512, 512)
+    wgrad.segmented_wgrad(x, dy, runs_of([[40]] * 8), 1 << 30, None, True)
+    wgrad.segmented_wgrad(x, dy, runs_of([[40]] * 8), 1 << 30, None, False)
+    monkeypatch.setattr(wgrad, "_MOST_PACKED", 0)
+    wgrad.segmented_wgrad(x, dy, runs_of([[40]] * 8), 1 << 30, None, True)
+    assert asked[0] < 2 * asked[1] and asked[2] > 8 * 512 * 512
+
+
+def test_kept_memory_changes_no_result(monkeypatch: pytest.MonkeyPatch):
+    """What a call before has left, NaN among it, is never read."""
+    monkeypatch.setattr(wgrad, "_MOST_KEPT", 1 << 25)
+    large, small = runs_of([[700], [300]]), runs_of([[32] * 5, [9], [64]])
+    x, dy = batch(small, 160, 128)
+    alone = [wgrad.segmented_wgrad(x, dy, small, 1 << 20, None, gram) for gram in (True, False)]
+    wide = torch.full((1000, 300), torch.nan)
+    for gram in (True, False):
+        wgrad.segmented_wgrad(wide, wide, large, 1 << 20, torch.empty(300, 300), gram)
+        again = [wgrad.segmented_wgrad(x, dy, small, 1 << 20, None, gram) for gram in (True, False)]
+        for found, first in zip(again, alone, strict=True):
+            assert torch.equal(found.sample_sq, first.sample_sq) and torch.equal(found.group_sq, first.group_sq)
+        assert again[0].gram is not None and torch.equal(again[0].gram, alone[0].gram)
 
 
 def test_calls_from_several_threads_at_once():

@@ -1,9 +1,9 @@
 """The cuda backend's kernels, run on the host from their own sources (tests/cuda_host), against the float64 reference.
 
-What is executed is everything but the GPU: the bindings, the launchers and the device code of ``schedule.cu``,
-``wgrad_norm_sm80.cu``, ``gram_sm80.cu`` and ``reduce.cu``. Reading out of bounds, a missing wait or barrier and a race
-end a launch with an error. Every call of ``traps.check`` runs twice, under another order of blocks, warps and arrivals,
-and must give the same bits.
+What is executed is everything but the GPU: the bindings, the launchers and the device code of ``segment_table.cu``,
+``schedule.cu``, ``wgrad_norm_sm80.cu``, ``gram_sm80.cu`` and ``reduce.cu``. Reading out of bounds, a missing wait or
+barrier and a race end a launch with an error. Every call of ``traps.check`` runs twice, under another order of blocks,
+warps and arrivals, and must give the same bits.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 
 from gradnorm_kernels import checks, ops, reference, traps
 from gradnorm_kernels.backends import Plan, cuda, native
-from gradnorm_kernels.backends.cuda import schedule, wgrad
+from gradnorm_kernels.backends.cuda import schedule, segment_table, wgrad
 from gradnorm_kernels.backends.cuda.launch import old_driver, operand
 from gradnorm_kernels.segments import PlainSegments, Segments
 from gradnorm_kernels.tuning.tiles import CudaConfig, forced
 from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
+from tests.ops.sorted_segments import SEEDS, WRONG, check_sorted, check_wrong
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -177,6 +178,16 @@ def test_wrong_offsets_on_the_device_make_nan(
     if result.weight_grad is not None:
         assert result.weight_grad[:1].isnan().all() and result.weight_grad[1:].isfinite().all()
     assert result.group_gram is None or result.group_gram.isnan().all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_segments_are_sorted_by_group_and_sample(context: HostContext, seed: int) -> None:
+    check_sorted(segment_table.sort, seed)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_value_out_of_range_is_seen(context: HostContext, wrong: str) -> None:
+    check_wrong(segment_table.sort, wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from gradnorm_kernels import ops, reference, traps
+from gradnorm_kernels.backends.cuda import segment_table
 from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
 from gradnorm_kernels.tuning.tiles import CudaConfig, forced
 from tests.cuda_host.backend import host_context, install
 from tests.cuda_host.build import Host, Patch, Tree
+from tests.ops.sorted_segments import check_sorted
 
 WGRAD, GRAM, REDUCE, SEGMENTS = "wgrad_norm_sm80.cu", "gram_sm80.cu", "reduce.cu", "device/segments.cuh"
-SCHEDULE = "schedule.cu"
+SCHEDULE, TABLE = "schedule.cu", "segment_table.cu"
 COPY, RACE, WRONG = "before the copy into it", "race at shared", "wrong"
 
 MUTATIONS = {
@@ -88,6 +90,15 @@ MUTATIONS = {
         Patch(SCHEDULE, r"split <= part\.last; \+\+split, \+\+to", "split < part.last; ++split, ++to"),
         f"outside of every buffer|{WRONG}",
     ),
+    # The table of segments from ids on the device.
+    "a segment comes before itself": (
+        Patch(TABLE, r" && at < mine\)", ")"),
+        f"outside of every buffer|{WRONG}",
+    ),
+    "places added up too soon": (
+        Patch(TABLE, r"sync_block\(\);(\s+if \(warp > 0\) return;)", r"\1"),
+        f"{RACE}|nobody wrote",
+    ),
     # Reductions.
     "no barrier before the epilogue's sums": (
         Patch(REDUCE, r"sync_block\(\);(\s+if \(threadIdx\.x >= kColumns)", r"\1"),
@@ -112,6 +123,11 @@ SLOW = {
 
 def fault(monkeypatch: pytest.MonkeyPatch, host: Host) -> str:
     """The first fault that these kernels show: a launch's error, or which result is wrong; empty: none."""
+    install(monkeypatch, host_context(host))
+    try:
+        check_sorted(segment_table.sort, 2)
+    except (AssertionError, RuntimeError) as error:
+        return str(error) if isinstance(error, RuntimeError) else "wrong order of segments"
     several = traps.packed(
         [33, 5, 0, 64, 100, 3, 40],
         200,

@@ -37,6 +37,7 @@ SOURCES = (
     Source("reduce.cu", 90, 4, 128, False),
     Source("schedule.cu", 80, 1, 128, False),
     Source("schedule.cu", 90, 1, 128, False),
+    Source("segment_table.cu", 80, 1, 128, False),
 )
 
 

@@ -60,7 +60,7 @@ KNOWN = {
 #: Kernels that are compiled for a config, but multiply nothing.
 NO_PRODUCTS = {
     *("schedule_kernel", "split_fixup_kernel", "finish_kernel", "position_sums_kernel", "row_sums_kernel"),
-    "token_order_kernel",
+    *("token_order_kernel", "segment_table_kernel"),
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradnorm_kernels import backends
 from gradnorm_kernels.backends import cuda
+from gradnorm_kernels.backends.cuda import segment_table
 from gradnorm_kernels.backends.cuda.launch import LaunchContext
 from gradnorm_kernels.tuning.costs import SHARED_MEMORY
 from tests.cuda_host.build import Host
@@ -54,4 +55,5 @@ def install(monkeypatch: pytest.MonkeyPatch, context: HostContext) -> None:
     monkeypatch.setattr(backends, "_process_reason", lambda name: None if name == "cuda" else before(name))
     # The registry keeps the functions that it has given out: those of this launch context end with it.
     monkeypatch.setattr(backends, "operator", getattr(backends.operator, "__wrapped__", backends.operator))
-    monkeypatch.setattr(cuda, "launch_context", here)
+    for module in (cuda, segment_table):
+        monkeypatch.setattr(module, "launch_context", here)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradnorm_kernels.backends.base import Results
 from gradnorm_kernels.backends.triton import reduce
 from gradnorm_kernels.traps import poisoned_memory
 
@@ -83,10 +84,10 @@ def test_norms_take_what_is_there_and_nothing_else(samples: int) -> None:
             assert not results.weight_grad[1:].isnan().any()
 
 
-def results_of(samples: int, groups: int) -> reduce.Results:
+def results_of(samples: int, groups: int) -> Results:
     """Results that hold nothing yet, but for dW."""
     empty = [torch.full((n,), torch.nan, dtype=torch.float64) for n in (samples, groups)]
-    return reduce.Results(*empty, torch.zeros(3, 77), torch.full((groups, groups), torch.nan, dtype=torch.float64))
+    return Results(*empty, torch.zeros(3, 77), torch.full((groups, groups), torch.nan, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("groups", [2, 5, 37])

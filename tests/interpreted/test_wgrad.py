@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gradnorm_kernels import checks, reference
 from gradnorm_kernels import segments as table
+from gradnorm_kernels.backends.base import Results
 from gradnorm_kernels.backends.triton import wgrad
-from gradnorm_kernels.backends.triton.reduce import Results
 from gradnorm_kernels.tuning.tiles import KernelConfig
 
 POINTERS = KernelConfig("wgrad", 80, 4, 16, 32, 16, 4, 3, 2)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 from .. import native
 from ..torch.wgrad import Span, SquaredNorms, gram_of_sums
+
+_SCRATCH = threading.local()
+# Elements of a thread's scratch memory that are kept between calls at most: 128 MiB.
+_MOST_KEPT = 1 << 25
+# Elements of x and dy that are packed at once at most, for the groups' inner products: 64 MiB.
+_MOST_PACKED = 1 << 24
 
 
 def segmented_wgrad(
@@ -38,17 +46,27 @@ def segmented_wgrad(
         slot += span.measured
     index = torch.tensor([ends, [group for _, group in spans], slots], device="cpu")
 
-    # A lone group's sum is the total: it is formed where it is returned if the dtype allows.
-    in_place = weight_grad is not None and weight_grad.dtype == torch.float32 and len(groups) == 1
-    rows = d_out if in_place else -(-d_out // -(-d_out // max(1, workspace // (d_in * held))))
-    sums = weight_grad if weight_grad is not None and in_place else _scratch(held, rows, d_in)
-    total = None if weight_grad is None or len(groups) == 1 else _scratch(rows, d_in)
-    unfinished = _scratch(rows, d_in)
-    packed = _scratch(-(-module.segmented_wgrad_workspace(isa, len(x), d_in, rows) // 4))
+    # Few groups' inner products are taken inside the pass, whose packed operands are then those of all tokens.
+    paired = 0
+    if group_gram and len(groups) <= module.MOST_GRAM_GROUPS and samples + len(groups) <= module.MOST_GRAM_SQUARES:
+        paired = len(groups) if len(x) * (d_in + d_out) <= _MOST_PACKED else 0
+    # The sum over the groups is formed where it is returned if the dtype allows. A lone group's sum is that sum.
+    in_place = weight_grad if weight_grad is not None and weight_grad.dtype == torch.float32 else None
+    lone = in_place is not None and len(groups) == 1
+    rows = d_out if lone or paired else -(-d_out // -(-d_out // max(1, workspace // (d_in * held))))
+    through = weight_grad is not None and in_place is None and (len(groups) > 1 or paired > 0)
+    sizes = {
+        "sums": 0 if lone or paired else held * rows * d_in,
+        "total": rows * d_in if through else 0,
+        "open": 0 if paired else rows * d_in,
+        "packed": -(-module.segmented_wgrad_workspace(isa, len(x), d_in, rows, paired) // 4),
+    }
+    sums, total, unfinished, packed = _scratch(sum(sizes.values())).split(list(sizes.values()))
     sample_sq, group_sq = (torch.zeros(n, dtype=torch.float64, device="cpu") for n in (samples, len(groups)))
     gram = torch.zeros(held, held, dtype=torch.float64, device="cpu") if group_gram else None
     for lo in range(0, d_out, rows):
         height = min(rows, d_out - lo)
+        result = 0 if in_place is None else in_place.data_ptr() + lo * d_in * 4
         module.segmented_wgrad(
             x=x.data_ptr(),
             dy=dy.data_ptr() + lo * dy.element_size(),
@@ -62,25 +80,35 @@ def segmented_wgrad(
             groups=index[1].data_ptr(),
             slots=index[2].data_ptr(),
             stretches=len(spans),
-            sums=sums.data_ptr(),
+            sums=result if lone and not paired else sums.data_ptr(),
             sums_kept=group_gram,
             open=unfinished.data_ptr(),
-            total=0 if total is None else total.data_ptr(),
+            total=0 if lone and not paired else result or (total.data_ptr() if through else 0),
             sample_sq=sample_sq.data_ptr(),
             group_sq=group_sq.data_ptr(),
+            gram=gram.data_ptr() if gram is not None and paired else 0,
             workspace=packed.data_ptr(),
             isa=isa,
             threads=threads,
         )
-        if weight_grad is not None and not in_place:
-            whole = sums[0] if total is None else total
-            weight_grad[lo : lo + height] = whole[:height]
-        if gram is not None:
-            gram += gram_of_sums(sums.view(-1)[: held * height * d_in].view(held, -1))
+        if weight_grad is not None and in_place is None:
+            whole = total if through else sums
+            weight_grad[lo : lo + height] = whole[: height * d_in].view(height, d_in)
+        if gram is not None and not paired:
+            gram += gram_of_sums(sums[: held * height * d_in].view(held, -1))
     if gram is not None:
         gram.diagonal().copy_(group_sq)
     return SquaredNorms(sample_sq, group_sq, gram)
 
 
-def _scratch(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+def _scratch(size: int) -> Tensor:
+    """``size`` float32 elements, not initialised, this thread's until the next call.
+
+    They are kept from call to call: fresh pages for every call cost up to half the time of its products.
+    """
+    kept: Tensor | None = getattr(_SCRATCH, "kept", None)
+    if kept is None or len(kept) < size:
+        kept = torch.empty(size, dtype=torch.float32, device="cpu")
+        if size <= _MOST_KEPT:
+            _SCRATCH.kept = kept
+    return kept[:size]

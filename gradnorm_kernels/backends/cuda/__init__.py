@@ -1,12 +1,12 @@
 """The cuda backend: hand-written kernels for the tensor cores of sm_80 (A100) and sm_90a (H100, H200).
 
 Hand-written: the tables of segments, segmented wgrad with its norms, the Gram of pairs of tokens, and every reduction.
-From torch: the sorting by ids, the products in ``grad_dot`` and the inner products of the groups' sums, which are plain
-GEMMs. Inputs are bfloat16 or float16.
+From torch: the products in ``grad_dot`` and the inner products of the groups' sums, which are plain GEMMs. Inputs are
+bfloat16 or float16.
 
 A call of fused_grad_norm is three launches: the prologue checks the segments and makes the tables (:mod:`.schedule`),
 the products take the norms, and the epilogue adds in float64 (:mod:`.reduce`). Split tokens take one more, the split-K
-fix-up, and so does the Gram of short samples.
+fix-up, and so do ids on the device, which are sorted first, and the Gram of short samples.
 
 Nothing here waits for the device: calls can be captured in a CUDA graph where the segments' values stay on it, and run
 on the current stream. Values on the device that are out of range make every result NaN (dW in its first row).
@@ -22,7 +22,7 @@ from torch import Tensor
 from ...batch import GradBatch
 from ...segments import PlainSegments, Segments, device_segments, plain_segments
 from ..base import NO_FLOAT64, Backend, Plan
-from . import dot, gram, wgrad
+from . import dot, gram, segment_table, wgrad
 from .launch import launch_context, operand, unavailable_reason
 
 __all__ = ["BACKEND", "fused_grad_norm", "grad_dot", "grad_gram"]
@@ -73,7 +73,7 @@ def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tenso
 
 def grad_gram(batch: GradBatch, plan: Plan) -> Tensor:
     """``<G_i, G_j>`` [N, N] float64: the Gram of groups of one sample each."""
-    segments = device_segments(batch).each_alone()
+    segments = device_segments(batch, segment_table.sort).each_alone()
     if _nothing(segments, batch):
         return _zeros(batch.x, segments, segments.samples, segments.samples)
     with launch_context(batch.x.device) as context:
@@ -97,7 +97,7 @@ def grad_dot(batch: GradBatch, v: Tensor, plan: Plan) -> Tensor:
 
 def _segments(batch: GradBatch) -> Segments | PlainSegments:
     """The plain form, which the schedule's launch reads and checks, where the call has one."""
-    return (None if batch.empty else plain_segments(batch)) or device_segments(batch)
+    return (None if batch.empty else plain_segments(batch)) or device_segments(batch, segment_table.sort)
 
 
 def _nothing(segments: Segments | PlainSegments, batch: GradBatch) -> TypeGuard[Segments]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...segments import PlainSegments, Segments
 from .. import native
+from ..base import Results
 from . import reduce
 from .launch import LaunchContext
 from .schedule import Schedule, build
@@ -24,12 +25,12 @@ class GramPartials:
 
 def norms(
     context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments | PlainSegments, group_gram: bool
-) -> reduce.Results:
+) -> Results:
     """Everything but dW from pairs of tokens, for x [T, d_in] and dy [T, d_out]."""
     schedule = build(context, segments, len(x), x.device, gram_tokens=len(x), samples_by_gram=True, groups_by_gram=True)
     of_samples = partial_sums(context, x, dy, schedule, None)
     of_groups = partial_sums(context, x, dy, schedule, None, by_group=True, pairwise=group_gram)
-    results = reduce.Results.empty(x, segments.samples, segments.groups, None, group_gram)
+    results = Results.empty(x, segments.samples, segments.groups, None, group_gram)
     reduce.finish(context, results, schedule, of_samples=of_samples, of_groups=of_groups)
     return results
 

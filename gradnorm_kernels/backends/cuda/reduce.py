@@ -5,32 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from ..base import Results
 from .launch import LaunchContext
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from .gram import GramPartials
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a call of fused_grad_norm returns: the squared norms sample_sq [N] and group_sq [K] float64; where they are
-    wanted dW [d_out, d_in] in x's dtype and the groups' Gram [K, K] float64."""
-
-    sample_sq: Tensor
-    group_sq: Tensor
-    weight_grad: Tensor | None
-    group_gram: Tensor | None
-
-    @staticmethod
-    def empty(like: Tensor, samples: int, groups: int, weight_grad: Tensor | None, group_gram: bool) -> Results:
-        """Not initialised, on the device of ``like``."""
-        sample_sq, group_sq = (like.new_empty(size, dtype=torch.float64) for size in (samples, groups))
-        gram = like.new_empty(groups, groups, dtype=torch.float64) if group_gram else None
-        return Results(sample_sq, group_sq, weight_grad, gram)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from torch import Tensor
 from ...segments import PlainSegments, Segments
 from ...tuning.tiles import CudaConfig, cluster_size, cuda_config
 from .. import native
+from ..base import Results
 from ..torch.numerics import exact_matmuls
 from . import gram
 from .launch import LaunchContext
-from .reduce import Results, SquareSums, finish, split_fixup
+from .reduce import SquareSums, finish, split_fixup
 from .schedule import Schedule, build, segment_count
 
 BLOCK_M = 128

@@ -23,7 +23,7 @@ from ... import segments as table
 from ...batch import GradBatch
 from ...segments import Segments, device_segments, one_sample_per_group, plain_segments
 from ..base import NO_FLOAT64, UP_TO_FLOAT32, Backend, Plan
-from . import dot, gram, sketch, wgrad
+from . import dot, gram, segment_table, sketch, wgrad
 from .embedding import embedding_gram, embedding_norms, tied_gram
 
 __all__ = [
@@ -104,7 +104,7 @@ def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tenso
     if plain is not None:
         found = wgrad.wgrad(x, dy, plain, 0, batch.weight_grad, batch.group_gram, plan.workspace)
         return found.sample_sq, found.group_sq, found.weight_grad, found.group_gram
-    segments = device_segments(batch)
+    segments = _segments(batch)
     total: Tensor | None = None
     pairs: Tensor | None = None
     if _nothing(batch, segments):
@@ -131,7 +131,7 @@ def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tenso
 
 def grad_gram(batch: GradBatch, plan: Plan) -> Tensor:
     """``<G_i, G_j>`` [N, N] float64: the Gram of groups of one sample each."""
-    segments = device_segments(batch)
+    segments = _segments(batch)
     x, dy = table.rows(batch.x), table.rows(batch.dy)
     if _nothing(batch, segments):
         return segments.guard(_zeros(x, segments.samples, segments.samples))
@@ -144,7 +144,7 @@ def grad_gram(batch: GradBatch, plan: Plan) -> Tensor:
 
 def grad_dot(batch: GradBatch, v: Tensor, plan: Plan) -> Tensor:
     """``<G_i, v> = sum over t in i of dy_t . (v x_t)`` [N] float64."""
-    segments = device_segments(batch)
+    segments = _segments(batch)
     x, dy = table.rows(batch.x), table.rows(batch.dy)
     if _nothing(batch, segments):
         return segments.guard(_zeros(x, segments.samples))
@@ -153,13 +153,13 @@ def grad_dot(batch: GradBatch, v: Tensor, plan: Plan) -> Tensor:
 
 def grad_sketch(batch: GradBatch, c_in: Tensor | None, c_out: Tensor | None, plan: Plan) -> Tensor:
     """``C_out^T G_i C_in`` [N, r_out, r_in] float32."""
-    segments = device_segments(batch)
+    segments = _segments(batch)
     return segments.guard(sketch.grad_sketch(table.rows(batch.x), table.rows(batch.dy), c_in, c_out, segments))
 
 
 def embedding_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
     """(sample_sq_norms [N], group_sq_norms [K], group_gram [K, K] or None), float64."""
-    segments = device_segments(batch)
+    segments = _segments(batch)
     ids, dy = batch.x.flatten(), table.rows(batch.dy)
     sample, group = (segments.by_token(owner, batch.tokens) for owner in (segments.sample, segments.group))
     gram_of_groups: Tensor | None = None
@@ -176,7 +176,7 @@ def embedding_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, T
 
 def tied_grad_gram(head: GradBatch, embedding: GradBatch, plan: Plan) -> tuple[Tensor, Tensor]:
     """(``<H_i, G_i>`` [N], ``<sum H_a, sum G_b>`` [K, K]), float64."""
-    mine, theirs = device_segments(head), device_segments(embedding)
+    mine, theirs = _segments(head), _segments(embedding)
     x, dy, e, ids = table.rows(head.x), table.rows(head.dy), table.rows(embedding.dy), embedding.x.flatten()
     # An id out of range would be read from outside dy's row: it is left out, and the results are NaN.
     inside = ids < head.d_out
@@ -189,6 +189,10 @@ def tied_grad_gram(head: GradBatch, embedding: GradBatch, plan: Plan) -> tuple[T
     if one_sample_per_group(head):
         return groups.diagonal().clone(), groups
     return cross(mine.each_alone(), theirs.each_alone()).diagonal().clone(), groups
+
+
+def _segments(batch: GradBatch) -> Segments:
+    return device_segments(batch, segment_table.sort)
 
 
 def _interpreted() -> bool:

@@ -10,7 +10,6 @@ What is outside is masked, so that its NaN does not get in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...tuning.tiles import KernelConfig
+from ..base import Results
 from .launch import on_device
 from .wgrad_kernels import GROUP_IN, GROUP_OUT, SAMPLE_IN, SAMPLE_OUT, workspace_tiles
 from .wgrad_schedule import FLAG_SHIFT, GROUP_ENDS, IN_FIXUP, IN_PARTIALS, split_start, tile_position
@@ -121,17 +121,6 @@ def split_fixup_kernel(
         at_column = column * BLOCK_N + element % BLOCK_N
         element_ptr = weight_ptr + at_row.to(tl.int64) * d_in + at_column
         tl.store(element_ptr, weight.to(weight_ptr.dtype.element_ty), mask=(at_row < d_out) & (at_column < d_in))
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a call of segmented wgrad returns: the squared norms sample_sq [N] and group_sq [K] float64; where they are
-    wanted dW [d_out, d_in] in x's dtype and the groups' Gram [K, K] float64."""
-
-    sample_sq: Tensor
-    group_sq: Tensor
-    weight_grad: Tensor | None
-    group_gram: Tensor | None
 
 
 def finish(

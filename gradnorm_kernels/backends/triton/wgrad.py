@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ...segments import PlainSegments, Segments
 from ...tuning.tiles import KernelConfig
+from ..base import Results
 from ..torch.numerics import exact_matmuls
 from .launch import config_for, on_device
-from .reduce import FIXUP_CHUNK, WARPS, Results, finish, split_fixup_kernel
+from .reduce import FIXUP_CHUNK, WARPS, finish, split_fixup_kernel
 from .wgrad_kernels import asynchronous, pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
 from .wgrad_schedule import Schedule, build
 
@@ -85,12 +86,7 @@ def wgrad(
         splits = max(1, min(launch.programs // step, tokens // (_SPLIT_K_TILES * config.block_k)))
     schedule = build(segments, tokens, gram_tokens, config.block_k, splits, x.device)
     sums = x.new_empty(step, groups, size, dtype=torch.float32) if store_sums else None
-    results = Results(
-        x.new_empty(segments.samples, dtype=torch.float64),
-        x.new_empty(groups, dtype=torch.float64),
-        x.new_empty(d_out, d_in) if weight_grad else None,
-        x.new_empty(groups, groups, dtype=torch.float64) if group_gram else None,
-    )
+    results = Results.empty(x, segments.samples, groups, x.new_empty(d_out, d_in) if weight_grad else None, group_gram)
     for first in range(0, tiles, step):
         stop = min(tiles, first + step)
         partials, fixup = _pass(x, dy, schedule, segments, first, stop, results.weight_grad, sums, launch)
