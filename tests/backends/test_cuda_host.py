@@ -56,7 +56,10 @@ def test_traps(
     traps.check(trap.build(dtype), "cuda", algorithm, **wanted)
 
 
-@pytest.mark.parametrize(("trap", "algorithm", "wanted", "dtype"), TURNS, ids=[str(turn[0]) for turn in TURNS])
+WIDER = [pytest.param(*turn, marks=[pytest.mark.slow] * (i % 4 != 1), id=str(turn[0])) for i, turn in enumerate(TURNS)]
+
+
+@pytest.mark.parametrize(("trap", "algorithm", "wanted", "dtype"), WIDER)
 def test_traps_on_the_wider_tile(
     context: HostContext, trap: traps.Trap, algorithm: str, wanted: dict[str, bool], dtype: torch.dtype
 ) -> None:

@@ -283,8 +283,9 @@ EXPORT int host_operand_at(uint64_t descriptor, int mn_major, int mn, int k) {
 
 @pytest.fixture(scope="module")
 def broken(folders: tuple[Path, Path]) -> Build:
-    """The module with every defect in it."""
+    """The module with every defect in it, without float16: no case of a defect has it, and compiling takes longest."""
     patches = [switchable(number, defect) for number, defect in enumerate(DEFECTS.values(), 1)]
+    patches.append(Patch(LAUNCH, r"return start_typed<kFloat16, kCluster>\([^;]*;", "return false;"))
     path = compiled(folders, "broken", [*patches, Patch(SOURCES[0], r"\Z", EXPORTS)], flags=("-O1",))
     library = ctypes.CDLL(str(path))
     library.host_operand_at.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
@@ -308,13 +309,15 @@ def test_the_widest_tile_agrees_with_the_reference(host: Host, name: str) -> Non
 
 
 PAIRED = [name for name in CASES if CASES[name].block_n == 192 and CASES[name].cluster == 1]
-BRIEF = ("splits", "group sums", "inf", "apart")
+BRIEF = {("apart", 128), ("splits", 192), ("group sums", 256), ("inf", 256)}
+IN_CLUSTERS = [
+    pytest.param(name, width, marks=[pytest.mark.slow] * ((name, width) not in BRIEF))
+    for name in PAIRED
+    for width in (128, 192, 256)
+]
 
 
-@pytest.mark.parametrize("width", [128, 192, 256])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in BRIEF)) for name in PAIRED]
-)
+@pytest.mark.parametrize(("name", "width"), IN_CLUSTERS)
 def test_clusters_agree_with_the_reference(host: Host, name: str, width: int) -> None:
     case = replace(paired(CASES[name]), block_n=width)
     result, expected = run(host, case, seed=5)

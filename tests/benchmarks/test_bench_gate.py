@@ -160,7 +160,7 @@ def test_a_candidate_tile_is_forced_during_the_call_only(name, monkeypatch):
     config = CUDA_CANDIDATES[name].config
 
     def launched() -> CudaConfig:
-        return cuda_config(90, (128, 192, 256), SHARED_MEMORY[90], lambda columns: 1.0)
+        return cuda_config(config.arch, (128, 192, 256), SHARED_MEMORY[config.arch], lambda columns: 1.0)
 
     def call(*_, **options):
         seen.append((launched(), options))
