@@ -85,6 +85,7 @@ void segmented_wgrad(const py::kwargs& given) {
   field("x_stride", args.x_stride);
   field("dy_stride", args.dy_stride);
   field("type", args.type);
+  field("rows", args.rows);
   field("tokens", args.tokens);
   field("d_in", args.d_in);
   field("d_out", args.d_out);

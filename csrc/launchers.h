@@ -31,6 +31,7 @@ struct SegmentedWgrad {
   const void* dy;     // [tokens, d_out], rows dy_stride elements apart
   int64_t x_stride, dy_stride;
   int type;           // any Type
+  const int64_t* rows;  // [tokens] the row of x and dy of each token, or null: token t is row t
   int64_t tokens, d_in, d_out;
   const int64_t* ends;    // [segments] the token after a segment's last
   const int64_t* groups;  // [segments] the position of its group's sum, from 0, each the one before or one more

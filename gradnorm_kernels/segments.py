@@ -56,9 +56,14 @@ class HostSegments:
 
     def arrange(self, tensor: Tensor) -> Tensor:
         """``tensor`` [T, d] or [B, L, d] as [T, d] in the table's order, rows contiguous; copied only where needed."""
-        tensor = tensor.flatten(0, -2)
         if self.order is not None:
-            return tensor.index_select(0, to_device(self.order, tensor.device))
+            return tensor.flatten(0, -2).index_select(0, to_device(self.order, tensor.device))
+        return self.dense(tensor)
+
+    @staticmethod
+    def dense(tensor: Tensor) -> Tensor:
+        """``tensor`` [T, d] or [B, L, d] as [T, d] in its own order, rows contiguous; copied only where needed."""
+        tensor = tensor.flatten(0, -2)
         dense = tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
         return tensor if dense else tensor.contiguous()
 

@@ -49,12 +49,13 @@ struct Kernel {
   // total [rows, columns], its rows `total_stride` apart: the sum of such matrices, in their order.
   void (*add_up)(const float* sums, int64_t group_stride, int groups, int64_t rows, int columns, int64_t stride,
                  float* total, int64_t total_stride);
-  // Packs tokens [first, last) of a matrix [tokens, width] of `type` into panels [width / columns][tokens][columns] of
-  // rows (dy) or columns (x); a panel begins `panel_stride` floats after the one before it.
-  void (*pack_dy)(const void* matrix, int64_t stride, int type, int64_t width, int64_t first, int64_t last, float* panels,
-                  int64_t panel_stride);
-  void (*pack_x)(const void* matrix, int64_t stride, int type, int64_t width, int64_t first, int64_t last, float* panels,
-                 int64_t panel_stride);
+  // Packs tokens [first, last) of a matrix of `type` and `width` into panels [width / columns][tokens][columns] of
+  // rows (dy) or columns (x); a panel begins `panel_stride` floats after the one before it. Token t is the matrix' row
+  // rows[t], or row t where `rows` is null.
+  void (*pack_dy)(const void* matrix, int64_t stride, int type, const int64_t* rows, int64_t width, int64_t first,
+                  int64_t last, float* panels, int64_t panel_stride);
+  void (*pack_x)(const void* matrix, int64_t stride, int type, const int64_t* rows, int64_t width, int64_t first,
+                 int64_t last, float* panels, int64_t panel_stride);
 };
 
 extern const Kernel kernel_generic;

@@ -215,8 +215,8 @@ inline void widen(const uint16_t* from, int type, int count, float* to) {
 // Panels of `kPanel` columns: eight tokens at a time, so that a panel's lines are written whole and few rows are read at
 // once; half-precision rows are widened in pieces of a multiple of the panels' width.
 template <int kPanel>
-void pack(const void* matrix, int64_t stride, int type, int64_t width, int64_t first, int64_t last, float* panels,
-          int64_t panel_stride) {
+void pack(const void* matrix, int64_t stride, int type, const int64_t* row_of, int64_t width, int64_t first, int64_t last,
+          float* panels, int64_t panel_stride) {
   constexpr int kTokens = 8, kPiece = 32 * kPanel;
   alignas(64) float wide[kTokens][kPiece];
   for (int64_t t = first; t < last; t += kTokens) {
@@ -225,7 +225,7 @@ void pack(const void* matrix, int64_t stride, int type, int64_t width, int64_t f
       const int piece = width - column < kPiece ? static_cast<int>(width - column) : kPiece;
       const float* rows[kTokens];
       for (int k = 0; k < tokens; ++k) {
-        const int64_t at = (t + k) * stride + column;
+        const int64_t at = (row_of ? row_of[t + k] : t + k) * stride + column;
         if (type == gradnorm::kFloat32) {
           rows[k] = static_cast<const float*>(matrix) + at;
         } else {

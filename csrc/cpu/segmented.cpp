@@ -108,12 +108,14 @@ class SegmentedWgradCall {
     const bool dy = piece % 2;
     const int64_t first = piece / 2 * kPackTokens, last = std::min(first + kPackTokens, phase.tokens);
     const int64_t size = args_.type == kFloat32 ? 4 : 2, stride = dy ? args_.dy_stride : args_.x_stride;
-    const char* matrix = static_cast<const char*>(dy ? args_.dy : args_.x) + phase.first * stride * size;
+    const char* matrix = static_cast<const char*>(dy ? args_.dy : args_.x);
+    const int64_t* const rows = args_.rows ? args_.rows + phase.first : nullptr;
+    if (!rows) matrix += phase.first * stride * size;
     if (dy) {
-      shape_.kernel.pack_dy(matrix, stride, args_.type, args_.d_out, first, last, packed(p),
+      shape_.kernel.pack_dy(matrix, stride, args_.type, rows, args_.d_out, first, last, packed(p),
                             shape_.dy_stride(phase.tokens));
     } else {
-      shape_.kernel.pack_x(matrix, stride, args_.type, args_.d_in, first, last, packed(p) + shape_.dy_floats,
+      shape_.kernel.pack_x(matrix, stride, args_.type, rows, args_.d_in, first, last, packed(p) + shape_.dy_floats,
                            shape_.x_stride(phase.tokens));
     }
   }

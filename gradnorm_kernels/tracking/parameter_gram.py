@@ -26,6 +26,8 @@ from .rows import Rows, on_gpu
 #: The most tokens and blocks of several experts in one call of the operator: the inner products between different
 #: experts, which nobody needs, stay few. Not tuned.
 _TOKENS, _BLOCKS = 256, 512
+#: The share of a linear's tokens from which those without a gradient are left out. Not tuned.
+_MANY_ZEROS = 0.125
 
 
 class BlockSums(NamedTuple):
@@ -78,7 +80,8 @@ class Tokens(NamedTuple):
 def tokens_of(call: Call, dy: Tensor) -> Tokens:
     """The tokens of one use, row after row. ``dy``: the gradient of the call's output, in the output's shape.
 
-    On a CPU tokens with a zero dy are left out. The id of an embedding's padding becomes -1, which adds nothing.
+    On a CPU tokens with a zero dy are left out, of a linear where they are many. The id of an embedding's padding
+    becomes -1, which adds nothing.
     """
     embedding = call.layer.kind == "embedding"
     dy, x = call.split(dy), call.split(call.x)
@@ -91,12 +94,26 @@ def tokens_of(call: Call, dy: Tensor) -> Tokens:
         x = torch.where(x == call.padding_idx, -1, x)
     if on_gpu(dy):
         return Tokens(x, dy, lengths, call.row_sample, scale, embedding)
-    keep = (dy != 0).any(-1)
-    if embedding:
-        keep &= x >= 0
+    keep = (dy != 0).any(-1) & (x >= 0) if embedding else _with_gradient(dy)
+    if keep is None:
+        return Tokens(x, dy, lengths, call.row_sample, scale, embedding)
     row = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
     kept = torch.bincount(row[keep], minlength=len(lengths))
     return Tokens(x[keep], dy[keep], kept, call.row_sample, scale, embedding)
+
+
+def _with_gradient(dy: Tensor) -> Tensor | None:
+    """[T] bool: the rows of dy [T, d_out] that are not zero; None where so few are zero that copying costs more."""
+    if not dy.shape[-1]:
+        return None
+    # A row with a zero in front is nearly always a zero row, so that only those are read.
+    zero = (dy[:, 0] == 0).nonzero()[:, 0]
+    if len(zero) < _MANY_ZEROS * len(dy):
+        return None
+    zero = zero[(dy[zero] == 0).all(-1)]
+    if len(zero) < _MANY_ZEROS * len(dy):
+        return None
+    return torch.ones(len(dy), dtype=torch.bool, device=dy.device).index_fill_(0, zero, False)
 
 
 def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = False) -> BlockSums:

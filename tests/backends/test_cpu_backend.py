@@ -88,7 +88,7 @@ def test_segmented_wgrad(lengths: list[list[int]], workspace: int, dtype: torch.
     for weight_grad, group_gram in ((True, True), (True, False), (False, True), (False, False)):
         with traps.poisoned_memory():
             total = torch.empty(d_out, d_in, dtype=dtype) if weight_grad else None
-            found = wgrad.segmented_wgrad(x, dy, runs, workspace, total, group_gram, isa, 2)
+            found = wgrad.segmented_wgrad(x, dy, runs, workspace, total, group_gram, None, isa, 2)
         torch.testing.assert_close(found.sample_sq, expected.sample_sq, rtol=NORMS[dtype], atol=0)
         torch.testing.assert_close(found.group_sq, expected.group_sq, rtol=NORMS[dtype], atol=0)
         if total is not None:
@@ -107,7 +107,7 @@ def test_the_same_bits_for_any_number_of_threads_and_every_time(isa: int):
     for threads in (1, 2, 3, 2, 16):
         with traps.poisoned_memory():
             total = torch.empty(333, 200)
-            found = wgrad.segmented_wgrad(x, dy, runs, 20_000, total, False, isa, threads)
+            found = wgrad.segmented_wgrad(x, dy, runs, 20_000, total, False, None, isa, threads)
         results = (found.sample_sq, found.group_sq, total)
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True)), f"{threads} threads"
@@ -128,7 +128,7 @@ def test_inner_products_of_groups(groups: int, d_in: int, d_out: int, isa: int):
         for threads in (1, 2, 3):
             with traps.poisoned_memory():
                 total = torch.empty(d_out, d_in) if weight_grad else None
-                found = wgrad.segmented_wgrad(x, dy, runs, 5000, total, True, isa, threads)
+                found = wgrad.segmented_wgrad(x, dy, runs, 5000, total, True, None, isa, threads)
             assert found.gram is not None and expected.gram is not None
             traps.assert_close(found.gram, expected.gram, NORMS[torch.float32], scale)
             assert torch.equal(found.gram, found.gram.T)
@@ -136,6 +136,22 @@ def test_inner_products_of_groups(groups: int, d_in: int, d_out: int, isa: int):
                 traps.assert_close(total.double(), right, WEIGHT_GRAD[torch.float32])
             first = first or found
             assert torch.equal(found.gram, first.gram) and torch.equal(found.sample_sq, first.sample_sq)
+
+
+@isas
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_gram", [False, True])
+def test_rows_in_any_order(group_gram: bool, dtype: torch.dtype, isa: int):
+    """The same bits as from rows that were put in order before, over several phases, and in views."""
+    runs = runs_of([[700, 1, 2], [600], [40]])
+    x, dy = batch(runs, 97, 130, dtype)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(5))
+    found, wanted = [], []
+    for into, operands in ((found, (x[:, 8:72], dy, order)), (wanted, (x[order][:, 8:72], dy[order], None))):
+        total = torch.empty(130, 64, dtype=dtype)
+        sums = wgrad.segmented_wgrad(*operands[:2], runs, 3000, total, group_gram, operands[2], isa, 2)
+        into += [sums.sample_sq, sums.group_sq, total, *([sums.gram] if sums.gram is not None else [])]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_few_groups_need_no_stored_sums(monkeypatch: pytest.MonkeyPatch):
@@ -181,7 +197,7 @@ def test_every_half_precision_number_is_read_exactly(dtype: torch.dtype, isa: in
     """One token times one: the weight's gradient is x itself, subnormals, infinities and NaN among it."""
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)[None]
     total = torch.empty(1, 1 << 16, dtype=torch.float32)
-    wgrad.segmented_wgrad(x, torch.ones(1, 1, dtype=dtype), [[Span(1, True)]], 1 << 20, total, False, isa, 1)
+    wgrad.segmented_wgrad(x, torch.ones(1, 1, dtype=dtype), [[Span(1, True)]], 1 << 20, total, False, None, isa, 1)
     assert torch.equal(total.nan_to_num(nan=-7.0), x.float().nan_to_num(nan=-7.0))
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
+from gradnorm_kernels.tracking.calls import Call, Placement
+from gradnorm_kernels.tracking.layers import Layer
+from gradnorm_kernels.tracking.parameter_gram import tokens_of
 from tests.tracking.brute_force import CONFIGS, batch, jackknife, row_losses, sample_gradients, small_model, u_statistic
 
 TASKS = ["a", "b", "a", "b", "a", "a", "b", "a", "b", "a"]
@@ -208,3 +211,27 @@ def test_reused_layers_have_their_cross_terms(fused: bool) -> None:
     losses().mean().backward()
     for got, p in zip(grads, model.parameters(), strict=True):
         torch.testing.assert_close(got, p.grad)
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 6, 7, 30, 48])
+def test_tokens_without_a_gradient_are_left_out_where_they_are_many(zeros: int) -> None:
+    """Six of 48 are worth a copy. A row that is zero in front only has a gradient, and so has one with a NaN behind."""
+    generator = torch.Generator().manual_seed(zeros)
+    layer = Layer("linear", torch.nn.Linear(5, 3), "linear")
+    x, dy = (torch.randn(4, 12, d, generator=generator) for d in (5, 3))
+    flat = dy.view(48, 3)
+    flat[torch.randperm(48, generator=generator)[:zeros]] = 0.0
+    if zeros < 48:
+        rest = (flat != 0).any(-1).nonzero()[:, 0]
+        flat[rest[: len(rest) // 2], 0] = 0.0
+        flat[rest[0], 1:] = torch.tensor([0.0, float("nan")])
+    scale = torch.ones(4, dtype=torch.float64)
+    call = Call(layer, x, (), {}, Placement(0), torch.tensor([0, 0, 1, 2]), scale)
+    tokens = tokens_of(call, dy)
+    left = 48 - zeros if zeros >= 6 else 48
+    assert len(tokens.dy) == len(tokens.x) == int(tokens.lengths.sum()) == left
+    first = 0
+    for row, length in enumerate(tokens.lengths.tolist()):
+        own = slice(first, first + length)
+        first += length
+        torch.testing.assert_close(tokens.dy[own].T @ tokens.x[own], dy[row].T @ x[row], equal_nan=True)

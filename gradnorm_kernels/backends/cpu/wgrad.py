@@ -24,12 +24,14 @@ def segmented_wgrad(
     workspace: int,
     weight_grad: Tensor | None,
     group_gram: bool,
+    order: Tensor | None = None,
     isa: int | None = None,
     threads: int | None = None,
 ) -> SquaredNorms:
     """What :func:`gradnorm_kernels.backends.torch.wgrad.segmented_wgrad` computes, compiled.
 
-    ``isa`` is a position in ``build_info()["cpu_isas"]`` that this processor runs (default: the newest).
+    ``order`` [T] int64 on the CPU: the row of x and dy of each token; None: token t is row t. ``isa``: a position
+    in ``build_info()["cpu_isas"]`` that this processor runs (default: the newest).
     """
     module = native.module()
     isa = module.best_isa() if isa is None else isa
@@ -73,6 +75,7 @@ def segmented_wgrad(
             x_stride=x.stride(0),
             dy_stride=dy.stride(0),
             type=native.TYPES[x.dtype],
+            rows=0 if order is None else order.data_ptr(),
             tokens=len(x),
             d_in=d_in,
             d_out=height,

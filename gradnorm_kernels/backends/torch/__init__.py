@@ -15,6 +15,7 @@ The integer tensors are read on the host: on a GPU a call synchronises, unless t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ...batch import GradBatch
 from ...checks import DTYPES
-from ...segments import Segment, host_segments
+from ...segments import HostSegments, Segment, host_segments
 from ..base import Backend, Plan
 from .dot import grad_dot
 from .embedding import embedding_grad_norm, tied_grad_gram
@@ -42,12 +43,13 @@ __all__ = [
 ]
 
 BACKEND = Backend("torch", devices=None, dtypes=DTYPES, priority=0, why="runs everywhere")
-# Arguments and result of :func:`.wgrad.segmented_wgrad`. The cpu backend has a compiled one.
-SegmentedWgrad = Callable[[Tensor, Tensor, list[list[Span]], int, Tensor | None, bool], SquaredNorms]
+# Arguments and result of :func:`.wgrad.segmented_wgrad`, and the row of each token where that is not the tokens' order.
+# The cpu backend has a compiled one.
+SegmentedWgrad = Callable[[Tensor, Tensor, list[list[Span]], int, Tensor | None, bool, Tensor | None], SquaredNorms]
 
 
 def fused_grad_norm(
-    batch: GradBatch, plan: Plan, wgrad: SegmentedWgrad = segmented_wgrad
+    batch: GradBatch, plan: Plan, wgrad: SegmentedWgrad | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(sample_sq_norms, group_sq_norms, weight_grad, group_gram); what was not asked for is None."""
     table = host_segments(batch)
@@ -59,12 +61,11 @@ def fused_grad_norm(
 
     total = x.new_empty(batch.d_out, batch.d_in) if batch.weight_grad else None
     by_group = [list(own) for _, own in groupby(table.segments, key=lambda segment: segment.group)]
-    x, dy = table.arrange(x), table.arrange(dy)
     with exact_matmuls(x.device):
         if plan.group_sums == "gram" and not batch.weight_grad:
-            found = _from_gram(x, dy, by_group, plan.tile, batch.group_gram)
+            found = _from_gram(table.arrange(x), table.arrange(dy), by_group, plan.tile, batch.group_gram)
         else:
-            found = _from_wgrad(x, dy, by_group, plan, total, batch.group_gram, wgrad)
+            found = _from_wgrad(table, x, dy, by_group, plan, total, batch.group_gram, wgrad)
     present = index(x, [own[0].group for own in by_group])
     samples[index(x, [segment.sample for segment in table.segments])] = found.sample_sq
     groups[present] = found.group_sq
@@ -73,38 +74,60 @@ def fused_grad_norm(
     return samples, groups, total, gram
 
 
-def grad_gram(batch: GradBatch, plan: Plan, wgrad: SegmentedWgrad = segmented_wgrad) -> Tensor:
+def grad_gram(batch: GradBatch, plan: Plan, wgrad: SegmentedWgrad | None = None) -> Tensor:
     """``<G_i, G_j>`` [N, N] float64: the Gram of groups of one sample each."""
     table = host_segments(batch)
     result = zeros(batch.x, table.samples, table.samples)
     if not table.segments or batch.empty:
         return result
-    x, dy = table.arrange(batch.x), table.arrange(batch.dy)
+    x, dy = batch.x, batch.dy
     gram: Tensor | None
     with exact_matmuls(x.device):
         if plan.group_sums == "gram":
-            gram = pair_gram(x, dy, table.segments, plan.tile)
+            gram = pair_gram(table.arrange(x), table.arrange(dy), table.segments, plan.tile)
         else:
             alone = [[Span(segment.tokens, measured=True)] for segment in table.segments]
-            gram = wgrad(x, dy, alone, plan.workspace, None, True).gram
+            gram = _pass(table, x, dy, alone, plan.workspace, None, True, wgrad).gram
     assert gram is not None
     present = index(x, [segment.sample for segment in table.segments])
     result[present[:, None], present] = gram
     return result
 
 
+def _pass(
+    table: HostSegments,
+    x: Tensor,
+    dy: Tensor,
+    groups: list[list[Span]],
+    workspace: int,
+    weight_grad: Tensor | None,
+    group_gram: bool,
+    wgrad: SegmentedWgrad | None,
+) -> SquaredNorms:
+    """Segmented wgrad. A compiled one reads the rows wherever they lie, torch's takes them in the table's order."""
+    if wgrad is None:
+        x, dy = table.arrange(x), table.arrange(dy)
+        return segmented_wgrad(x, dy, groups, workspace, weight_grad, group_gram)
+    return wgrad(table.dense(x), table.dense(dy), groups, workspace, weight_grad, group_gram, table.order)
+
+
 def _from_wgrad(
+    table: HostSegments,
     x: Tensor,
     dy: Tensor,
     by_group: list[list[Segment]],
     plan: Plan,
     weight_grad: Tensor | None,
     group_gram: bool,
-    wgrad: SegmentedWgrad,
+    wgrad: SegmentedWgrad | None,
 ) -> SquaredNorms:
     """Sums from segmented wgrad; norms of long samples from there too, of short ones from their Grams."""
     groups = [spans(own, plan.gram_tokens) for own in by_group]
-    found = wgrad(x, dy, groups, plan.workspace, weight_grad, group_gram)
+    shortest = min(segment.tokens for segment in table.segments)
+    if shortest <= plan.gram_tokens:  # their Grams need the rows in order, which then serve the pass too
+        x, dy = table.arrange(x), table.arrange(dy)
+        table = replace(table, order=None)
+    found = _pass(table, x, dy, groups, plan.workspace, weight_grad, group_gram, wgrad)
     segments = [segment for own in by_group for segment in own]
     short = [i for i, segment in enumerate(segments) if segment.tokens <= plan.gram_tokens]
     if not short:
