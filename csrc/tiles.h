@@ -2,7 +2,7 @@
 // gradnorm_kernels/tuning/tiles.py; it sees the columns as WGRAD_TILES of the module. A new width on Hopper also needs
 // its wgmma instruction in device/sm90_ptx.cuh.
 //
-// Every tile has 128 rows of d_out. It has two fp32 accumulators, the sample's gradient and the group's sum. The first is
+// Every tile has 128 rows of d_out and two fp32 accumulators, the sample's gradient and the group's sum. The first is
 // in registers, because the tensor cores add there. Where both would not fit, a part of the second is in shared memory.
 #pragma once
 
@@ -20,8 +20,8 @@ struct WgradTile {
 
 // Ampere. 128 columns: 64 accumulators and 64 sums for each of 256 threads. Four stages of 32 tokens are 64 KiB, which
 // also GPUs with 99 KiB per block have (8.6, 8.9).
-// 192 columns: 96 + 96, so that one set of operands fits the registers, not two. A warp of 64 x 48 reads fewer bytes of shared
-//   memory per product than one of 64 x 32: 79% of what its port gives on an A100, where 128 columns take all of it.
+// 192 columns: 96 + 96, so that one set of operands fits the registers, not two. A warp of 64 x 48 reads fewer bytes of
+//   shared memory per product than one of 64 x 32: 79% of what its port gives on an A100, where 128 columns take all.
 constexpr WgradTile kSm80WgradTiles[] = {{128, 32, 4, 0}, {192, 32, 4, 0}};
 
 // Hopper. Two consumer warpgroups of 64 rows each.
@@ -29,8 +29,8 @@ constexpr WgradTile kSm80WgradTiles[] = {{128, 32, 4, 0}, {192, 32, 4, 0}};
 // 192 columns: 96 + 96 registers; fewer bytes from L2 per product, and 704 tiles instead of 1024 at 4096 x 4096; five
 //   stages of 40 KiB.
 // 256 columns: the fewest bytes per product, and 512 tiles at 4096 x 4096. 128 registers of products and 64 of the sum,
-//   whose other half takes 64 KiB of shared memory. That leaves room for six stages of 32 tokens, 24 KiB each: with three
-//   stages of 64 tokens, copies would run only 128 tokens ahead, too few to cover a sample's end.
+//   whose other half takes 64 KiB of shared memory. That leaves room for six stages of 32 tokens, 24 KiB each, or three
+//   of 64: then copies run 128 tokens ahead instead of 160, and in a model of the pipeline ends of samples cost more.
 constexpr WgradTile kSm90WgradTiles[] = {{128, 64, 7, 0}, {192, 64, 5, 0}, {256, 32, 6, 128}};
 
 // "128 or 192": the columns, for messages.

@@ -1,12 +1,12 @@
-// Segmented weight gradient for sm_80: norms at each sample's and group's end, and the sum, from one pass of tensor-core
-// products over all tokens (launchers.h says what goes where).
+// Segmented weight gradient for sm_80: norms at each sample's and group's end, and the sum, from one pass of
+// tensor-core products over all tokens (launchers.h says what goes where).
 //
-// A block of 256 threads takes one tile of the weight after another, 128 rows by kColumns columns, and runs through the K
-// tiles of all of them as one sequence (segments.cuh). K tiles of 32 tokens, four deep: cp.async brings rows of dy and x into
-// shared memory as they lie, tokens by columns, while ldmatrix.trans and mma.sync work on earlier ones; a sample's end drains
-// nothing. Rows behind a segment's end and columns behind the matrix are never read, but filled with zeros.
-// Each of the 8 warps has 64 rows by a quarter of the columns: its accumulator is the sample at hand, next to it the group's
-// sum.
+// A block of 256 threads takes one tile of the weight after another, 128 rows by kColumns columns, and runs through the
+// K tiles of all of them as one sequence (segments.cuh). K tiles of 32 tokens, four deep: cp.async brings rows of dy
+// and x into shared memory as they lie, tokens by columns, while ldmatrix.trans and mma.sync work on earlier ones; a
+// sample's end drains nothing. Rows behind a segment's end and columns behind the matrix are never read, but filled
+// with zeros. Each of the 8 warps has 64 rows by a quarter of the columns: its accumulator is the sample at hand, next
+// to it the group's sum.
 #include <utility>
 
 #include "device/launch.cuh"
@@ -32,10 +32,11 @@ struct Config {
   static_assert(kTokens_ == kBlockK && kColumns % 64 == 0, "the layout of copies and fragments is for these");
   static constexpr int kWarpColumns = kColumns / 4;
   static constexpr int kPairs = kWarpColumns / 16;  // of 8 columns, as one ldmatrix loads them
-  // Fragments of 16 tokens in registers: the next while one is multiplied. With 192 accumulators and sums a thread there is
-  // room for one, and the other warp of a scheduler multiplies while this one loads.
+  // Fragments of 16 tokens in registers: the next while one is multiplied. With 192 accumulators and sums a thread
+  // there is room for one, and the other warp of a scheduler multiplies while this one loads.
   static constexpr int kBuffers = kColumns <= 128 ? 2 : 1;
-  static constexpr int kNotes = 2 * kStages;  // K tiles whose notes are kept: a slow warp still reads one that others have left
+  // K tiles whose notes are kept: a slow warp still reads one that others have left.
+  static constexpr int kNotes = 2 * kStages;
   static constexpr int kDyBytes = kRows * 2;  // a token's
   static constexpr int kXBytes = kColumns * 2;
   static constexpr int kXAt = kBlockK * kDyBytes;  // in a stage, behind dy
@@ -53,7 +54,8 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
-// Brings K tiles into shared memory, in the order of the cursor. A thread copies chunks of one row: of each 64 columns one.
+// Brings K tiles into shared memory, in the order of the cursor. A thread copies chunks of one row: of each 64 columns
+// one.
 template <typename C>
 class Loader {
  public:
@@ -112,8 +114,8 @@ class Loader {
   int work_ = -1, dy_column_ = 0, x_column_ = 0;
 };
 
-// A warp's fragments of 16 tokens: dy for four times 16 rows of the weight, x for kPairs times 16 columns. `stage` is that of
-// the first of the tokens; `dy_at` and `x_at` are the lane's places in it.
+// A warp's fragments of 16 tokens: dy for four times 16 rows of the weight, x for kPairs times 16 columns. `stage` is
+// that of the first of the tokens; `dy_at` and `x_at` are the lane's places in it.
 template <typename C>
 struct Fragments {
   uint32_t dy[4][4];
@@ -306,7 +308,7 @@ int64_t wgrad_norm_sm80_rows(int d_in, int d_out, int block_n) {
 }
 
 void wgrad_norm_sm80(const WgradNorm& args, void* stream) {
-  if (args.cluster != 1) throw std::runtime_error(std::string(kName) + ": cluster must be 1, there are none before sm_90");
+  if (args.cluster != 1) throw std::runtime_error(std::string(kName) + ": cluster must be 1: sm_80 has no clusters");
   const auto tiles = std::make_index_sequence<kTiles>();
   const bool compiled = args.type == kBFloat16 ? start_tile<kBFloat16>(args, stream, tiles)
                                                : start_tile<kFloat16>(args, stream, tiles);

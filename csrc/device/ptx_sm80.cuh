@@ -61,7 +61,8 @@ __device__ __forceinline__ void store_shared_float(SharedAddress at, float value
 }
 
 __device__ __forceinline__ void store_shared_float4(SharedAddress at, float4 value) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
                : "memory");
 }
 

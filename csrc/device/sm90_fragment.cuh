@@ -5,8 +5,8 @@
 
 namespace gradnorm::sm90 {
 
-// Where a thread's fragment lies in the weight [d_out, d_in]: see Wgmma for which element is which. What of it is inside is
-// worked out where it is asked for: registers are few in the largest tile.
+// Where a thread's fragment lies in the weight [d_out, d_in]: see Wgmma for which element is which. What of it is
+// inside is worked out where it is asked for: registers are few in the largest tile.
 struct Fragment {
   int row, column;  // of element 0
   int d_out, d_in;

@@ -84,8 +84,8 @@ __device__ __forceinline__ void tensor_load(SharedAddress to, const TensorMap* m
       : "memory");
 }
 
-// The same into every block of the cluster whose bit is set in `blocks`, at the same place, counted by the mbarrier at the
-// same place there.
+// The same into every block of the cluster whose bit is set in `blocks`, at the same place, counted by the mbarrier at
+// the same place there.
 __device__ __forceinline__ void tensor_load_multicast(SharedAddress to, const TensorMap* map, SharedAddress barrier,
                                                       int column, int row, int base, uint16_t blocks) {
   asm volatile(

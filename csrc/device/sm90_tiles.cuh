@@ -10,8 +10,8 @@ constexpr int kTileRows = 128;  // of d_out
 constexpr int kConsumers = 2;   // warpgroups, 64 rows each
 constexpr int kThreads = 128 * (1 + kConsumers);
 
-// An operand in shared memory is panels of 64 columns (M or N) by the tokens (K) of a K tile, 128 bytes a token, as the copy
-// engine writes a box under its 128-byte swizzle: 16-byte chunk c of token k lies at chunk c ^ (k % 8).
+// An operand in shared memory is panels of 64 columns (M or N) by the tokens (K) of a K tile, 128 bytes a token, as the
+// copy engine writes a box under its 128-byte swizzle: 16-byte chunk c of token k lies at chunk c ^ (k % 8).
 constexpr int kPanelColumns = 64;
 constexpr int kStepTokens = 16;  // of one wgmma
 
@@ -48,8 +48,8 @@ enum Flag : int {
   kExit = 16,
 };
 
-// A type of operands, a tile of tiles.h, and the blocks of a cluster: 1, or 2 that take tiles below each other and load half
-// of the panels of x for both.
+// A type of operands, a tile of tiles.h, and the blocks of a cluster: 1, or 2 that take tiles below each other and load
+// half of the panels of x for both.
 template <int kType_, int kColumns_, int kTokens_, int kStages_, int kSharedSum_, int kCluster_>
 struct Config {
   static constexpr int kType = kType_;
@@ -68,9 +68,9 @@ struct Config {
   static constexpr int kHeld = (kColumns - kSharedSum_) / 2;  // of the group's sum in registers
   static_assert((kFragment - kHeld) % 4 == 0, "the rest is read and written four elements at a time");
 
-  // Registers a thread: 168 of 65536 at the start, in steps of 8; then 128 x 40 + 256 x 232, or 128 x 24 + 256 x 240 for a
-  // product of 128 registers, with which 232 do not suffice. setmaxnreg shares out what the launch took and waits for more: a
-  // build that starts with fewer than 168 would hang (test_sm90_sass.py).
+  // Registers a thread: 168 of 65536 at the start, in steps of 8; then 128 x 40 + 256 x 232, or 128 x 24 + 256 x 240
+  // for a product of 128 registers, with which 232 do not suffice. setmaxnreg shares out what the launch took and waits
+  // for more: a build that starts with fewer than 168 would hang (test_sm90_sass.py).
   static constexpr int kProducerRegisters = kFragment < 128 ? 40 : 24;
   static constexpr int kConsumerRegisters = kFragment < 128 ? 232 : 240;
   static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= kThreads * (65536 / kThreads / 8 * 8));

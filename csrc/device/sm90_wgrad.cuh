@@ -40,8 +40,8 @@ struct SegmentWalk {
   }
 };
 
-// The tile that block `rank` of a cluster takes of a work item: a tile for one split of the segments, or as many tiles, one
-// below the other, as the cluster has blocks.
+// The tile that block `rank` of a cluster takes of a work item: a tile for one split of the segments, or as many tiles,
+// one below the other, as the cluster has blocks.
 template <typename C>
 __device__ __forceinline__ TilePlace place_in(int item, int rank, int tile_rows, int tile_columns, int group_m) {
   const int band = C::kCluster > 1 ? max(group_m / C::kCluster, 1) : group_m;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap*
     for (bool more = walk.next(segment); more; segment = following) {
       more = walk.next(following);
       const bool group_ends = !more || following.group != segment.group;
-      // The first K tile takes the rows that do not fill one: the consumers' loop over the others has no condition in it.
+      // The first K tile takes the rows that do not fill one, and the consumers' loop over the others has no condition.
       int rows = (segment.end - segment.row - 1) % C::kTokens + 1;
       const int k_tiles = (segment.end - segment.row - 1) / C::kTokens + 1;
       Tag tag{0, segment.sample, segment.group, tile, k_tiles, (rows - 1) / kStepTokens + 1};
@@ -145,13 +145,14 @@ struct Consumer {
   __device__ __forceinline__ void release(const Shared<C>& shared, int stage) const {
     sync_warp();
     if (lane == 0) mbarrier_arrive(shared.empty(stage));
-    if (C::kCluster > 1 && lane == 1) mbarrier_arrive_at(static_cast<int>(blockIdx.x) % C::kCluster ^ 1, shared.empty(stage));
+    if (C::kCluster > 1 && lane == 1) mbarrier_arrive_at(static_cast<int>(blockIdx.x) % C::kCluster ^ 1,
+                                                         shared.empty(stage));
     if (lane == 0 && group == 0) mbarrier_arrive(shared.led(stage));
   }
 };
 
-// A consumer thread's part of a group's sum: C::kHeld elements in registers, the others in shared memory, where no other
-// thread touches them.
+// A consumer thread's part of a group's sum: C::kHeld elements in registers, the others in shared memory, where no
+// other thread touches them.
 template <typename C>
 struct GroupSum {
   SharedAddress rest;  // of the first four elements there
@@ -159,7 +160,9 @@ struct GroupSum {
   static_assert((C::kFragment - C::kHeld) % 16 == 0, "`add` reads sixteen elements before it writes them");
 
   // Where elements i to i + 3 are.
-  __device__ __forceinline__ SharedAddress place(int i) const { return rest + (i - C::kHeld) / 4 * Shared<C>::kSumStride; }
+  __device__ __forceinline__ SharedAddress place(int i) const {
+    return rest + (i - C::kHeld) / 4 * Shared<C>::kSumStride;
+  }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -324,7 +327,8 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
       me.release(shared, stage);
       if (tag.flags & kSampleEnds) {
         if (tag.tile != tile) {
-          in = fragment_of<C>(args, place_in<C>(tag.tile / C::kCluster, tag.tile % C::kCluster, tile_rows, tile_columns, args.group_m), me);
+          const int item = tag.tile / C::kCluster, rank = tag.tile % C::kCluster;
+          in = fragment_of<C>(args, place_in<C>(item, rank, tile_rows, tile_columns, args.group_m), me);
         }
         tile = tag.tile;
         if (tag.sample >= 0) {
@@ -344,9 +348,9 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
   }
 }
 
-// A block's shared memory stays until no other block of the cluster copies or arrives there any more. Threads that have ended
-// count as arrived. Each role calls it by itself: with one barrier behind both, the compiler takes the producer's loop for
-// one that threads diverge in, and without uniform registers it needs more others than it has.
+// A block's shared memory stays until no other block of the cluster copies or arrives there any more. Threads that have
+// ended count as arrived. Each role calls it by itself: with one barrier behind both, the compiler takes the producer's
+// loop for one that threads diverge in, and without uniform registers it needs more others than it has.
 template <typename C>
 __device__ __forceinline__ void leave_cluster() {
   if constexpr (C::kCluster > 1) cluster_sync();

@@ -363,7 +363,7 @@ def test_refuses_what_the_copy_engine_cannot_take(host: Host, monkeypatch: pytes
         run(host, replace(EDGES, block_n=64), seed=1)
     with pytest.raises(RuntimeError, match="wgrad_norm_sm90: cluster must be 1 or 2 blocks"):
         run(host, replace(EDGES, cluster=4), seed=1)
-    with pytest.raises(RuntimeError, match="takes tiles in pairs, and the rows of tiles are odd in number"):
+    with pytest.raises(RuntimeError, match="takes tiles in pairs, and the number of rows of tiles is odd"):
         run(host, replace(EDGES, d_out=100, cluster=2), seed=1)
     with pytest.raises(RuntimeError, match="a cluster needs as many multiprocessors as it has blocks"):
         run(host, replace(EDGES, multiprocessors=1, cluster=2), seed=1)

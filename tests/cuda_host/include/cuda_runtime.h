@@ -87,7 +87,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const auto& size = config->attrs[i].val.clusterDim;
-    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension || size.y != 1 || size.z != 1) host::error = "an attribute that is not modelled";
+    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension || size.y != 1 || size.z != 1) {
+      host::error = "an attribute that is not modelled";
+    }
     cluster = size.x;
   }
   if (cluster == 0 || cluster > 8 || grid.x % cluster != 0) host::error = "a grid that is not made of clusters";

@@ -95,7 +95,8 @@ struct Block {
   std::vector<Barrier> barriers;  // 16 of each block
   Barrier cluster;
   std::vector<uint8_t> shared;
-  std::map<std::pair<int, int>, uint32_t> foreign;  // block, actor of another one -> when it last touched its shared memory
+  // Block, actor of another one -> when that last touched its shared memory.
+  std::map<std::pair<int, int>, uint32_t> foreign;
   std::vector<Cell> cells;
   std::vector<std::function<void()>> deferred;
   std::vector<std::function<void()>> at_exit;  // checks when the block has ended
@@ -417,7 +418,7 @@ inline bool run_blocks(const std::vector<uint3>& at, size_t shared_size) {
     }
     for (const Fiber& fiber : block.fibers) {
       if (!fiber.done) {
-        error = std::string("deadlock: thread ") + std::to_string(fiber.id % block.size) + " waits for ever at " + fiber.waits_for;
+        error = "deadlock: thread " + std::to_string(fiber.id % block.size) + " waits for ever at " + fiber.waits_for;
         return false;
       }
     }

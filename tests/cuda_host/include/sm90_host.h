@@ -110,7 +110,8 @@ inline void mbarrier_init(uint32_t given, uint32_t count) {
   Hopper& state = hopper();
   if (count == 0 || state.barriers.count(address)) fail("an mbarrier is initialised wrongly or twice");
   const int who = block.threads + 1 + int(state.barriers.size());
-  if (state.barriers.size() >= kAsyncActors * block.at.size()) fail("more mbarriers than the host execution has actors");
+  const size_t most = kAsyncActors * block.at.size();
+  if (state.barriers.size() >= most) fail("more mbarriers than the host execution has actors");
   Mbarrier barrier{};
   barrier.count = barrier.missing = int(count);
   barrier.actor = who;
@@ -199,9 +200,10 @@ inline std::vector<uint8_t> tensor_box(const TensorMap& map, uint32_t to, int co
   return data;
 }
 
-// A copy into the block of this rank, at the same place there as `to` is here, counted by the mbarrier at the same place.
-inline void tensor_load_to(int target, uint32_t to, const TensorMap& given, uint32_t barrier_address, int column, int row,
-                           int base) {
+// A copy into the block of this rank, at the same place there as `to` is here, counted by the mbarrier at the same
+// place.
+inline void tensor_load_to(int target, uint32_t to, const TensorMap& given, uint32_t barrier_address, int column,
+                           int row, int base) {
   const TensorMap map = given;
   const uint32_t there = shared_address_in(target, to);
   Mbarrier& barrier = mbarrier_at(shared_address_in(target, barrier_address));
@@ -232,8 +234,9 @@ inline void tensor_load(uint32_t to, const TensorMap& map, uint32_t barrier, int
 // The same into every block of the cluster whose bit is set in `blocks`. When each of them arrives, is chance.
 inline void tensor_load_multicast(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row, int base,
                                   uint32_t blocks) {
-  if (blocks == 0 || blocks >> block.at.size()) fail("a copy to the blocks %u of a cluster of %zu", blocks, block.at.size());
-  for (int target = 0; target < int(block.at.size()); ++target) {
+  const int size = int(block.at.size());
+  if (blocks == 0 || blocks >> size) fail("a copy to the blocks %u of a cluster of %d", blocks, size);
+  for (int target = 0; target < size; ++target) {
     if (blocks >> target & 1) tensor_load_to(target, to, map, barrier, column, row, base);
   }
 }

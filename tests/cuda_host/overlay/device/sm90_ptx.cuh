@@ -16,7 +16,9 @@ inline void mbarrier_arrive(SharedAddress barrier) { host::mbarrier_arrive(barri
 inline void mbarrier_arrive_at(int rank, SharedAddress barrier) { host::mbarrier_arrive_at(rank, barrier); }
 inline void mbarrier_arrive_expect(SharedAddress barrier, uint32_t bytes) { host::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_wait(SharedAddress barrier, uint32_t parity) { host::mbarrier_wait(barrier, parity); }
-inline void mbarrier_wait_cluster(SharedAddress barrier, uint32_t parity) { host::mbarrier_wait(barrier, parity, true); }
+inline void mbarrier_wait_cluster(SharedAddress barrier, uint32_t parity) {
+  host::mbarrier_wait(barrier, parity, true);
+}
 inline void cluster_sync() { host::cluster_sync(); }
 
 inline void tensor_load(SharedAddress to, const TensorMap* map, SharedAddress barrier, int column, int row, int base) {
