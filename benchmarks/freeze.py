@@ -275,7 +275,7 @@ def kernels_block(folder: Path, chip: Chip, where: dict[str, Any], source: str) 
             raise ValueError(f"{path} is no file of `tune`: its entry must have {', '.join(sorted(names))}")
         if triton != where["triton"]:
             raise ValueError(f"{path} was tuned with triton {triton}, the results are of {where['triton']}")
-        if entry["arch"] != chip.arch:
+        if entry["arch"] not in tuning.lineage(chip.arch):
             raise ValueError(f"{path} is for sm_{entry['arch']}, the GPU of the results takes sm_{chip.arch}")
         key = tuple(entry[name] for name in ("kernel", "arch", "element_bytes", "d_in", "d_out"))
         if entries.setdefault(key, entry) != entry:

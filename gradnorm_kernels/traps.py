@@ -24,7 +24,11 @@ ALGORITHMS = ("wgrad", "gram", "auto")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``kwargs``: counts given by hand. ``loses_digits``: the Gram is a small difference of large numbers."""
+    """One call. ``kwargs``: counts given by hand. ``loses_digits``: the Gram is a small difference of large numbers.
+
+    ``positive``: all numbers are above 0, so that no sum has infinities of both signs: the results are infinite where
+    the reference is, and never NaN.
+    """
 
     x: Tensor
     dy: Tensor
@@ -33,6 +37,7 @@ class Case:
     group_ids: Tensor | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     loses_digits: bool = False
+    positive: bool = False
 
     def to(self, device: torch.device | str, ids: torch.device | str | None = None) -> Case:
         """On another device; the integer tensors on ``ids`` if it is given. Strides stay as they are."""
@@ -83,6 +88,18 @@ def _poisoned(value: float, where: str) -> Callable[[torch.dtype], Case]:
         case = packed([20, 20, 20, 130, 20, 7], 19, 23, dtype, sample_ids=[0, 1, 2, 3, 1, 4], group_ids=[0, 1, 2, 0, 2])
         getattr(case, where)[30, 5] = value
         return case
+
+    return build
+
+
+def _infinite(where: str) -> Callable[[torch.dtype], Case]:
+    """An infinity in numbers above 0, in widths that no tile divides: times a tile's padding it would be NaN."""
+
+    def build(dtype: torch.dtype) -> Case:
+        case = packed([20, 20, 0, 130, 20, 7], 19, 23, dtype, sample_ids=[0, 1, 2, 3, 1, 4], group_ids=[0, 1, 2, 0, 2])
+        x, dy = (tensor.abs().clamp_min(0.125) for tensor in (case.x, case.dy))
+        (x if where == "x" else dy)[30, 5] = torch.inf
+        return replace(case, x=x, dy=dy, positive=True)
 
     return build
 
@@ -179,6 +196,7 @@ TRAPS = (
         for value in (float("nan"), float("inf"), float("-inf"))
         for where in ("x", "dy")
     ),
+    *(Trap(f"infinite {where}, nothing negative", _infinite(where)) for where in ("x", "dy")),
     Trap("batch", _strided(lambda x, dy: (x, dy))),
     Trap("batch, sliced tokens", _strided(lambda x, dy: (x[:, 3:20], dy[:, 3:20]))),
     Trap("batch, every other row", _strided(lambda x, dy: (x[::2], dy[::2]))),
@@ -271,6 +289,18 @@ def _norms(case: Case) -> float:
     return tolerances.norms(case.x.dtype, case.x.device, max(tokens, case.x.shape[-1], case.dy.shape[-1]))
 
 
+def _same_infinities(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], names: Sequence[str]) -> None:
+    """Infinite, of the same sign, where and only where expected, and nowhere NaN."""
+    for name, tensor, right in zip(names, found, expected, strict=True):
+        if tensor is None or right is None:
+            continue
+        here = tensor.cpu().double()
+        wrong = (here != right) & ~(here.isfinite() & right.isfinite())
+        if wrong.any():
+            place = tuple(wrong.nonzero()[0].tolist())
+            raise AssertionError(f"{name}: found {here[place]}, expected {right[place]} at {place}")
+
+
 Truth = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -319,7 +349,33 @@ def check(
     if group_gram is not None and first.group_gram is not None:
         _dtypes(torch.float64, first.group_gram)
         assert_close(first.group_gram, group_gram, norms, made_of.sqrt().outer(made_of.sqrt()), "group_gram")
+    if case.positive:
+        _same_infinities(first[:4], (sample_sq, group_sq, weight_grad, group_gram), first._fields[:4])
     return first
+
+
+def _drawn(case: Case, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """[rows, columns] of the case's dtype, random; above 0 if the case's numbers are."""
+    drawn = torch.randn(rows, columns, generator=generator).to(case.x.dtype)
+    return drawn.abs().clamp_min(0.125) if case.positive else drawn
+
+
+def _terms(case: Case) -> Tensor | None:
+    """What sums of products of random signs are held to: the root of the sum of their terms' squares.
+
+    None, the largest result, where no term is negative.
+    """
+    return None if case.positive else (_clean(case.x).norm(dim=1) * _clean(case.dy).norm(dim=1)).norm()
+
+
+def _without_tokens(case: Case, samples: int) -> Tensor:
+    """[samples] bool: which samples of a case on the CPU have no tokens."""
+    if case.x.dim() == 3 or case.cu_seqlens is None:
+        lengths = torch.full((len(case.x) if case.x.dim() == 3 else 1,), case.x.shape[-2])
+    else:
+        lengths = case.cu_seqlens.diff().long()
+    owners = torch.arange(len(lengths)) if case.sample_ids is None else case.sample_ids.long()
+    return torch.zeros(samples, dtype=torch.int64).index_add_(0, owners, lengths) == 0
 
 
 def check_pairs(case: Case, backend: str, algorithm: str, runs: int = 2) -> None:
@@ -327,7 +383,7 @@ def check_pairs(case: Case, backend: str, algorithm: str, runs: int = 2) -> None
     cpu = case.to("cpu")
     counts = {"num_samples": case.kwargs["num_samples"]} if case.kwargs else {}
     generator = torch.Generator().manual_seed(3)
-    v = torch.randn(case.dy.shape[-1], case.x.shape[-1], generator=generator).to(case.x.dtype)
+    v = _drawn(case, case.dy.shape[-1], case.x.shape[-1], generator)
     call = {"cu_seqlens": case.cu_seqlens, "sample_ids": case.sample_ids, "backend": backend, **counts}
     with poisoned_memory():
         grams = [ops.grad_gram(case.x, case.dy, algorithm=algorithm, **call) for _ in range(runs)]
@@ -340,10 +396,15 @@ def check_pairs(case: Case, backend: str, algorithm: str, runs: int = 2) -> None
 
     ids = {"cu_seqlens": cpu.cu_seqlens, "sample_ids": cpu.sample_ids, **counts}
     norms = 0.5 if case.loses_digits and algorithm != "wgrad" else _norms(case)
-    assert_close(grams[0], reference.grad_gram(cpu.x, cpu.dy, **ids), norms, what="grad_gram")
-    # Products of random signs: a sum is held to the root of the sum of its terms' squares.
-    terms = (_clean(cpu.x).norm(dim=1) * _clean(cpu.dy).norm(dim=1)).norm()
-    assert_close(dots[0], reference.grad_dot(cpu.x, cpu.dy, v, **ids), NORMS[case.x.dtype], terms, "grad_dot")
+    gram, dots_expected = reference.grad_gram(cpu.x, cpu.dy, **ids), reference.grad_dot(cpu.x, cpu.dy, v, **ids)
+    # A sample without tokens has no terms, and is 0 with every other: an infinity is not multiplied by its zeros.
+    absent = _without_tokens(cpu, len(gram))
+    gram[absent], gram[:, absent] = 0.0, 0.0
+    assert_close(grams[0], gram, norms, what="grad_gram")
+    terms = _terms(cpu)
+    assert_close(dots[0], dots_expected, NORMS[case.x.dtype], terms, "grad_dot")
+    if case.positive:
+        _same_infinities((grams[0], dots[0]), (gram, dots_expected), ("grad_gram", "grad_dot"))
 
 
 #: (r_in, r_out), None for a side that stays whole.
@@ -357,11 +418,11 @@ def check_sketches(
     cpu = case.to("cpu")
     counts = {"num_samples": case.kwargs["num_samples"]} if case.kwargs else {}
     ids = {"cu_seqlens": cpu.cu_seqlens, "sample_ids": cpu.sample_ids, **counts}
-    terms = (_clean(cpu.x).norm(dim=1) * _clean(cpu.dy).norm(dim=1)).norm()
+    terms = _terms(cpu)
     generator = torch.Generator().manual_seed(5)
     for r_in, r_out in sketches:
         c_in, c_out = (
-            None if r is None else torch.randn(d, r, generator=generator).to(case.x.dtype)
+            None if r is None else _drawn(case, d, r, generator)
             for d, r in ((case.x.shape[-1], r_in), (case.dy.shape[-1], r_out))
         )
         c = [None if side is None else side.to(case.x.device) for side in (c_in, c_out)]
@@ -372,6 +433,8 @@ def check_sketches(
             assert_same_bits([first], [other], ["grad_sketch"])
         _hold(first.is_contiguous(), f"strides {first.stride()}")
         _dtypes(torch.promote_types(case.x.dtype, torch.float32), first)
-        # Products of random signs: a sum is held to the root of the sum of its terms' squares.
         expected = reference.grad_sketch(cpu.x, cpu.dy, c_in, c_out, **ids)
-        assert_close(first, expected, _norms(case), terms, f"grad_sketch, r_in={r_in}, r_out={r_out}")
+        what = f"grad_sketch, r_in={r_in}, r_out={r_out}"
+        assert_close(first, expected, _norms(case), terms, what)
+        if case.positive:
+            _same_infinities([first], [expected], [what])

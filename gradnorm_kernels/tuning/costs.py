@@ -1,8 +1,8 @@
 """The measured constants of the cost model, frozen in ``configs/``: what an algorithm costs, which backend is faster.
 
-One JSON file per chip ("cpu", "nvidia-h200", ...), ``sm80.json`` and ``sm90.json`` for GPUs that have none, and
-``default.json`` for the rest. Every block says in ``measured_on`` where its numbers come from, or that nothing was
-measured. A shape (d_in, d_out) that has no entry takes the nearest one, by the distance of the logarithms.
+One JSON file per chip ("cpu", "nvidia-h200", ...), ``sm80.json``, ``sm90.json`` and ``sm100.json`` for GPUs that have
+none, and ``default.json`` for the rest. Every block says in ``measured_on`` where its numbers come from, or that
+nothing was measured. A shape (d_in, d_out) that has no entry takes the nearest one, by the distance of the logarithms.
 
 A file holds up to three blocks, each with ``measured_on`` and ``entries``:
 
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-#: Bytes of shared memory that a block may have on an A100 and on an H100, for whose tiles the kernels are compiled.
-SHARED_MEMORY = {80: 166_912, 90: 232_448}
+#: Bytes of shared memory that a block may have on an A100, an H100 and a B200, for whose tiles the kernels are built.
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,21 @@ def shared_memory(device: torch.device) -> int:
 
 
 def architecture(capability: tuple[int, int], shared_memory: int | None = None) -> int:
-    """90 where Hopper's tiles fit, else 80. ``shared_memory``: bytes per block, None where it is not known.
+    """100, 90 or 80: the newest whose tiles fit. ``shared_memory``: bytes per block, None where it is not known.
 
-    A newer GPU may have less shared memory per block than Hopper: compute capability 12.x (GeForce RTX 50, RTX PRO,
-    GB10) has 99 KiB. Hopper's tiles fail at launch there, and Ampere's fit.
+    Compute capability 10.x (B200, B300) has tensor memory: tiles of 100. A newer GPU may have less shared memory per
+    block than Hopper: 12.x (GeForce RTX 50, RTX PRO, GB10) has 99 KiB. Hopper's tiles fail at launch there, and
+    Ampere's fit.
     """
     fits = capability < (12, 0) if shared_memory is None else shared_memory >= SHARED_MEMORY[90]
-    return 90 if capability >= (9, 0) and fits else 80
+    if capability < (9, 0) or not fits:
+        return 80
+    return 100 if capability[0] == 10 else 90
+
+
+def lineage(arch: int) -> tuple[int, ...]:
+    """The architectures whose tiles and costs serve one, its own first: Hopper's serve what 100 has none for."""
+    return (100, 90) if arch == 100 else (arch,)
 
 
 def gpu_name(name: str) -> str:
@@ -96,7 +104,9 @@ def frozen(name: str) -> dict[str, Any]:
 
 def _files(chip: Chip) -> list[str]:
     """The files to look into for a chip, the most specific first."""
-    return [chip.gpu, f"sm{chip.arch}", "default"] if chip.type == "cuda" else [chip.type, "default"]
+    if chip.type != "cuda":
+        return [chip.type, "default"]
+    return [chip.gpu, *(f"sm{arch}" for arch in lineage(chip.arch)), "default"]
 
 
 @cache

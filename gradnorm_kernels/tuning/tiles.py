@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import costs
-from .costs import SHARED_MEMORY, distance
+from .costs import SHARED_MEMORY, distance, lineage
 
 KERNELS = ("wgrad", "gram", "gram_norms", "dot")
 # A tuned config serves shapes within a factor of two of its own, in both widths.
@@ -37,7 +37,7 @@ _NEAR = math.hypot(math.log(2), math.log(2))
 class KernelConfig:
     """How one Triton kernel is compiled and launched.
 
-    ``kernel``: one of ``KERNELS``. ``arch``: 80 or 90, the oldest architecture it is for. ``element_bytes``: 2 or 4.
+    ``kernel``: one of ``KERNELS``. ``arch``: 80, 90 or 100, the oldest it is for. ``element_bytes``: 2 or 4.
     ``block_m`` rows of d_out, ``block_n`` columns of d_in, ``block_k`` tokens. ``group_m``: rows of tiles that are
     walked together, for the L2 cache. ``descriptors``: loads go through tensor descriptors (TMA).
     """
@@ -57,6 +57,15 @@ class KernelConfig:
     def key(self) -> str:
         """What a forced config replaces: every launch of this kernel."""
         return self.kernel
+
+    @property
+    def nested(self) -> bool:
+        """Whether wgrad runs as nested loops, whose accumulators are in tensor memory (sm_100)."""
+        return self.arch >= 100
+
+    def edges(self, d_in: int, d_out: int) -> bool:
+        """Whether some tiles have a part outside a matrix: then sums are masked, a third more of a sample's end."""
+        return d_in % self.block_n != 0 or d_out % self.block_m != 0
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,16 @@ TRITON_TILES: dict[tuple[str, int], list[TritonTile]] = {
     ],
 }
 
+#: What tuning tries besides on B200 and B300: wgrad by nested loops, whose accumulators are in tensor memory. Where
+#: 256 columns do not divide d_in, or 128 rows d_out, the launch takes 128 columns (``wgrad_sm100.fitting_config``).
+NESTED_TILES: dict[tuple[str, int], list[TritonTile]] = {
+    ("wgrad", 2): [
+        TritonTile(128, 256, 64, 8, 3, "the frozen tile: two accumulators fill tensor memory"),
+        TritonTile(128, 256, 32, 8, 6, "shorter steps: less padding at the ends of samples of few tokens"),
+        TritonTile(128, 128, 64, 8, 5, "twice the tiles, for small layers"),
+    ],
+}
+
 #: What the benchmarks time, by name; each on its architecture.
 CUDA_CANDIDATES = {
     "columns_128": CudaCandidate(CudaConfig(90, 128), "1024 tiles at 4096 x 4096: 7.8 rounds of 132 multiprocessors"),
@@ -252,7 +271,7 @@ def cluster_size(config: CudaConfig, tile_rows: int, work_tiles: int, multiproce
 def candidates(kernel: str, arch: int, element_bytes: int, shared_memory: int | None = None) -> list[KernelConfig]:
     """The configs to try, the architecture's frozen ones first. Some may not compile: tuning finds out.
 
-    ``shared_memory``: bytes that a block may have on the GPU; None: those of an A100 (80) or an H100 (90).
+    ``shared_memory``: bytes that a block may have on the GPU; None: those of an A100, an H100 or a B200.
     """
     limit = SHARED_MEMORY[arch] if shared_memory is None else shared_memory
     found = dict.fromkeys(
@@ -260,10 +279,11 @@ def candidates(kernel: str, arch: int, element_bytes: int, shared_memory: int | 
     )
     first = next(iter(found))
     found |= {replace(first, group_m=group_m): None for group_m in (4, 16)}
-    for tile in TRITON_TILES[kernel, element_bytes]:
-        config = KernelConfig(kernel, arch, element_bytes, *tile[:5], first.group_m, first.descriptors)
-        if shared_memory_needed(config) <= limit:
-            found[config] = None
+    for own in lineage(arch):
+        for tile in (NESTED_TILES if own == 100 else TRITON_TILES).get((kernel, element_bytes), ()):
+            config = KernelConfig(kernel, own, element_bytes, *tile[:5], first.group_m, first.descriptors)
+            if shared_memory_needed(config) <= limit:
+                found[config] = None
     return list(found)
 
 
@@ -271,10 +291,12 @@ def shared_memory_needed(config: KernelConfig) -> int:
     """Bytes of shared memory that every form of a kernel needs at most; tuning runs only one of the forms.
 
     On Hopper a tile of sums on its way to memory (several groups, split token axis) and the operand that clears an
-    accumulator come on top of the stages.
+    accumulator come on top of the stages; with nested loops, a quarter of dW's tile and the barriers.
     """
     needed = config.num_stages * config.block_k * (config.block_m + config.block_n) * config.element_bytes
-    if config.arch >= 90 and config.kernel == "wgrad" and config.element_bytes == 2:
+    if config.nested:
+        needed += config.block_m * config.block_n // 2 + 256
+    elif config.arch >= 90 and config.kernel == "wgrad" and config.element_bytes == 2:
         needed += config.block_m * config.block_n * 4 + 16 * config.block_n * 2 + 1024
     return needed
 
@@ -282,19 +304,25 @@ def shared_memory_needed(config: KernelConfig) -> int:
 def nearest(
     found: Iterable[dict[str, Any]], kernel: str, arch: int, element_bytes: int, d_in: int, d_out: int
 ) -> KernelConfig | None:
-    """The config of the entry nearest to the shape, of those for this kernel, architecture and element size."""
-    wanted = {"kernel": kernel, "arch": arch, "element_bytes": element_bytes}
+    """The config of the entry nearest to the shape, of those for this kernel, architecture (or one that serves it) and
+    element size; of equally near ones that of the architecture itself."""
+    wanted, served_by = {"kernel": kernel, "element_bytes": element_bytes}, lineage(arch)
     fitting = [entry for entry in found if all(entry.get(key) == value for key, value in wanted.items())]
+    fitting = [entry for entry in fitting if entry.get("arch") in served_by]
     if not fitting:
         return None
-    best = min(fitting, key=lambda entry: distance(entry["d_in"], entry["d_out"], d_in, d_out))
+    best = min(
+        fitting,
+        key=lambda entry: (distance(entry["d_in"], entry["d_out"], d_in, d_out), served_by.index(entry["arch"])),
+    )
     return KernelConfig(**{field.name: best[field.name] for field in fields(KernelConfig) if field.name in best})
 
 
 @cache
 def _kernel_config(gpu: str, arch: int, kernel: str, element_bytes: int, d_in: int, d_out: int) -> KernelConfig:
     near = [entry for entry in tuned(gpu) if distance(entry["d_in"], entry["d_out"], d_in, d_out) <= _NEAR]
-    for found in (near, *(costs.frozen(name).get("kernels", {}).get("entries", ()) for name in (gpu, f"sm{arch}"))):
+    files = (gpu, *(f"sm{older}" for older in lineage(arch)))
+    for found in (near, *(costs.frozen(name).get("kernels", {}).get("entries", ()) for name in files)):
         config = nearest(found, kernel, arch, element_bytes, d_in, d_out)
         if config is not None:
             return config
@@ -350,14 +378,18 @@ def tuned(gpu: str) -> tuple[dict[str, Any], ...]:
 
 
 def save_tuned(gpu: str, d_in: int, d_out: int, config: KernelConfig) -> Path:
-    """Keep a config for the shape (d_in, d_out) on a GPU; returns the file. Other entries are not touched."""
+    """Keep a config for the shape (d_in, d_out) on a GPU; returns the file. Other entries are not touched, but for one
+    of the same kernel and shape with tiles of another architecture."""
     folder = tuned_folder() / gpu
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{config.kernel}-sm{config.arch}-{config.element_bytes}-{d_in}x{d_out}.json"
+    shape = f"{config.element_bytes}-{d_in}x{d_out}.json"
+    path = folder / f"{config.kernel}-sm{config.arch}-{shape}"
     content = _stamp() | {"entry": {"d_in": d_in, "d_out": d_out, **asdict(config)}}
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".new", delete=False) as file:
         json.dump(content, file)
     os.replace(file.name, path)
+    for other in SHARED_MEMORY.keys() - {config.arch}:
+        (folder / f"{config.kernel}-sm{other}-{shape}").unlink(missing_ok=True)
     forget_tuned()
     return path
 

@@ -4,12 +4,13 @@ The exit status is 1 if a form does not compile, spills, or asks for more than i
 that is known (``KNOWN``).
 
 A line has the kernel, the architecture, the tile, warps, stages, registers, stack and shared memory in bytes, how many
-instructions of the machine code spill (LDL and STL), and how many multiply matrices (HMMA, and HGMMA of Hopper's
-wgmma). How well the loops are pipelined is read from the waits: ``grouped`` counts the wgmma that something waits for
-by themselves (all of them where ptxas serialises them, its advice C7515), ``in_flight`` is how many groups of wgmma the
-most patient wait leaves running, ``copies_in_flight`` the same for groups of cp.async. Triton's kernels are compiled in
-the form in which they are launched, for each entry of the frozen configs; the CUDA kernels are read from the module
-``gradnorm_kernels._C``. Triton's package brings the disassembler.
+instructions of the machine code spill (LDL and STL), and how many multiply matrices (HMMA, HGMMA of Hopper's wgmma, and
+UTCHMMA of Blackwell's tcgen05). ``partitions`` are those that Triton gives to warps of their own. How well the loops
+are pipelined is read from the waits: ``grouped`` counts the wgmma that something waits for by themselves (all of them
+where ptxas serialises them, its advice C7515), ``in_flight`` is how many groups of wgmma the most patient wait leaves
+running, ``copies_in_flight`` the same for groups of cp.async. Triton's kernels are compiled in the form in which they
+are launched, for each entry of the frozen configs; the CUDA kernels are read from the module ``gradnorm_kernels._C``.
+Triton's package brings the disassembler.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ CHIPS = {
     86: (80, 101_376),
     89: (80, 101_376),
     90: (90, 232_448),
-    100: (90, 232_448),
-    103: (90, 232_448),
+    100: (100, 232_448),
+    103: (100, 232_448),
     120: (80, 101_376),
 }
 #: Those that have tiles of their own. The others run the same source.
@@ -78,14 +79,14 @@ class Job:
 
 
 def shipped(arch: int) -> list[KernelConfig]:
-    """The configs of every frozen file for an architecture, each once."""
+    """The configs of every frozen file for an architecture, or for one that serves it, each once."""
     folder = Path(tuning.__file__).parent / "configs"
     names = {field.name for field in fields(KernelConfig)}
     found = {}
     for path in sorted(folder.glob("*.json")):
         for entry in tuning.frozen(path.stem).get("kernels", {}).get("entries", ()):
             config = KernelConfig(**{name: value for name, value in entry.items() if name in names})
-            if config.arch == arch:
+            if config.arch in tuning.lineage(arch):
                 found[config] = None
     return list(found)
 
@@ -152,6 +153,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     if job.config is not None:
         line["tile"] = [job.config.block_m, job.config.block_n, job.config.block_k]
     line |= {"warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages}
+    line["partitions"] = len(re.findall(r"^\s*partition\d+\(", compiled.asm["ttgir"], re.M))
     line |= {"form": {k: v for k, v in job.constants.items() if isinstance(v, bool)}, "triton": triton.__version__}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -198,7 +200,8 @@ def inspect_binary(path: str) -> list[dict[str, Any]]:
         # The part behind the dot says what kind: LDL.64, HGMMA.64x128x16.F32.BF16.
         words = [match[1] for match in re.finditer(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", code, re.M)]
         counted = {"spills": sum(w in ("LDL", "STL") for w in words), "mma": words.count("HMMA")}
-        found[arch, name] |= counted | {"wgmma": words.count("HGMMA"), "instructions": len(words)}
+        found[arch, name] |= counted | {"wgmma": words.count("HGMMA"), "tcgen05": words.count("UTCHMMA")}
+        found[arch, name]["instructions"] = len(words)
         found[arch, name] |= {
             "grouped": len(re.findall(r"HGMMA\b[^;\n]*\bgsb0", code)),
             "in_flight": _largest(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", code),

@@ -17,6 +17,7 @@ import pytest
 
 from gradnorm_kernels.backends import native
 from gradnorm_kernels.tuning import tiles
+from gradnorm_kernels.tuning.tiles import KernelConfig
 from tests.compiled import report
 from tests.compiled.report import NO_PRODUCTS, complaints
 
@@ -97,6 +98,61 @@ def test_what_is_tried_on_hopper_compiles_as_well() -> None:
         assert not complaints(line) and not serialised(line), json.dumps(line)
 
 
+def test_nested_loops_on_blackwell() -> None:
+    """With dW, one tile per chip: the frozen one, and the one for widths that it does not divide."""
+    for arch, columns, edges in ((100, 256, False), (103, 128, True)):
+        check_nested(next(job for job in nested_jobs(arch) if is_form(job, columns, edges, weight_grad=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+@pytest.mark.parametrize("arch", [100, 103])
+def test_every_form_of_nested_loops(arch: int, element: str) -> None:
+    """What is frozen and what tuning tries, with and without dW, with and without edges."""
+    assert len(nested_jobs(arch, element)) == 6
+    tried = [job for config in tiles.candidates("wgrad", 100, 2) for job in nested_jobs(arch, element, config)]
+    for job in {repr((job.constants, job.options)): job for job in tried}.values():
+        check_nested(job)
+
+
+def nested_jobs(arch: int, element: str = "bf16", config: KernelConfig | None = None) -> list[report.Job]:
+    config = config or tiles.kernel_config("", 100, "wgrad", 2, 4096, 4096)
+    module = next(module for module in report.modules() if module.__name__.endswith("wgrad_sm100"))
+    return report._jobs_of(module, arch, element, config)
+
+
+def is_form(job: report.Job, columns: int, edges: bool, weight_grad: bool) -> bool:
+    return (job.constants["BLOCK_N"], job.constants["EDGES"], job.constants["WEIGHT_GRAD"]) == (
+        columns,
+        edges,
+        weight_grad,
+    )
+
+
+def check_nested(job: report.Job) -> None:
+    """Products of tcgen05 and copies of TMA in partitions beside the epilogues', in the memory that is promised."""
+    line = report.compile_job(job)
+    assert not complaints(line), json.dumps(line)
+    assert line["kernel"] == "wgrad_sm100_kernel" and line["tcgen05"] and line["tma"], json.dumps(line)
+    assert line["partitions"] == 2 and line["warps"] == job.options["num_warps"] + 4, json.dumps(line)
+    assert job.config is not None
+    sizes = {"block_n": job.constants["BLOCK_N"], "block_k": job.constants["BLOCK_K"]}
+    config = replace(job.config, **sizes, num_stages=job.constants["STAGES"])
+    assert line["shared"] <= tiles.shared_memory_needed(config), json.dumps(line)
+
+
+@pytest.mark.parametrize("edges", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_masks_at_the_edges_leave_products_asynchronous(edges: bool) -> None:
+    """A condition around the masks made ptxas wait for every product of wgmma by itself."""
+    module = next(module for module in report.modules() if module.__name__.endswith("wgrad_kernels"))
+    config = next(c for c in report.shipped(90) if c.kernel == "wgrad" and c.descriptors)
+    form = {"SPLIT": False, "ONE_GROUP": True, "WEIGHT_GRAD": True, "STORE_SUMS": False, "EDGES": edges}
+    jobs = [job for job in report._jobs_of(module, 90, "bf16", config) if job.constants.items() >= form.items()]
+    (job,) = [job for job in jobs if job.kernel.fn.__name__ == "wgrad_sm90_kernel"]
+    line = report.compile_job(job)
+    assert not complaints(line) and not serialised(line), json.dumps(line)
+
+
 def serialised(line: dict[str, Any]) -> bool:
     """Whether products are waited for by themselves, or all at every turn of the loop.
 
@@ -133,9 +189,11 @@ def kernel_names(folder: Path) -> set[str]:
 
 
 def test_every_kernel_is_in_the_report(lines: Lines, tmp_path: Path) -> None:
+    """The nested loops are for sm_100 and 103 only, and have tests of their own."""
     (tmp_path / "new.py").write_text("@triton.jit\ndef new_kernel(x):\n    pass\n\ndef other_kernel():\n    pass\n")
     assert kernel_names(tmp_path) == {"new_kernel"}
-    assert {line["kernel"] for line in lines} >= {name for name in kernel_names(KERNELS) if not name.startswith("_")}
+    found = {line["kernel"] for line in lines} | {job.kernel.fn.__name__ for job in nested_jobs(100)}
+    assert found >= {name for name in kernel_names(KERNELS) if not name.startswith("_")}
 
 
 def test_it_can_fail() -> None:
@@ -200,6 +258,7 @@ arch = sm_90a
         "spills": 2,
         "mma": 1,
         "wgmma": 0,
+        "tcgen05": 0,
         "instructions": 5,
         "grouped": 0,
         "in_flight": 0,

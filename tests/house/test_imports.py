@@ -132,7 +132,7 @@ def test_the_library_keeps_the_order():
     assert not violations(sources), "\n".join(violations(sources))
 
 
-#: Folder -> the packages that nothing in it may import. Only tests/benchmarks and tests/gpu_check, which test them,
+#: Folder -> the packages that nothing in it may import. Only the tests of the benchmarks and the tools (``TESTED_IN``)
 #: import the benchmarks and the tools.
 APART = {
     "python": {"benchmarks", "tests", "tools"},
@@ -140,7 +140,10 @@ APART = {
     "tools": {"benchmarks", "gradnorm_grpo", "tests"},
     "tests": {"benchmarks", "tools"},
 }
-TESTED_IN = {"benchmarks": "tests/benchmarks/", "tools": ("tests/gpu_check/", "tests/trl/test_trl_harness.py")}
+TESTED_IN = {
+    "benchmarks": "tests/benchmarks/",
+    "tools": ("tests/gpu_check/", "tests/tools/", "tests/trl/test_trl_harness.py"),
+}
 
 
 def crossings(folder: str, sources: dict[str, str]) -> list[str]:

@@ -64,6 +64,38 @@ def test_ids_out_of_range_give_nan_and_are_not_read() -> None:
     assert found.sample_dots.isnan().all() and found.group_gram.isnan().all()
 
 
+@pytest.mark.parametrize("where", ["embedding", "head x", "head dy"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_an_infinity_does_not_meet_the_padding(where: str) -> None:
+    """Numbers above 0 in widths that no tile divides: infinite where float64 is, and nowhere NaN.
+
+    Every sample has all three words: float64 multiplies an infinity with the zeros of words that a sample lacks, which
+    no kernel forms.
+    """
+    lengths, samples, groups = [31, 0, 28, 40], [0, 1, 2, 0], torch.tensor([0, 1, 1])
+    one, two = linear(lengths, 19, samples=samples, words=3), embedding(lengths, 19, samples=samples, words=3)
+    one.x, one.dy, two.dy = (side.nan_to_num().abs().clamp_min(0.125) for side in (one.x, one.dy, two.dy))
+    spoiled = {"embedding": two.dy, "head x": one.x, "head dy": one.dy}[where]
+    spoiled[33, 2] = torch.inf  # in sample 2, whose group has an empty sample too
+    of_head = reference.sample_gradients(one.x, one.dy, one.cu_seqlens, sample_ids=one.sample_ids, num_samples=3)
+    gradients = reference.embedding_gradients(
+        two.x, two.dy, 3, two.cu_seqlens, sample_ids=two.sample_ids, num_samples=3
+    )
+    sums = reference.group_sums(gradients, groups)
+    ids = {"sample_ids": two.sample_ids, "group_ids": groups}
+    alone = ops.embedding_grad_norm(two.x, two.dy, two.cu_seqlens, **ids, group_gram=True, backend="triton")
+    call = (one.x, one.dy, two.x, two.dy, one.cu_seqlens, two.cu_seqlens)
+    cross = ops.tied_grad_gram(*call, **ids, e_sample_ids=two.sample_ids, backend="triton")
+    near = {"rtol": 2e-5, "atol": 0.0}
+    torch.testing.assert_close(alone.sample_sq_norms, gradients.square().sum((1, 2)), **near)
+    torch.testing.assert_close(alone.group_sq_norms, sums.square().sum((1, 2)), **near)
+    torch.testing.assert_close(alone.group_gram, inner(sums, sums), **near)
+    torch.testing.assert_close(cross.sample_dots, (of_head * gradients).sum((1, 2)), **near)
+    torch.testing.assert_close(cross.group_gram, inner(reference.group_sums(of_head, groups), sums), **near)
+    assert alone.sample_sq_norms.isinf().tolist() == [False, False, where == "embedding"]
+    assert cross.sample_dots.isinf().tolist() == [False, False, True]
+
+
 def test_empty_calls() -> None:
     ids, dy, cu_seqlens = torch.arange(0), torch.ones(0, 4), torch.tensor([0, 0, 0])
     found = ops.embedding_grad_norm(ids, dy, cu_seqlens, group_gram=True, backend="triton")

@@ -1,7 +1,8 @@
 """Segmented wgrad on small tiles, so that a small call has many tiles, many K tiles and every kind of cut.
 
-Both kernels run: with pointers (sm_80) and with tensor descriptors (sm_90). Every floating-point array that a kernel
-may write is full of NaN before the launch, every integer one full of a number that is out of range everywhere.
+Three kernels run: with pointers (sm_80), with tensor descriptors (sm_90), and with nested loops (sm_100), which has
+fewer forms. Every floating-point array that a kernel may write is full of NaN before the launch, every integer one full
+of a number that is out of range everywhere.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from gradnorm_kernels import checks, reference
 from gradnorm_kernels import segments as table
 from gradnorm_kernels.backends.base import Results
 from gradnorm_kernels.backends.triton import wgrad
+from gradnorm_kernels.backends.triton.wgrad_sm100 import fitting_config
+from gradnorm_kernels.tuning import costs, tiles
 from gradnorm_kernels.tuning.tiles import KernelConfig
 
 POINTERS = KernelConfig("wgrad", 80, 4, 16, 32, 16, 4, 3, 2)
 DESCRIPTORS = replace(POINTERS, arch=90, descriptors=True)
+NESTED = replace(DESCRIPTORS, arch=100)
 KERNELS = pytest.mark.parametrize("config", [POINTERS, DESCRIPTORS], ids=["sm80", "sm90"])
 ALL = 1 << 62
 #: A sample in three places, samples and a group without rows, one token, 77 of them.
@@ -193,6 +197,99 @@ def test_nan_and_inf_stay_in_their_sample_and_group(config: KernelConfig, splits
         clean = inputs([20, 21, 20, 5], 24, 16)
         expected = reference.fused_grad_norm(*clean, sample_ids=torch.tensor([0, 1, 2, 1]))[0]
         torch.testing.assert_close(found.sample_sq[[0, 2]], expected[[0, 2]], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "splits", "where"),
+    [
+        pytest.param(
+            config,
+            splits,
+            where,
+            marks=[pytest.mark.slow] * (((splits == 1) == (where == "x")) != (config is POINTERS)),
+            id=f"{where}-{splits}-sm{config.arch}",
+        )
+        for config in (POINTERS, DESCRIPTORS)
+        for splits in (1, 3)
+        for where in ("x", "dy")
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_an_infinity_does_not_meet_the_padding(config: KernelConfig, splits: int, where: str) -> None:
+    """In widths that no tile divides: infinite where float64 is, NaN where float64 is, in every result.
+
+    One group and several, a sample without tokens, samples whose norm is not measured, an infinity of each sign.
+    """
+    x, dy, cu_seqlens = inputs([20, 21, 0, 14, 5], 20, 24)
+    (x if where == "x" else dy)[30, 3] = torch.inf if where == "x" else -torch.inf
+    options: dict[str, Any] = {"config": config, "splits": splits}
+    compare(x, dy, cu_seqlens, [0, 1, 3, 2, 1], **options)
+    found = compare(x, dy, cu_seqlens, [0, 1, 3, 2, 1], [0, 1, 2, 0], gram_tokens=14, **options)
+    assert found.sample_sq[1].isposinf() and found.group_sq[1].isposinf()
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The wgrad kernels that were launched, by name."""
+    found: list[str] = []
+
+    def watched(name: str) -> Any:
+        kernel = getattr(wgrad, name)
+
+        class Watched:
+            def __getitem__(self, grid: tuple[int, ...]) -> Any:
+                found.append(name)
+                return kernel[grid]
+
+        return Watched()
+
+    for name in ("wgrad_sm80_kernel", "wgrad_sm90_kernel", "wgrad_sm100_kernel"):
+        monkeypatch.setattr(wgrad, name, watched(name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gram_tokens", "weight_grad"),
+    [(14, True), (0, False), *(pytest.param(*form, marks=pytest.mark.slow) for form in ((0, True), (ALL, True)))],
+)
+def test_nested_loops(launched: list[str], gram_tokens: int, weight_grad: bool) -> None:
+    """A run is a sample in three places, or samples that are not measured; some have no tokens."""
+    x, dy, cu_seqlens = inputs(LENGTHS, 40, 24)
+    options: dict[str, Any] = {"gram_tokens": gram_tokens, "weight_grad": weight_grad, "config": NESTED}
+    compare(x, dy, cu_seqlens, SAMPLES, **options)
+    assert launched == ["wgrad_sm100_kernel"]
+
+
+def test_what_nested_loops_lack_runs_on_the_flat_kernels(launched: list[str]) -> None:
+    x, dy, cu_seqlens = inputs([20, 21, 0, 14, 5], 20, 16)
+    compare(x, dy, cu_seqlens, None, [0, 1, 0, 2, 1], config=NESTED)
+    compare(x, dy, cu_seqlens, config=NESTED, splits=3)
+    compare(x[:, 1:17], dy, cu_seqlens, config=NESTED)
+    assert launched == ["wgrad_sm90_kernel", "wgrad_sm90_kernel", "wgrad_sm80_kernel"]
+
+
+def test_a_tile_of_256_columns_is_for_widths_that_it_divides() -> None:
+    config = tiles.kernel_config("", 100, "wgrad", 2, 4096, 4096)
+    assert (config.block_m, config.block_n) == (128, 256)
+    assert fitting_config(config, 11008, 2048) == config
+    for d_in, d_out in ((11008 + 128, 2048), (11008, 2048 + 64)):
+        narrow = fitting_config(config, d_in, d_out)
+        assert narrow.nested and narrow.block_n == 128 and fitting_config(narrow, d_in, d_out) == narrow
+        assert tiles.shared_memory_needed(narrow) <= costs.SHARED_MEMORY[100]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_nested_loops_in_other_respects(launched: list[str]) -> None:
+    """Wide tiles and narrow matrices, long samples, an infinity beside the padding, no token, the same bits again."""
+    wide = replace(NESTED, block_m=64, block_n=128, block_k=32)
+    compare(*inputs([777, 1, 200, 0, 129], 24, 16, torch.float16), config=wide)
+    x, dy, cu_seqlens = inputs([20, 21, 0, 14, 5], 20, 24)
+    first, second = (run(x, dy, cu_seqlens, [0, 1, 3, 2, 1], config=NESTED) for _ in range(2))
+    x[30, 3] = torch.inf
+    compare(x, dy, cu_seqlens, [0, 1, 3, 2, 1], config=NESTED)
+    for name in ("sample_sq", "group_sq", "weight_grad"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert set(launched) == {"wgrad_sm100_kernel"}
 
 
 @KERNELS

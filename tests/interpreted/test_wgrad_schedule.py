@@ -118,6 +118,8 @@ def right(
     found = [(value >> 20, value & 0xFFFF, (value >> 16) & 15, measured, group) for value, measured, group in packed]
     assert found == wanted
     assert int(schedule.k_tiles[k_tiles]) == 0
+    ends = [0, *(at + 1 for at, k_tile in enumerate(wanted) if k_tile[2])]
+    assert schedule.runs.tolist()[: len(ends) + 1] == [len(ends) - 1, *ends] and ends[-1] == k_tiles
 
     # Split s holds the K tiles from s * k_tiles // splits on.
     split_of = [max(s for s in range(splits) if s * k_tiles // splits <= k_tile) for k_tile in range(k_tiles)]

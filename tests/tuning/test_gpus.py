@@ -85,7 +85,7 @@ def row(gpu: Gpu) -> str:
     if reason is None:
         chip = costs.chip(device)
         config = tiles.kernel_config(chip.gpu, chip.arch, "wgrad", 2, 4096, 4096)
-        how = "TMA" if config.descriptors else "cp.async"
+        how = ("TMA" if config.descriptors else "cp.async") + ", nested loops" * config.nested
         of_triton = f"{config.block_m} x {config.block_n} x {config.block_k}, {config.num_stages} stages, {how}"
         needs = f"{tiles.shared_memory_needed(config):,}"
     reason = backends.unavailable_reason("cuda", "fused_grad_norm", "cuda", BF16)

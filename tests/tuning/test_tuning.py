@@ -71,7 +71,7 @@ def test_frozen_files_are_whole() -> None:
                 assert prices.gram_token >= 0 and prices.element_bytes in (0, 2, 4, 8)
         for values in content.get("kernels", {"entries": ()})["entries"]:
             assert values.keys() == {"d_in", "d_out"} | {f.name for f in dataclasses.fields(KernelConfig)}, name
-            assert values["arch"] in (80, 90) and values["element_bytes"] in (2, 4)
+            assert values["arch"] in (80, 90, 100) and values["element_bytes"] in (2, 4)
         for values in content.get("faster", {"entries": ()})["entries"]:
             assert values.keys() == {"d_in", "d_out", "element_bytes", "backend"}, name
             assert values["backend"] in backends.NAMES
@@ -118,13 +118,14 @@ def test_kernel_config_takes_the_most_special_file(files: Callable[..., None]) -
         tiles.kernel_config("", 80, "wgrad", 2, 64, 64)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("element_bytes", [2, 4])
 @pytest.mark.parametrize("kernel", ["wgrad", "gram", "gram_norms", "dot"])
 def test_every_kernel_has_a_config(kernel: str, element_bytes: int, arch: int) -> None:
     for d_in, d_out in ((1, 1), (576, 1536), (4096, 14336), (10**6, 3)):
         config = tiles.kernel_config("", arch, kernel, element_bytes, d_in, d_out)
-        assert (config.kernel, config.arch, config.element_bytes) == (kernel, arch, element_bytes)
+        assert (config.kernel, config.element_bytes) == (kernel, element_bytes)
+        assert config.arch in costs.lineage(arch)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +148,8 @@ GPUS = [
     ("NVIDIA Orin", (8, 7), 166_912, 80),
     ("NVIDIA L40S", (8, 9), 101_376, 80),
     ("NVIDIA H200", (9, 0), 232_448, 90),
-    ("NVIDIA B200", (10, 0), 232_448, 90),
-    ("NVIDIA B300", (10, 3), 232_448, 90),
+    ("NVIDIA B200", (10, 0), 232_448, 100),
+    ("NVIDIA B300", (10, 3), 232_448, 100),
     ("NVIDIA Thor", (11, 0), 232_448, 90),
     ("NVIDIA GeForce RTX 5090", (12, 0), 101_376, 80),
     ("NVIDIA GB10", (12, 1), 101_376, 80),
@@ -201,7 +202,7 @@ def test_tiles_fit_the_shared_memory_of_every_gpu(gpu: tuple[str, int, int], ker
 
 
 def test_every_candidate_has_a_reason() -> None:
-    found = [tile for tried in tiles.TRITON_TILES.values() for tile in tried]
+    found = [tile for tried in (*tiles.TRITON_TILES.values(), *tiles.NESTED_TILES.values()) for tile in tried]
     assert all(candidate.reason for candidate in (*found, *CUDA_CANDIDATES.values()))
     for tried in tiles.TRITON_TILES.values():
         assert len({tile[:5] for tile in tried}) == len(tried)
@@ -298,3 +299,34 @@ def test_the_notes_have_the_cuda_tile_of_every_layer() -> None:
         rounds = -(-count * parts // multiprocessors)
         use = d_in * d_out / (count * 128 * columns) * count * parts / (multiprocessors * rounds)
         assert told == f"{columns}, {count} x {parts}, {rounds}, {use:.0%}", (d_in, d_out)
+
+
+def test_blackwell_takes_hopper_s_tiles_where_it_has_none() -> None:
+    """Nested loops for wgrad on 16-bit inputs of B200 and B300 alone; costs and other kernels are Hopper's."""
+    b200 = Chip("cuda", "", 100)
+    nested = [
+        (arch, kernel, element_bytes)
+        for arch in (80, 90, 100)
+        for kernel in tiles.KERNELS
+        for element_bytes in (2, 4)
+        if tiles.kernel_config("", arch, kernel, element_bytes, 4096, 4096).nested
+    ]
+    assert nested == [(100, "wgrad", 2)]
+    assert costs.costs(b200, "triton", 2, 4096, 4096) == costs.costs(GPU, "triton", 2, 4096, 4096)
+    assert costs.lineage(90) == (90,) and costs.lineage(100) == (100, 90)
+
+
+def test_a_tuned_config_replaces_one_of_another_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On B200 tuning tries nested and flat loops: the faster is kept, and the nearer shape wins whatever its loops."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    nested = tiles.kernel_config("", 100, "wgrad", 2, 1024, 1024)
+    flat = tiles.kernel_config("", 90, "wgrad", 2, 1024, 1024)
+    for saved in ((nested,), (nested, flat), (nested, flat, nested)):
+        for config in saved:
+            tiles.save_tuned("nvidia-b200", 1024, 1024, config)
+        assert tiles.kernel_config("nvidia-b200", 100, "wgrad", 2, 1024, 1024) == saved[-1]
+        assert len(tiles.tuned("nvidia-b200")) == 1
+    tiles.save_tuned("nvidia-b200", 1536, 1536, flat)
+    assert tiles.kernel_config("nvidia-b200", 100, "wgrad", 2, 1500, 1536) == flat
+    assert tiles.kernel_config("nvidia-b200", 100, "wgrad", 2, 1024, 1024) == nested
+    tiles.forget_tuned()

@@ -29,18 +29,19 @@ _SPLITS = 16
 _EVEN = 16
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "splits"])
+@triton.jit(do_not_specialize=["tokens", "v_rows", "rows", "splits"])
 def dot_kernel(
     x_ptr,  # [T, d_in], BLOCK_K divides d_in
     dy_ptr,  # [T, d_out]
-    v_ptr,  # [d_out, d_in], of x's dtype or float32: zeros where x and dy were padded
+    v_ptr,  # [v_rows, d_in], of x's dtype or float32: zeros where x was padded
     part_ptr,  # [splits, T] float64, out: the part that one split of v's rows has in each token's product
     tokens,
     x_stride,
     dy_stride,
     v_stride,
     d_in,
-    d_out,
+    d_out,  # padded: a multiple of 16
+    v_rows,  # d_out without the padding
     rows,  # of v in a split, a multiple of BLOCK_N
     splits,
     BLOCK_M: tl.constexpr,  # tokens
@@ -63,14 +64,15 @@ def dot_kernel(
     for first in range(split * rows, tl.minimum(split * rows + rows, d_out), BLOCK_N):
         out = first + tl.arange(0, BLOCK_N)
         present = out < d_out
-        v_row = tl.minimum(out, d_out - 1).to(tl.int64)
+        v_row = tl.minimum(out, v_rows - 1).to(tl.int64)
         v_tile = v_ptr + v_row[None, :] * v_stride + feature[:, None]
         products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for at in range(0, d_in, BLOCK_K):
             x = tl.load(x_tile + at).to(v_ptr.dtype.element_ty)
             products = tl.dot(x, tl.load(v_tile + at), products, input_precision="ieee")
         dy = tl.load(dy_ptr + row[:, None] * dy_stride + out[None, :], mask=present[None, :], other=0.0)
-        terms = tl.where(present[None, :], products * dy.to(tl.float32), 0.0)
+        # Padding is left out, not multiplied: a product may be infinite, and 0 x inf is NaN.
+        terms = tl.where((out < v_rows)[None, :], products * dy.to(tl.float32), 0.0)
         total += tl.sum(terms, 1).to(tl.float64)
     tl.store(part_ptr + split.to(tl.int64) * tokens + token, total, mask=token < tokens)
 
@@ -85,8 +87,6 @@ def grad_dot(x: Tensor, dy: Tensor, v: Tensor, segments: Segments, config: Kerne
     config = config or config_for("dot", v, v.shape[1], v.shape[0])
     x, dy, v = even_rows(x, config.block_k), even_rows(dy, _EVEN), even_rows(v, config.block_k)
     tokens, d_out = checked(x, dy), dy.shape[1]
-    if d_out > len(v):
-        v = torch.nn.functional.pad(v, (0, 0, 0, d_out - len(v)))
     positions = order(segments, tokens)
     if not (x.numel() and dy.numel() and segments.samples):
         return x.new_zeros(segments.samples, dtype=torch.float64)
@@ -106,6 +106,7 @@ def grad_dot(x: Tensor, dy: Tensor, v: Tensor, segments: Segments, config: Kerne
             v.stride(0),
             x.shape[1],
             d_out,
+            len(v),
             share,
             splits,
             BLOCK_M=config.block_m,
@@ -125,7 +126,7 @@ def signatures(config: KernelConfig, element: str = "bf16") -> list[tuple[Any, d
     ``element`` is Triton's name of v's dtype: a float32 v comes with x of any. All pointers, strides, d_in and d_out
     are divisible by 16, as they are at every launch.
     """
-    integers = ("tokens", "x_stride", "dy_stride", "v_stride", "d_in", "d_out", "rows", "splits")
+    integers = ("tokens", "x_stride", "dy_stride", "v_stride", "d_in", "d_out", "v_rows", "rows", "splits")
     arguments = {"v_ptr": f"*{element}", "part_ptr": "*fp64"} | dict.fromkeys(integers, "i32")
     tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP": config.group_m}
     inputs = ("fp32", "bf16", "fp16") if element == "fp32" else (element,)

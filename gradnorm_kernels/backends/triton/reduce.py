@@ -392,7 +392,7 @@ def signatures(
     tile["CHUNK"] = min(FIXUP_CHUNK, config.block_m * config.block_n)
     found: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
     for one_group, weight_grad, store_sums in product((False, True), repeat=3):
-        if one_group and store_sums:
+        if config.nested or (one_group and store_sums):  # nested loops split no tokens
             continue
         form: dict[str, Any] = {"ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad, "STORE_SUMS": store_sums}
         form["TILES"] = workspace_tiles(True, one_group, weight_grad)

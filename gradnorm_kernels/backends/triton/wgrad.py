@@ -6,10 +6,13 @@ schedule is cut into even splits, wherever that cuts samples, and a fix-up adds 
 norms are partial sums in float64, one per program and sample, which only that program adds to. They are added up at the
 end: the same bits every time on the same kind of GPU.
 
-Memory besides the results: 8 (N + K) bytes per program, 16 per K tile, and a float32 tile per program if dW is wanted
-with several groups: 0.1 and 8.3 MiB for 64 samples at 4096 x 4096 and 65536 tokens on 132 multiprocessors. A split
-schedule takes a workspace of three to five tiles per program (25 MiB for three). ``group_gram`` holds the groups' sums
-of several tiles.
+B200 and B300 run nested loops (:mod:`.wgrad_sm100`) where there is one group, the schedule is not split and rows fit a
+tensor descriptor, and the flat kernels everywhere else.
+
+Memory besides the results: 8 (N + K) bytes per program (per tile with nested loops), 16 per K tile, and a float32 tile
+per program if dW is wanted with several groups: 0.1 and 8.3 MiB for 64 samples at 4096 x 4096 and 65536 tokens on 132
+multiprocessors. A split schedule takes a workspace of three to five tiles per program (25 MiB for three).
+``group_gram`` holds the groups' sums of several tiles.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from .launch import config_for, on_device
 from .reduce import FIXUP_CHUNK, WARPS, finish, split_fixup_kernel
 from .wgrad_kernels import asynchronous, pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
 from .wgrad_schedule import Schedule, build
+from .wgrad_sm100 import fitting_config, flat_config, wgrad_sm100_kernel
 
 # The fewest K tiles that a split should have.
 _SPLIT_K_TILES = 4
@@ -51,9 +55,10 @@ def launch_for(x: Tensor, d_in: int, d_out: int) -> Launch:
     config = config_for("wgrad", x, d_in, d_out)
     if not x.is_cuda:
         return Launch(config, 4)
-    # Four warps leave room for a second program on a multiprocessor, which hides the first one's epilogues.
+    # Four warps leave room for a second program on a multiprocessor, which hides the first one's epilogues. Where
+    # loops are nested the program hides its own.
     count = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return Launch(config, count * (2 if config.num_warps <= 4 else 1))
+    return Launch(config, count * (2 if config.num_warps <= 4 and not config.nested else 1))
 
 
 def wgrad(
@@ -76,7 +81,10 @@ def wgrad(
     tokens, d_in, d_out = x.shape[0], x.shape[1], dy.shape[1]
     launch = launch_for(x, d_in, d_out) if launch is None else launch
     if not (_describable(x) and _describable(dy)):
-        launch = replace(launch, config=pointer_config(launch.config))
+        launch = replace(launch, config=pointer_config(flat_config(launch.config)))
+    elif launch.config.nested:
+        fitting = flat_config(launch.config) if segments.groups > 1 else fitting_config(launch.config, d_in, d_out)
+        launch = replace(launch, config=fitting)
     config, size = launch.config, launch.config.block_m * launch.config.block_n
     tiles = -(-d_in // config.block_n) * -(-d_out // config.block_m)
     groups, store_sums = segments.groups, group_gram and segments.groups > 1
@@ -84,12 +92,18 @@ def wgrad(
     splits = launch.splits
     if splits is None:
         splits = max(1, min(launch.programs // step, tokens // (_SPLIT_K_TILES * config.block_k)))
+    if config.nested and splits > 1:
+        flat = replace(launch, config=flat_config(config))
+        return wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, workspace, flat)
     schedule = build(segments, tokens, gram_tokens, config.block_k, splits, x.device)
     sums = x.new_empty(step, groups, size, dtype=torch.float32) if store_sums else None
     results = Results.empty(x, segments.samples, groups, x.new_empty(d_out, d_in) if weight_grad else None, group_gram)
     for first in range(0, tiles, step):
         stop = min(tiles, first + step)
-        partials, fixup = _pass(x, dy, schedule, segments, first, stop, results.weight_grad, sums, launch)
+        if config.nested:
+            partials, fixup = _nested(x, dy, schedule, segments, results.weight_grad, launch), None
+        else:
+            partials, fixup = _pass(x, dy, schedule, segments, first, stop, results.weight_grad, sums, launch)
         products: Tensor | None = None
         if sums is not None:
             with exact_matmuls(x.device):
@@ -162,6 +176,7 @@ def _pass(
             stop,
             schedule.splits,
             SPLIT=split,
+            EDGES=config.edges(d_in, d_out),
             ASYNC=asynchronous(config, x.element_size()),
             BLOCK_K=config.block_k,
             STAGES=config.num_stages,
@@ -189,6 +204,44 @@ def _pass(
             **meta,
         )
     return partials, fixup
+
+
+def _nested(
+    x: Tensor,
+    dy: Tensor,
+    schedule: Schedule,
+    segments: Segments | PlainSegments,
+    weight_grad: Tensor | None,
+    launch: Launch,
+) -> Tensor:
+    """The launch of sm_100's kernel over all tiles: the partial sums [tiles, N + 1]."""
+    config, d_in, d_out = launch.config, x.shape[1], dy.shape[1]
+    tiles = -(-d_in // config.block_n) * -(-d_out // config.block_m)
+    partials = x.new_empty(tiles, segments.samples + 1, dtype=torch.float64)
+    with on_device(x):
+        wgrad_sm100_kernel[(min(tiles, launch.programs),)](
+            _ragged(x, config.block_k, config.block_n),
+            _ragged(dy, config.block_k, config.block_m),
+            schedule.k_tiles,
+            schedule.sample,
+            schedule.runs,
+            partials,
+            x if weight_grad is None else weight_grad,
+            d_in,
+            d_out,
+            segments.samples,
+            WEIGHT_GRAD=weight_grad is not None,
+            EDGES=config.edges(d_in, d_out),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return partials
 
 
 def _describable(tensor: Tensor) -> bool:

@@ -40,6 +40,7 @@ from .wgrad_schedule import (
     ROWS_MASK,
     SAMPLE_ENDS,
     carried_in,
+    inside_matrix,
     split_start,
     tile_position,
 )
@@ -143,7 +144,7 @@ def prologue(
 
 @triton.jit
 def segment_epilogue(
-    acc,  # [BLOCK_M, BLOCK_N] float32: the current sample's gradient
+    acc,  # [BLOCK_M, BLOCK_N] float32: the current sample's gradient, zero outside the matrix
     total,  # [BLOCK_M, BLOCK_N] float32: the group's sum without acc
     flags,
     k_tile,
@@ -221,6 +222,7 @@ def tile_epilogue(
     SPLIT: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
+    EDGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -231,6 +233,7 @@ def tile_epilogue(
         if stop > first:
             flags = (tl.load(k_tile_ptr + stop - 1) >> FLAG_SHIFT) & 15
             if flags == 0:
+                acc = inside_matrix(acc, row, column, d_in, d_out, EDGES, BLOCK_M, BLOCK_N)
                 if tl.load(k_sample_ptr + stop - 1) >= 0:
                     tl.store(workspace_ptr + tl.where(sample_carried != 0, SAMPLE_IN, SAMPLE_OUT) * size + offsets, acc)
                 total += acc
@@ -277,6 +280,7 @@ def wgrad_sm80_kernel(
     SPLIT: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
+    EDGES: tl.constexpr,  # some tiles have a part outside the matrix
     STORE_SUMS: tl.constexpr,
     TILES: tl.constexpr,
     ASYNC: tl.constexpr,  # products are asynchronous (wgmma)
@@ -344,7 +348,7 @@ def wgrad_sm80_kernel(
             flags = (packed >> FLAG_SHIFT) & 15
             if flags != 0:
                 total, _, sample_carried, group_carried = segment_epilogue(
-                    acc,
+                    inside_matrix(acc, row, column, d_in, d_out, EDGES, BLOCK_M, BLOCK_N),
                     total,
                     flags,
                     k_tile,
@@ -388,6 +392,7 @@ def wgrad_sm80_kernel(
             SPLIT,
             ONE_GROUP,
             WEIGHT_GRAD,
+            EDGES,
             BLOCK_M,
             BLOCK_N,
         )
@@ -416,6 +421,7 @@ def wgrad_sm90_kernel(
     SPLIT: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
+    EDGES: tl.constexpr,  # some tiles have a part outside the matrix
     STORE_SUMS: tl.constexpr,
     TILES: tl.constexpr,
     ASYNC: tl.constexpr,  # products are asynchronous (wgmma)
@@ -480,9 +486,10 @@ def wgrad_sm90_kernel(
             pending = -1
             flags = (packed >> FLAG_SHIFT) & 15
             if flags != 0:
-                squares = thread_squares(acc, BLOCK_M, BLOCK_N)
+                gradient = inside_matrix(acc, row, column, d_in, d_out, EDGES, BLOCK_M, BLOCK_N)
+                squares = thread_squares(gradient, BLOCK_M, BLOCK_N)
                 total, pending, sample_carried, group_carried = segment_epilogue(
-                    acc,
+                    gradient,
                     total,
                     flags,
                     k_tile,
@@ -527,6 +534,7 @@ def wgrad_sm90_kernel(
             SPLIT,
             ONE_GROUP,
             WEIGHT_GRAD,
+            EDGES,
             BLOCK_M,
             BLOCK_N,
         )
@@ -553,6 +561,8 @@ def signatures(
     config: KernelConfig, element: str = "bf16"
 ) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What a config launches: (kernel, argument -> type, constexpr -> value, options), for a compile-only check."""
+    if config.nested:
+        return []
     pointers = pointer_config(config)
     inputs = {"x_ptr": f"*{element}", "dy_ptr": f"*{element}", "x_stride": "i32", "dy_stride": "i32"}
     options = {"num_stages": pointers.num_stages}
@@ -576,9 +586,10 @@ def _forms(
     tile |= {"GROUP_M": config.group_m, "STAGES": config.num_stages}
     tile["ASYNC"] = asynchronous(config, config.element_bytes)
     found = []
-    for split, one_group, weight_grad, store_sums in product((False, True), repeat=4):
+    for edges, split, one_group, weight_grad, store_sums in product((True, False), *[(False, True)] * 4):
         if one_group and store_sums:
             continue
         form = {"SPLIT": split, "ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad, "STORE_SUMS": store_sums}
+        form["EDGES"] = edges
         found.append((kernel, types, form | {"TILES": workspace_tiles(split, one_group, weight_grad)} | tile))
     return found

@@ -56,6 +56,8 @@ class Schedule:
     K tile, -1 if it is not measured. ``group``: [most] int32. ``count``: [2] int32, the number of K tiles, and 1 if the
     values of the index tensors were in range, else 0.
     ``state``: [N + K] int32: ABSENT, IN_PARTIALS or IN_FIXUP + split, of each sample and then of each group.
+    ``runs``: [S + 2] int32: the number of runs, the first K tile of each, and where the last one ends. A *run* is the
+    K tiles up to one with flags: a sample, or neighbours whose norms are not measured.
     ``splits``: the number of even parts that the list is cut into.
     """
 
@@ -64,6 +66,7 @@ class Schedule:
     group: Tensor
     count: Tensor
     state: Tensor
+    runs: Tensor
     splits: int
 
 
@@ -78,8 +81,8 @@ def build(
     count = segments.samples if isinstance(segments, PlainSegments) else segments.start.shape[0]
     most = tokens // block_k + count
     k_tiles, bounds = vectors([most + 1, 4 * count], torch.int64, device)
-    sizes = [most, most, 2, segments.samples + segments.groups, 5 * count]
-    sample, group, number, state, ids = vectors(sizes, torch.int32, device)
+    sizes = [most, most, 2, segments.samples + segments.groups, count + 2, 5 * count]
+    sample, group, number, state, runs, ids = vectors(sizes, torch.int32, device)
     length, valid = 0, None
     start, end, of_sample, of_group, lengths = bounds, bounds, ids, ids, bounds
     if isinstance(segments, PlainSegments):
@@ -105,6 +108,7 @@ def build(
             group,
             number,
             state,
+            runs,
             count,
             segments.samples,
             segments.groups,
@@ -121,7 +125,7 @@ def build(
             num_warps=_WARPS,
             enable_fp_fusion=True,
         )
-    return Schedule(k_tiles, sample, group, number, state, splits)
+    return Schedule(k_tiles, sample, group, number, state, runs, splits)
 
 
 @triton.jit
@@ -132,6 +136,20 @@ def tile_position(tile, d_in, d_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
     first = tile // band * GROUP_M
     height = tl.minimum(rows - first, GROUP_M)
     return first + tile % band % height, tile % band // height
+
+
+@triton.jit
+def inside_matrix(tile, row, column, d_in, d_out, EDGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile with zeros outside the matrix, for what is squared, summed or multiplied again.
+
+    Outside, products have the padding of one operand as a factor: 0, but NaN where the other one is infinite.
+    """
+    if EDGES:
+        rows = row * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        return tl.where(columns[None, :] < tl.where(rows < d_out, d_in, 0)[:, None], tile, 0.0)
+    else:
+        return tile
 
 
 @triton.jit
@@ -170,6 +188,7 @@ def schedule_kernel(
     k_group_ptr,  # [most] int32, out
     count_ptr,  # [2] int32, out
     state_ptr,  # [N + K] int32, out
+    run_ptr,  # [S + 2] int32, out
     segments,  # S
     samples,  # N
     groups,  # K
@@ -278,6 +297,8 @@ def schedule_kernel(
     tl.store(k_tile_ptr + count, count.to(tl.int64) * 0)
     tl.debug_barrier()
 
+    runs = 0
+    tl.store(run_ptr + 1, 0)
     span = 1
     while span < merged:
         span *= 2
@@ -303,6 +324,10 @@ def schedule_kernel(
         tl.store(k_tile_ptr + at, (row << ROW_SHIFT) | (flags << FLAG_SHIFT) | rows, mask=inside)
         tl.store(k_sample_ptr + at, sample, mask=inside)
         tl.store(k_group_ptr + at, group, mask=inside)
+        ended = inside & (flags != 0)
+        tl.store(run_ptr + 1 + runs + tl.cumsum(ended.to(tl.int32), 0), at + 1, mask=ended)
+        runs += tl.sum(ended.to(tl.int32), 0)
+    tl.store(run_ptr, runs)
     tl.debug_barrier()
 
     # A sample or group is cut if the K tile before the split that holds its end belongs to it, too.
@@ -343,7 +368,7 @@ def signatures(
 ) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What a config launches: (kernel, argument -> type, constexpr -> value, options), for a compile-only check."""
     wide = ("start_ptr", "end_ptr", "length_ptr", "bounds_ptr", "k_tile_ptr")
-    narrow = ("sample_ptr", "group_ptr", "ids_ptr", "k_sample_ptr", "k_group_ptr", "count_ptr", "state_ptr")
+    narrow = ("sample_ptr", "group_ptr", "ids_ptr", "k_sample_ptr", "k_group_ptr", "count_ptr", "state_ptr", "run_ptr")
     types = dict.fromkeys(wide, "*i64") | dict.fromkeys(narrow, "*i32") | {"valid_ptr": "*u8"}
     types |= dict.fromkeys(("segments", "samples", "groups", "tokens", "even_length", "gram_tokens", "splits"), "i32")
     tile = {"BLOCK_K": config.block_k, "CHUNK": _CHUNK}
