@@ -24,6 +24,7 @@ from torch import Tensor
 import gradnorm_kernels as gk
 from benchmarks.batches import Batch, Truth
 from gradnorm_kernels import backends, dispatch, tolerances
+from gradnorm_kernels.backends.cuda.launch import architecture
 from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, forced
 
 
@@ -284,7 +285,7 @@ def _all_ours() -> list[Provider]:
     return found
 
 
-#: On Hopper, the launches of ``cuda_wgrad`` to choose from.
+#: The launches of ``cuda_wgrad`` to choose from.
 _TILES = {f"cuda_{name}": candidate.config for name, candidate in CUDA_CANDIDATES.items()}
 
 
@@ -302,8 +303,8 @@ def _with_tiles(name: str, tiles: CudaConfig) -> Provider:
 
     def unavailable_reason(batch: Batch) -> str | None:
         reason = base.unavailable_reason(batch)
-        if reason is None and torch.cuda.get_device_capability(batch.x.device)[0] < 9:
-            reason = "other tiles are for Hopper's kernel"
+        if reason is None and architecture(torch.cuda.get_device_capability(batch.x.device)) != tiles.arch:
+            reason = f"these tiles are for the kernel of sm_{tiles.arch}"
         return reason
 
     return replace(

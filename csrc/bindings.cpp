@@ -214,6 +214,7 @@ void visit(Fields& field, gradnorm::WgradNorm& args) {
   field("block_n", args.block_n);
   field("group_m", args.group_m);
   field("staggered", args.staggered);
+  field("cluster", args.cluster);
   field("multiprocessors", args.multiprocessors);
 }
 

@@ -153,6 +153,7 @@ struct WgradNorm {
   int block_n;         // columns of d_in per tile, one of tiles.h
   int group_m;         // rows of tiles walked together, for the L2 cache
   bool staggered;      // sm90: a block's second consumer stays a stage behind the first; changes no result
+  int cluster;         // sm90: blocks of a cluster, 1 or 2; 2 need an even number of rows of tiles; changes no result
   int multiprocessors; // blocks of a persistent grid
 };
 void wgrad_norm_sm80(const WgradNorm& args, void* stream);

@@ -1,74 +1,8 @@
 // Segmented weight gradient for sm_90a: norms at each sample's and group's end, and the sum, from one pass of
 // tensor-core products over all tokens (launchers.h says what goes where, device/sm90_wgrad.cuh how).
-//
-// Left out until it can be measured on a GPU: clusters of blocks with multicast copies.
-#include <utility>
-
-#include "device/launch.cuh"
-#include "device/sm90_encode.cuh"
-#include "device/sm90_wgrad.cuh"
-#include "tiles.h"
+#include "device/sm90_launch.cuh"
 
 namespace gradnorm {
-namespace {
-
-constexpr char kName[] = "wgrad_norm_sm90";
-
-// The map of a matrix [tokens, columns] in which a box can hold fewer than 64 rows. Element (c, r, b) of the map is
-// element c of row b + r, for 0 <= r < 64. The box of 64 rows at (c, n - 64, row) begins below r = 0, with zeros; then,
-// from r = 0 to the end of the box, come the n rows from `row` on. Of a neighbour's rows not one is read, whatever they
-// hold, and one map serves all samples. Coordinates of loads may be negative (CUDA Programming Guide).
-//
-// The address is the matrix's own: with one 64 rows before it the zeros could come last, but loads through such a map
-// are reported to fault where that memory is not mapped. All that is asked for lies in the matrix: row + r < row + n.
-// That r = 63 of the last b would not is allowed: cuTensorMapEncodeTiled knows of no allocation, and the maps through
-// which QuACK (create_ragged_tensor_for_tma, ptr_shift=False) and Triton (tools/ragged_tma.py) load ragged rows declare
-// 2^30 rows of every matrix.
-TensorMap ragged_map(const void* matrix, int64_t stride, int tokens, int columns, int type) {
-  // A single row has no next one, so its stride may be one that is not allowed: then rows are as if they touched.
-  const uint64_t row_bytes = tokens == 1 ? (static_cast<uint64_t>(columns) * 2 + 15) / 16 * 16 : stride * uint64_t{2};
-  const uint64_t sizes[3] = {static_cast<uint64_t>(columns), sm90::kPanelTokens, static_cast<uint64_t>(tokens)};
-  const uint64_t strides[2] = {row_bytes, row_bytes};
-  const uint32_t box[3] = {sm90::kPanelColumns, sm90::kPanelTokens, 1};
-  return encode_tensor_map(matrix, type, sizes, strides, box, kName);
-}
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::runtime_error(std::string(kName) + ": " + what);
-}
-
-template <typename C>
-void start(const WgradNorm& args, void* stream) {
-  const int64_t work_tiles = wgrad_norm_sm90_rows(args.d_in, args.d_out, C::kColumns) / sm90::kConsumers * args.splits;
-  require(work_tiles <= 0x7fffffff, "more tiles than a 32-bit number counts");
-  const int64_t blocks = work_tiles < args.multiprocessors ? work_tiles : args.multiprocessors;
-  launch(kName, sm90::wgrad_norm_kernel<C>, blocks, sm90::kThreads, sm90::Shared<C>::kBytes, stream,
-         ragged_map(args.x, args.x_stride, args.tokens, args.d_in, args.type),
-         ragged_map(args.dy, args.dy_stride, args.tokens, args.d_out, args.type), args);
-}
-
-constexpr int kTiles = sizeof(kSm90WgradTiles) / sizeof(kSm90WgradTiles[0]);
-
-// Launches the tile whose columns are args.block_n. False if there is none.
-template <int kType, size_t... kIndex>
-bool start_tile(const WgradNorm& args, void* stream, std::index_sequence<kIndex...>) {
-  const auto start_if = [&](auto config, int columns) {
-    if (args.block_n != columns) return false;
-    start<decltype(config)>(args, stream);
-    return true;
-  };
-  return (start_if(sm90::Config<kType, kSm90WgradTiles[kIndex].columns, kSm90WgradTiles[kIndex].stages>(),
-                   kSm90WgradTiles[kIndex].columns) ||
-          ...);
-}
-
-std::string compiled_columns() {
-  std::string text;
-  for (const WgradTile& tile : kSm90WgradTiles) text += (text.empty() ? "" : " or ") + std::to_string(tile.columns);
-  return text;
-}
-
-}  // namespace
 
 int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n) {
   const int64_t tile_rows = (static_cast<int64_t>(d_out) + sm90::kTileRows - 1) / sm90::kTileRows;
@@ -76,6 +10,7 @@ int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n) {
 }
 
 void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
+  using sm90::require;
   require(args.type == kBFloat16 || args.type == kFloat16, "x and dy must be bfloat16 or float16");
   // The copy engine takes nothing else (cuTensorMapEncodeTiled), and nothing is said of a stride of 0, one row for all
   // tokens: the caller copies such a matrix into padded rows.
@@ -83,10 +18,13 @@ void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
   const auto spaced = [](int64_t stride) { return stride > 0 && stride % 8 == 0; };
   require(aligned && (args.tokens == 1 || (spaced(args.x_stride) && spaced(args.dy_stride))),
           "x and dy must start at a multiple of 16 bytes, with rows a positive multiple of 8 elements apart");
-  const auto tiles = std::make_index_sequence<kTiles>();
-  const bool compiled = args.type == kBFloat16 ? start_tile<kBFloat16>(args, stream, tiles)
-                                               : start_tile<kFloat16>(args, stream, tiles);
-  if (!compiled) throw std::runtime_error(std::string(kName) + ": block_n must be " + compiled_columns());
+  const int64_t tile_rows = (static_cast<int64_t>(args.d_out) + sm90::kTileRows - 1) / sm90::kTileRows;
+  require(args.cluster == 1 || args.cluster == 2, "cluster must be 1 or 2 blocks");
+  require(tile_rows % args.cluster == 0, "a cluster of 2 takes tiles in pairs, and the number of rows of tiles is odd");
+  require(args.multiprocessors >= args.cluster, "a cluster needs as many multiprocessors as it has blocks");
+  const bool compiled = args.cluster == 1 ? sm90::start_tile<1>(args, stream) : sm90::start_clusters(args, stream);
+  if (compiled) return;
+  throw std::runtime_error(std::string(sm90::kName) + ": block_n must be " + columns_of(kSm90WgradTiles));
 }
 
 }  // namespace gradnorm

@@ -26,6 +26,15 @@ __device__ __forceinline__ float load_shared_float(SharedAddress at) {
   return value;
 }
 
+__device__ __forceinline__ float4 load_shared_float4(SharedAddress at) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(at)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ double load_shared_double(SharedAddress at) {
   double value;
   asm volatile("ld.shared.f64 %0, [%1];" : "=d"(value) : "r"(at) : "memory");
@@ -49,6 +58,12 @@ __device__ __forceinline__ int4 load_shared_int4(SharedAddress at) {
 
 __device__ __forceinline__ void store_shared_float(SharedAddress at, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_float4(SharedAddress at, float4 value) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
 }
 
 __device__ __forceinline__ void store_shared_double(SharedAddress at, double value) {

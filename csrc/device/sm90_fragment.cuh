@@ -5,26 +5,32 @@
 
 namespace gradnorm::sm90 {
 
-// Where a thread's fragment lies in the weight, and how much of it inside: see Wgmma for which element is which.
+// Where a thread's fragment lies in the weight [d_out, d_in]: see Wgmma for which element is which. What of it is
+// inside is worked out where it is asked for: registers are few in the largest tile.
 struct Fragment {
   int row, column;  // of element 0
-  bool low, high;   // whether its two rows, 8 apart, are inside
-  int columns;      // element i is inside if its column in the fragment, 8 (i / 4) + i % 2, is below this
+  int d_out, d_in;
+
+  // Whether its two rows, 8 apart, are inside.
+  __device__ __forceinline__ bool low() const { return row < d_out; }
+  __device__ __forceinline__ bool high() const { return row + 8 < d_out; }
+  // Element i is inside if its column in the fragment, 8 (i / 4) + i % 2, is below this.
+  __device__ __forceinline__ int columns() const { return d_in - column; }
 
   template <int kCount>
   __device__ __forceinline__ float sum_of_squares(const float (&values)[kCount]) const {
     // What lies outside is left out by selection: a zero times an infinity of the other operand is NaN there.
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (columns > 2 * kCount - 7) {
+    if (columns() > 2 * kCount - 7) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) sums[i % 4] += values[i] * values[i];
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (i / 4 * 8 + i % 2 < columns) sums[i % 4] += values[i] * values[i];
+        if (i / 4 * 8 + i % 2 < columns()) sums[i % 4] += values[i] * values[i];
       }
     }
-    return (low ? sums[0] + sums[1] : 0.0f) + (high ? sums[2] + sums[3] : 0.0f);
+    return (low() ? sums[0] + sums[1] : 0.0f) + (high() ? sums[2] + sums[3] : 0.0f);
   }
 
   // Calls visit(value, next, at) for the pairs of neighbours in one of the two rows, or the elements one by one, that
@@ -35,7 +41,7 @@ struct Fragment {
     for (int i = 0; i < kCount; ++i) {
       const int at = i / 4 * 8 + i % 2;
       if (i / 2 % 2 != upper || (kPairs && i % 2 != 0)) continue;
-      if (at < columns) visit(values[i], values[kPairs ? i + 1 : i], at);
+      if (at < columns()) visit(values[i], values[kPairs ? i + 1 : i], at);
     }
   }
 };
@@ -115,7 +121,7 @@ __device__ __forceinline__ void cast_whole(const Fragment& in, int lane, const f
         pairs[j] = pack<kType>(sum[at], sum[at + 1]);
       }
       exchange_pairs(pairs, lane);
-      if (upper ? in.high : in.low) {
+      if (upper ? in.high() : in.low()) {
         store_global(reinterpret_cast<uint4*>(row + 2 * i), uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
       }
     }

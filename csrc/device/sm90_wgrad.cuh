@@ -1,7 +1,7 @@
 // Segmented wgrad for sm_90a: dW tiles, ||G_i||^2 and ||sum of G_i||^2 from one pass over the tokens.
 //
 // A block owns a tile of 128 rows (d_out) by kColumns columns (d_in), for one split of the segments. Its first
-// warpgroup, the producer, is one thread that walks the segments and keeps copies of 64 tokens in flight, across samples
+// warpgroup, the producer, is one thread that walks the segments and keeps copies of K tiles in flight, across samples
 // and tiles. The other two, the consumers, own 64 rows each and multiply what arrives. At a sample's end they square
 // their accumulators and add them to the running sum in registers, while the producer's copies of the next sample, and
 // the other consumer's products, go on: for that the second consumer keeps a stage behind the first (`staggered`).
@@ -40,15 +40,36 @@ struct SegmentWalk {
   }
 };
 
+// The tile that block `rank` of a cluster takes of a work item: a tile for one split of the segments, or as many tiles,
+// one below the other, as the cluster has blocks.
+template <typename C>
+__device__ __forceinline__ TilePlace place_in(int item, int rank, int tile_rows, int tile_columns, int group_m) {
+  const int band = C::kCluster > 1 ? max(group_m / C::kCluster, 1) : group_m;
+  TilePlace place = place_of(item, tile_rows / C::kCluster, tile_columns, band);
+  place.row = place.row * C::kCluster + rank;
+  return place;
+}
+
+// Waits until a stage's products have been made, in every block that the copies into it go to.
+template <typename C>
+__device__ __forceinline__ void wait_free(const Shared<C>& shared, int stage, uint32_t parity) {
+  if constexpr (C::kCluster > 1) {
+    mbarrier_wait_cluster(shared.empty(stage), parity);
+  } else {
+    mbarrier_wait(shared.empty(stage), parity);
+  }
+}
+
 template <typename C>
 __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap* dy_map, const WgradNorm& args,
                                         int tile_rows, int tile_columns, const Shared<C>& shared) {
   tensor_map_prefetch(x_map);
   tensor_map_prefetch(dy_map);
   Ring<C::kStages> ring;
-  const int tiles = tile_rows * tile_columns;
-  for (int work = blockIdx.x; work < tiles * args.splits; work += gridDim.x) {
-    const TilePlace place = place_of(work, tile_rows, tile_columns, args.group_m);
+  const int rank = static_cast<int>(blockIdx.x) % C::kCluster, items = tile_rows / C::kCluster * tile_columns;
+  for (int item = blockIdx.x / C::kCluster; item < items * args.splits; item += gridDim.x / C::kCluster) {
+    const TilePlace place = place_in<C>(item, rank, tile_rows, tile_columns, args.group_m);
+    const int tile = item % items * C::kCluster + rank;
     const int first_row = place.row * kTileRows, first_column = place.column * C::kColumns;
     SegmentWalk walk{args, load_global(args.split_start + place.split), load_global(args.split_start + place.split + 1)};
     Segment segment{}, following{};
@@ -56,37 +77,42 @@ __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap*
     for (bool more = walk.next(segment); more; segment = following) {
       more = walk.next(following);
       const bool group_ends = !more || following.group != segment.group;
-      // The first K tile takes the rows that do not fill one: the consumers' loop over the others has no condition in it.
-      int rows = (segment.end - segment.row - 1) % kPanelTokens + 1;
-      const int k_tiles = (segment.end - segment.row - 1) / kPanelTokens + 1;
-      Tag tag{0, segment.sample, segment.group, work % tiles, k_tiles, (rows - 1) / kStepTokens + 1};
+      // The first K tile takes the rows that do not fill one, and the consumers' loop over the others has no condition.
+      int rows = (segment.end - segment.row - 1) % C::kTokens + 1;
+      const int k_tiles = (segment.end - segment.row - 1) / C::kTokens + 1;
+      Tag tag{0, segment.sample, segment.group, tile, k_tiles, (rows - 1) / kStepTokens + 1};
       if (args.workspace != nullptr) tag.sum_index += place.split;
       if (group_ends || following.sample != segment.sample) tag.flags |= kSampleEnds;
       if (group_ends) {
         tag.flags |= kGroupEnds | first_group | (more ? 0 : kLastGroup);
         first_group = 0;
       }
-      for (int row = segment.row; row < segment.end; row += rows, rows = kPanelTokens) {
+      for (int row = segment.row; row < segment.end; row += rows, rows = C::kTokens) {
         const int stage = ring.stage;
-        mbarrier_wait(shared.empty(stage), ring.parity ^ 1);
+        wait_free(shared, stage, ring.parity ^ 1);
         if (row == segment.row) shared.store_tag(stage, tag);
         mbarrier_arrive_expect(shared.full(stage), C::kStageBytes);
         // In the maps (ragged_map) this box holds zeros and then, to its end, the `rows` rows from `row` on.
-        const int begin = rows - kPanelTokens;
+        const int begin = rows - C::kTokens;
 #pragma unroll
         for (int i = 0; i < C::kRowPanels; ++i) {
           tensor_load(shared.rows(stage, i), dy_map, shared.full(stage), first_row + i * kPanelColumns, begin, row);
         }
 #pragma unroll
         for (int i = 0; i < C::kColumnPanels; ++i) {
-          tensor_load(shared.columns(stage, i), x_map, shared.full(stage), first_column + i * kPanelColumns, begin,
-                      row);
+          const int column = first_column + i * kPanelColumns;
+          if constexpr (C::kCluster == 1) {
+            tensor_load(shared.columns(stage, i), x_map, shared.full(stage), column, begin, row);
+          } else if (i % C::kCluster == rank) {  // the other blocks load the other panels, here too
+            tensor_load_multicast(shared.columns(stage, i), x_map, shared.full(stage), column, begin, row,
+                                  (1 << C::kCluster) - 1);
+          }
         }
         ring.advance();
       }
     }
   }
-  mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+  wait_free(shared, ring.stage, ring.parity ^ 1);
   shared.store_tag(ring.stage, Tag{kExit, -1, 0, 0, 0, 0});
   mbarrier_arrive(shared.full(ring.stage));
 }
@@ -119,15 +145,78 @@ struct Consumer {
   __device__ __forceinline__ void release(const Shared<C>& shared, int stage) const {
     sync_warp();
     if (lane == 0) mbarrier_arrive(shared.empty(stage));
+    if (C::kCluster > 1 && lane == 1) mbarrier_arrive_at(static_cast<int>(blockIdx.x) % C::kCluster ^ 1,
+                                                         shared.empty(stage));
     if (lane == 0 && group == 0) mbarrier_arrive(shared.led(stage));
   }
 };
+
+// A consumer thread's part of a group's sum: C::kHeld elements in registers, the others in shared memory, where no
+// other thread touches them.
+template <typename C>
+struct GroupSum {
+  SharedAddress rest;  // of the first four elements there
+  float held[C::kHeld];
+  static_assert((C::kFragment - C::kHeld) % 16 == 0, "`add` reads sixteen elements before it writes them");
+
+  // Where elements i to i + 3 are.
+  __device__ __forceinline__ SharedAddress place(int i) const {
+    return rest + (i - C::kHeld) / 4 * Shared<C>::kSumStride;
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < C::kHeld; ++i) held[i] = 0.0f;
+#pragma unroll
+    for (int i = C::kHeld; i < C::kFragment; i += 4) store_shared_float4(place(i), make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+  }
+
+  __device__ __forceinline__ void add(const float (&product)[C::kFragment]) {
+#pragma unroll
+    for (int i = 0; i < C::kHeld; ++i) held[i] += product[i];
+#pragma unroll
+    for (int i = C::kHeld; i < C::kFragment; i += 16) {
+      float4 four[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) four[j] = load_shared_float4(place(i + 4 * j));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* more = product + i + 4 * j;
+        store_shared_float4(place(i + 4 * j), make_float4(four[j].x + more[0], four[j].y + more[1], four[j].z + more[2],
+                                                          four[j].w + more[3]));
+      }
+    }
+  }
+
+  // Copies the sum into `to`.
+  __device__ __forceinline__ void copy(float (&to)[C::kFragment]) const {
+#pragma unroll
+    for (int i = 0; i < C::kHeld; ++i) to[i] = held[i];
+#pragma unroll
+    for (int i = C::kHeld; i < C::kFragment; i += 4) {
+      const float4 four = load_shared_float4(place(i));
+      to[i] = four.x;
+      to[i + 1] = four.y;
+      to[i + 2] = four.z;
+      to[i + 3] = four.w;
+    }
+  }
+};
+
+// Calls visit with a constant that is equal to `value`, which is 1 to kMost.
+template <int kMost, typename Visit>
+__device__ __forceinline__ void with_constant(int value, const Visit& visit) {
+  if constexpr (kMost > 1) {
+    if (value < kMost) return with_constant<kMost - 1>(value, visit);
+  }
+  visit(std::integral_constant<int, kMost>());
+}
 
 template <typename C>
 __device__ __forceinline__ Fragment fragment_of(const WgradNorm& args, const TilePlace& place, const Consumer& me) {
   const int row = place.row * kTileRows + 64 * me.group + 16 * me.warp + me.lane / 4;
   const int column = place.column * C::kColumns + me.lane % 4 * 2;
-  return {row, column, row < args.d_out, row + 8 < args.d_out, args.d_in - column};
+  return {row, column, args.d_out, args.d_in};
 }
 
 // The end of a group: `sum` is the group's sum of this split.
@@ -149,12 +238,12 @@ __device__ __forceinline__ void finish_group(const WgradNorm& args, const Shared
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       const float* from = args.running + first + 8 * upper * args.d_in;
-      if (!(upper ? in.high : in.low)) continue;
+      if (!(upper ? in.high() : in.low())) continue;
       even ? add_row<true>(in, upper, sum, from) : add_row<false>(in, upper, sum, from);
     }
   }
   uint16_t* weight = static_cast<uint16_t*>(args.weight_grad);
-  const bool whole = in.columns + me.lane % 4 * 2 >= C::kColumns;
+  const bool whole = in.columns() + me.lane % 4 * 2 >= C::kColumns;
   if (to == nullptr && whole && args.d_in % 8 == 0 && reinterpret_cast<uintptr_t>(weight) % 16 == 0) {
     cast_whole<C::kType>(in, me.lane, sum, args.d_in, weight);
     return;
@@ -162,7 +251,7 @@ __device__ __forceinline__ void finish_group(const WgradNorm& args, const Shared
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {
     const int64_t row = first + int64_t{8} * upper * args.d_in;
-    if (!(upper ? in.high : in.low)) continue;
+    if (!(upper ? in.high() : in.low())) continue;
     if (to != nullptr) {
       even ? store_row<true>(in, upper, sum, to + row) : store_row<false>(in, upper, sum, to + row);
     } else {
@@ -175,9 +264,10 @@ __device__ __forceinline__ void finish_group(const WgradNorm& args, const Shared
 template <typename C>
 __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, int tile_columns, const Shared<C>& shared,
                                         Consumer me) {
-  const uint64_t dy_base = panel_descriptor(shared.rows(0, me.group));
-  const uint64_t x_base = panel_descriptor(shared.columns(0, 0));
-  float product[C::kFragment], sum[C::kFragment];
+  const uint64_t dy_base = panel_descriptor<C>(shared.rows(0, me.group));
+  const uint64_t x_base = panel_descriptor<C>(shared.columns(0, 0));
+  float product[C::kFragment];
+  GroupSum<C> sum{shared.sums(me.group, 32 * me.warp + me.lane), {}};
   const bool follows = args.staggered && me.group > 0;
   int add = 0;  // whether the next product is added: not at a sample's beginning
 
@@ -186,11 +276,11 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
   // with a condition between two wgmmas the compiler makes a group of each.
   const auto multiply = [&](int stage, auto steps) {
     if (follows) mbarrier_wait(shared.led(stage), ring.parity);
-    const uint64_t dy = dy_base + stage * (C::kRowPanels * kPanelBytes >> 4);
-    const uint64_t x = x_base + stage * (C::kColumnPanels * kPanelBytes >> 4);
+    const uint64_t dy = dy_base + stage * (C::kRowPanels * C::kPanelBytes >> 4);
+    const uint64_t x = x_base + stage * (C::kColumnPanels * C::kPanelBytes >> 4);
     wgmma_fence();
 #pragma unroll
-    for (int step = kSteps - steps.value; step < kSteps; ++step) {
+    for (int step = C::kSteps - steps.value; step < C::kSteps; ++step) {
       Wgmma<C::kType, C::kColumns, kMnMajor>::multiply(product, dy + step * kDescriptorStep, x + step * kDescriptorStep,
                                                        add);
       add = 1;
@@ -200,14 +290,15 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
 
   float ended_sq = 0.0f;  // of the sample that ended last, and where its sum over the threads goes, or null
   float* ended_out = nullptr;
-  Fragment in{};
+  Fragment in{0, 0, args.d_out, args.d_in};
   int tile = -1;  // where `in` is
   // Loops within loops, not one with conditions: for a wait under a condition the compiler serialises the products, and
   // for a sum that is set to zero under one it keeps two copies, the second in local memory.
   while (true) {  // a group
     // The product too, although the first one overwrites it: so its registers are free while a group is finished.
 #pragma unroll
-    for (int i = 0; i < C::kFragment; ++i) product[i] = sum[i] = 0.0f;
+    for (int i = 0; i < C::kFragment; ++i) product[i] = 0.0f;
+    sum.clear();
     Tag tag;
     do {  // a segment
       int stage = ring.stage;
@@ -217,15 +308,7 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
         me.store_sum(shared, ended_sq, ended_out);
         return;
       }
-      if (tag.steps == 4) {
-        multiply(stage, std::integral_constant<int, 4>());
-      } else if (tag.steps == 3) {
-        multiply(stage, std::integral_constant<int, 3>());
-      } else if (tag.steps == 2) {
-        multiply(stage, std::integral_constant<int, 2>());
-      } else {
-        multiply(stage, std::integral_constant<int, 1>());
-      }
+      with_constant<C::kSteps>(tag.steps, [&](auto steps) { multiply(stage, steps); });
       ring.advance();
       // The sums over threads of the sample before are made while the tensor cores are busy with this one.
       me.store_sum(shared, ended_sq, ended_out);
@@ -234,7 +317,7 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
         const int behind = stage;
         stage = ring.stage;
         mbarrier_wait(shared.full(stage), ring.parity);
-        multiply(stage, std::integral_constant<int, kSteps>());
+        multiply(stage, std::integral_constant<int, C::kSteps>());
         ring.advance();
         wgmma_wait<1>();
         me.release(shared, behind);
@@ -243,19 +326,34 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
       wgmma_results(product);
       me.release(shared, stage);
       if (tag.flags & kSampleEnds) {
-        if (tag.tile != tile) in = fragment_of<C>(args, place_of(tag.tile, tile_rows, tile_columns, args.group_m), me);
+        if (tag.tile != tile) {
+          const int item = tag.tile / C::kCluster, rank = tag.tile % C::kCluster;
+          in = fragment_of<C>(args, place_in<C>(item, rank, tile_rows, tile_columns, args.group_m), me);
+        }
         tile = tag.tile;
         if (tag.sample >= 0) {
           ended_sq = in.sum_of_squares(product);
           ended_out = args.sample_sq + (int64_t{2} * tag.tile + me.group) * args.samples + tag.sample;
         }
-#pragma unroll
-        for (int i = 0; i < C::kFragment; ++i) sum[i] += product[i];
+        sum.add(product);
         add = 0;
       }
     } while (!(tag.flags & kGroupEnds));
-    finish_group(args, shared, me, tag, in, sum);
+    if constexpr (C::kHeld == C::kFragment) {
+      finish_group(args, shared, me, tag, in, sum.held);
+    } else {  // the product is not needed any more
+      sum.copy(product);
+      finish_group(args, shared, me, tag, in, product);
+    }
   }
+}
+
+// A block's shared memory stays until no other block of the cluster copies or arrives there any more. Threads that have
+// ended count as arrived. Each role calls it by itself: with one barrier behind both, the compiler takes the producer's
+// loop for one that threads diverge in, and without uniform registers it needs more others than it has.
+template <typename C>
+__device__ __forceinline__ void leave_cluster() {
+  if constexpr (C::kCluster > 1) cluster_sync();
 }
 
 template <typename C>
@@ -266,21 +364,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared.full(stage), 1);
-      mbarrier_init(shared.empty(stage), 4 * kConsumers);
+      mbarrier_init(shared.empty(stage), 4 * kConsumers * C::kCluster);
       mbarrier_init(shared.led(stage), 4);
     }
     mbarrier_init_fence();
   }
-  sync_block();
+  if constexpr (C::kCluster > 1) {
+    cluster_sync();
+  } else {
+    sync_block();
+  }
   const int tile_rows = (args.d_out - 1) / kTileRows + 1, tile_columns = (args.d_in - 1) / C::kColumns + 1;
   const int warp = warp_uniform(static_cast<int>(threadIdx.x) / 32);
   if (warp < 4) {
-    registers_release<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<C>(&x_map, &dy_map, args, tile_rows, tile_columns, shared);
+    registers_release<C::kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    produce<C>(&x_map, &dy_map, args, tile_rows, tile_columns, shared);
+    leave_cluster<C>();
   } else {
-    registers_acquire<kConsumerRegisters>();
+    registers_acquire<C::kConsumerRegisters>();
     const int lane = static_cast<int>(threadIdx.x) % 32;
     consume<C>(args, tile_rows, tile_columns, shared, Consumer{warp / 4 - 1, warp % 4, lane});
+    leave_cluster<C>();
   }
 }
 

@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -74,12 +74,15 @@ class CudaConfig:
 
     ``arch``: 80 or 90. ``columns``: of d_in per tile, one of the tiles in ``csrc/tiles.h``. ``group_m``: rows of tiles
     that are walked together. ``staggered``: on Hopper the second consumer of a block stays a stage behind the first.
+    ``clusters``: on Hopper two blocks take tiles below each other and each loads half of x for both, by multicast, if
+    :func:`cluster_size` allows it. Off by default: no GPU has run it.
     """
 
     arch: int
     columns: int
     group_m: int = 8
     staggered: bool = True
+    clusters: bool = False
 
     @property
     def key(self) -> str:
@@ -178,13 +181,24 @@ NESTED_TILES: dict[tuple[str, int], list[TritonTile]] = {
     ],
 }
 
-#: What the benchmarks time on Hopper, by name.
+#: What the benchmarks time, by name; each on its architecture.
 CUDA_CANDIDATES = {
     "columns_128": CudaCandidate(CudaConfig(90, 128), "1024 tiles at 4096 x 4096: 7.8 rounds of 132 multiprocessors"),
     "columns_192": CudaCandidate(CudaConfig(90, 192), "fewer bytes from L2 per product; 704 tiles: 5.3 rounds"),
+    "columns_256": CudaCandidate(CudaConfig(90, 256), "the fewest bytes from L2; 512 tiles: 3.9 rounds"),
     "columns_128_abreast": CudaCandidate(CudaConfig(90, 128, staggered=False), "what staggering the consumers costs"),
     "columns_192_abreast": CudaCandidate(CudaConfig(90, 192, staggered=False), "what staggering the consumers costs"),
+    "columns_256_abreast": CudaCandidate(CudaConfig(90, 256, staggered=False), "what staggering the consumers costs"),
     "columns_192_band_12": CudaCandidate(CudaConfig(90, 192, group_m=12), "another order of tiles in the L2 cache"),
+    "columns_256_band_16": CudaCandidate(
+        CudaConfig(90, 256, group_m=16), "a round of 132 tiles is 2048 rows by 2112 columns, the squarest band"
+    ),
+    "columns_192_clusters": CudaCandidate(CudaConfig(90, 192, clusters=True), "x from L2 once for two blocks"),
+    "columns_256_clusters": CudaCandidate(CudaConfig(90, 256, clusters=True), "x from L2 once for two blocks"),
+    "sm80_columns_128": CudaCandidate(
+        CudaConfig(80, 128), "an A100: ten rounds at 4096 x 4096, the port of shared memory full"
+    ),
+    "sm80_columns_192": CudaCandidate(CudaConfig(80, 192), "an A100: seven longer rounds, the port at 79%"),
 }
 
 _forced: dict[str, Any] = {}
@@ -203,21 +217,55 @@ def forced(config: KernelConfig | CudaConfig) -> Iterator[None]:
             _forced[config.key] = before
 
 
-def cuda_config(arch: int, columns: Sequence[int], d_in: int) -> CudaConfig:
-    """The launch of the CUDA wgrad for a layer of ``d_in`` inputs, from the ``columns`` that tiles are compiled for.
+def tile_cycles(arch: int, columns: int, shared_memory: int) -> float:
+    """Estimated cycles of a multiprocessor per token of a tile of 128 x ``columns``, by the slowest of its parts.
 
-    The widest tile that pads d_in no further than the narrowest one does. Raises ValueError if a forced config names a
-    tile that is not compiled.
+    Hopper: ``max(128 columns / 2048, 2 (128 + columns) / 46.6)``, the products, and the bytes of x and dy from L2.
+    Ampere: ``max(128 columns / rate, port / (0.9 * 128))``, the products, and the bytes through the port of shared
+    memory, ``port = 8 * 2 (64 + columns / 4) + 2 (128 + columns)``: eight warps read operands, and copies write them.
+
+    ``shared_memory``: bytes that a block may have on the GPU. It tells an A100, with a ``rate`` of 1024 multiply-adds a
+    cycle, from the GPUs of 8.6 and 8.9, which have 99 KiB and a rate of at most 512. The bytes a cycle from L2 and the
+    share of the port, 0.9, that can be kept busy are estimates. No GPU has run any of this.
+    """
+    if arch >= 90:
+        return max(128 * columns / 2048, 2 * (128 + columns) / 46.6)
+    rate = 1024 if shared_memory >= SHARED_MEMORY[80] else 512
+    port = 8 * 2 * (64 + columns / 4) + 2 * (128 + columns)
+    return max(128 * columns / rate, port / (0.9 * 128))
+
+
+def cuda_config(arch: int, columns: Sequence[int], shared_memory: int, rounds: Callable[[int], float]) -> CudaConfig:
+    """The launch of the CUDA wgrad, from the ``columns`` that tiles are compiled for.
+
+    ``argmin over columns of rounds(columns) tile_cycles(columns)``, the estimated time per token; the narrowest of
+    equals. ``rounds``: how many tiles of that width the busiest multiprocessor takes, as a share of all tokens.
+    ``shared_memory``: see :func:`tile_cycles`. No GPU has run this choice. On an H200 it takes 256 columns at 4096 x
+    4096: four rounds of 16.5 cycles per token, where 192 columns take six of 13.7 and 128 take eight of 11.
+
+    Raises ValueError if a forced config names a tile that is not compiled.
     """
     chosen: CudaConfig | None = _forced.get(CudaConfig(arch, 0).key)
     if chosen is None:
-        padded = {width: -(-d_in // width) * width for width in columns}
-        chosen = CudaConfig(arch, max(width for width in columns if padded[width] <= padded[min(columns)]))
+        chosen = CudaConfig(
+            arch, min(sorted(columns), key=lambda width: rounds(width) * tile_cycles(arch, width, shared_memory))
+        )
     if chosen.columns not in columns:
         raise ValueError(
             f"columns must be one of {sorted(columns)} on sm_{arch}, the tiles of csrc/tiles.h, got {chosen.columns}"
         )
     return chosen
+
+
+def cluster_size(config: CudaConfig, tile_rows: int, work_tiles: int, multiprocessors: int) -> int:
+    """Blocks per cluster of a launch: 2 where ``config.clusters`` is set and every condition holds, else 1.
+
+    The architecture is Hopper's. ``tile_rows``, the number of rows of tiles of the weight, is even, because a cluster
+    takes two tiles below each other. ``work_tiles``, tiles times splits, is at least ``multiprocessors``: with fewer
+    blocks at a time L2 is not the bottleneck. The results have the same bits either way.
+    """
+    fits = config.arch >= 90 and tile_rows % 2 == 0 and work_tiles >= multiprocessors >= 2
+    return 2 if config.clusters and fits else 1
 
 
 def candidates(kernel: str, arch: int, element_bytes: int, shared_memory: int | None = None) -> list[KernelConfig]:

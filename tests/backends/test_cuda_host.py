@@ -20,6 +20,7 @@ from gradnorm_kernels.backends import Plan, cuda, native
 from gradnorm_kernels.backends.cuda import schedule, segment_table, wgrad
 from gradnorm_kernels.backends.cuda.launch import old_driver, operand
 from gradnorm_kernels.segments import PlainSegments, Segments
+from gradnorm_kernels.tuning.tiles import CudaConfig, forced
 from tests.cuda_host.backend import HostContext, host_context, install
 from tests.cuda_host.build import Host, Tree
 from tests.ops.sorted_segments import SEEDS, WRONG, check_sorted, check_wrong
@@ -55,6 +56,19 @@ def test_traps(
     traps.check(trap.build(dtype), "cuda", algorithm, **wanted)
 
 
+WIDER = [pytest.param(*turn, marks=[pytest.mark.slow] * (i % 4 != 1), id=str(turn[0])) for i, turn in enumerate(TURNS)]
+
+
+@pytest.mark.parametrize(("trap", "algorithm", "wanted", "dtype"), WIDER)
+def test_traps_on_the_wider_tile(
+    context: HostContext, trap: traps.Trap, algorithm: str, wanted: dict[str, bool], dtype: torch.dtype
+) -> None:
+    if algorithm == "gram":
+        algorithm = "wgrad"
+    with forced(CudaConfig(80, 192)):
+        traps.check(trap.build(dtype), "cuda", algorithm, **wanted)
+
+
 @pytest.mark.parametrize("algorithm", traps.ALGORITHMS)
 def test_pairs(context: HostContext, algorithm: str) -> None:
     traps.check_pairs(traps.ODD.build(BF16), "cuda", algorithm)
@@ -70,15 +84,17 @@ def test_traps_in_full(context: HostContext, trap: traps.Trap, algorithm: str, d
     traps.check_pairs(trap.build(dtype), "cuda", algorithm)
 
 
+@pytest.mark.parametrize("columns", [128, 192])
 @pytest.mark.parametrize("where", ["x", "dy"])
 @pytest.mark.parametrize(("d_in", "d_out"), [(73, 130), (128, 256), (136, 128)])
-def test_an_infinity_is_no_nan(context: HostContext, where: str, d_in: int, d_out: int) -> None:
+def test_an_infinity_is_no_nan(context: HostContext, where: str, d_in: int, d_out: int, columns: int) -> None:
     """A zero outside the matrix times an infinity is NaN there, and does not count: the norm is infinite."""
     case = traps.packed([20, 20, 130, 7], d_in, d_out, BF16, group_ids=[0, 1, 1, 0])
     getattr(case, where)[30, 5] = torch.inf
-    found = ops.fused_grad_norm(
-        *(case.x, case.dy, case.cu_seqlens), group_ids=case.group_ids, algorithm="wgrad", backend="cuda"
-    )
+    with forced(CudaConfig(80, columns)):
+        found = ops.fused_grad_norm(
+            *(case.x, case.dy, case.cu_seqlens), group_ids=case.group_ids, algorithm="wgrad", backend="cuda"
+        )
     assert found.sample_sq_norms.isinf().tolist() == [False, True, False, False]
     assert found.group_sq_norms.isinf().tolist() == [False, True]
     assert found.sample_sq_norms[0].isfinite() and found.group_sq_norms[0].isfinite()
@@ -228,7 +244,8 @@ def test_more_than_two_to_the_31_elements(context: HostContext, algorithm: str) 
     torch.testing.assert_close(result.group_sq_norms, expected[1], rtol=2e-5, atol=0)
 
 
-def test_no_bank_conflicts(context: HostContext) -> None:
+@pytest.mark.parametrize("columns", [128, 192])
+def test_no_bank_conflicts(context: HostContext, columns: int) -> None:
     """ldmatrix gets its eight rows in one turn."""
     case = traps.packed([70, 3, 40], 200, 136, BF16)
     conflicts = []
@@ -247,8 +264,19 @@ def test_no_bank_conflicts(context: HostContext) -> None:
             return call
 
     object.__setattr__(context, "module", Counting())
-    ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, algorithm="gram", weight_grad=True, backend="cuda")
+    with forced(CudaConfig(80, columns)):
+        ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, algorithm="gram", weight_grad=True, backend="cuda")
     assert conflicts == [0, 0]
+
+
+def test_a_tile_that_is_not_compiled_is_refused(context: HostContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the choice, before anything is launched; and by the launch itself, which names the widths."""
+    case = traps.packed([5, 6], 16, 24, BF16)
+    with forced(CudaConfig(80, 256)), pytest.raises(ValueError, match=r"one of \[128, 192\] on sm_80.* got 256"):
+        ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, algorithm="wgrad", backend="cuda")
+    monkeypatch.setattr(wgrad, "cuda_config", lambda *_: CudaConfig(80, 64))
+    with pytest.raises(RuntimeError, match="wgrad_norm_sm80: block_n must be 128 or 192"):
+        ops.fused_grad_norm(case.x, case.dy, case.cu_seqlens, algorithm="wgrad", backend="cuda")
 
 
 def test_more_blocks_than_a_grid_has(context: HostContext) -> None:

@@ -15,6 +15,7 @@ import torch
 from gradnorm_kernels import ops, reference, traps
 from gradnorm_kernels.backends.cuda import segment_table
 from gradnorm_kernels.tolerances import NORMS, WEIGHT_GRAD
+from gradnorm_kernels.tuning.tiles import CudaConfig, forced
 from tests.cuda_host.backend import host_context, install
 from tests.cuda_host.build import Host, Patch, Tree
 from tests.ops.sorted_segments import check_sorted
@@ -26,11 +27,11 @@ COPY, RACE, WRONG = "before the copy into it", "race at shared", "wrong"
 MUTATIONS = {
     # Pipeline of the weight-gradient pass.
     "no wait for the copies": (
-        Patch(WGRAD, r"copy_wait<kStages - 2>\(\);(\s+)sync_block\(\);(\s+)collect", r"\1sync_block();\2collect"),
+        Patch(WGRAD, r"copy_wait<C::kStages - 2>\(\);(\s+)sync_block\(\);(\s+)collect", r"\1sync_block();\2collect"),
         COPY,
     ),
     "wait for one group too few": (
-        Patch(WGRAD, r"copy_wait<kStages - 2>(\(\);\s+sync_block\(\);\s+collect)", r"copy_wait<kStages - 1>\1"),
+        Patch(WGRAD, r"copy_wait<C::kStages - 2>(\(\);\s+sync_block\(\);\s+collect)", r"copy_wait<C::kStages - 1>\1"),
         COPY,
     ),
     "no barrier between K tiles": (Patch(WGRAD, r"sync_block\(\);(\s+collect\(step\);)", r"\1"), COPY),
@@ -40,16 +41,25 @@ MUTATIONS = {
         Patch(WGRAD, r"step % 2 \* \(2 \* kWarps \* 4\) \+ warp", "0 * (2 * kWarps * 4) + warp"),
         RACE,
     ),
+    # The wider tile has one set of fragments, and reads a stage to its end before it leaves it.
+    "a stage is left before it is read": (
+        Patch(WGRAD, r"\} else \{(\n#pragma unroll\n      for \(int tokens.*?)leave\(\);", r"} else { leave();\1"),
+        f"{RACE}|while a copy into it|{COPY}",
+    ),
+    "columns of x in another place": (Patch(WGRAD, r"\+ x_at\[pair\]", "+ x_at[pair % 2]"), WRONG),
     # Indices and masks.
     "a row too many": (
-        Patch(WGRAD, r"row < cursor_\.rows;", "row <= cursor_.rows;"),
+        Patch(WGRAD, r"row < cursor_\.rows \?", "row <= cursor_.rows ?"),
         f"outside of every buffer|{WRONG}",
     ),
     "columns not masked": (
-        Patch(WGRAD, r"max\(0, min\(16, 2 \* \(args_\.d_in - x_column\)\)\)", "16"),
+        Patch(WGRAD, r"max\(0, min\(16, 2 \* \(columns - at\)\)\)", "16"),
         f"outside of every buffer|{WRONG}",
     ),
-    "matrices in another order": (Patch(WGRAD, r"chunk_at\(r \+ q % 2 \* 8", "chunk_at(r + q / 2 * 8"), WRONG),
+    "matrices in another order": (
+        Patch(WGRAD, r"chunk_at<C::kXBytes>\(r \+ q % 2 \* 8", "chunk_at<C::kXBytes>(r + q / 2 * 8"),
+        WRONG,
+    ),
     "the group's sum is not started afresh": (
         Patch(WGRAD, r"pair\[0\] = pair\[1\] = pair\[2\] = pair\[3\] = 0\.0f;", ""),
         WRONG,
@@ -106,6 +116,7 @@ SLOW = {
     *("matrices in another order", "a row too many", "one place for two sums of a block"),
     *("a sample's end inside a sample", "Gram: terms written over a stage in use"),
     *("rows that do not touch are one run", "Gram: the neighbour's terms count", "the diagonal counts twice"),
+    *("a stage is left before it is read", "columns of x in another place"),
     *("one place for two scans", "a sample's last piece is left out", "no barrier before the epilogue's sums"),
 }
 
@@ -128,15 +139,16 @@ def fault(monkeypatch: pytest.MonkeyPatch, host: Host) -> str:
     split = traps.packed([300, 500], 40, 24, torch.float16, group_ids=[0, 0])
     gaps = traps.packed([3, 4, 40, 5], 24, 16, torch.bfloat16, group_ids=[0, 1, 0, 0])
     plain = traps.packed([3, 2], 16, 16, torch.bfloat16)  # the prologue checks cu_seqlens
-    for case, multiprocessors, algorithm in (
-        *((several, 2, "wgrad"), (several, 2, "gram")),
-        *((split, 5, "wgrad"), (gaps, 1, "gram"), (plain, 1, "wgrad")),
+    for case, multiprocessors, algorithm, columns in (
+        *((several, 2, "wgrad", 128), (several, 2, "gram", 128)),
+        *((split, 5, "wgrad", 128), (gaps, 1, "gram", 128), (plain, 1, "wgrad", 128)),
+        (several, 2, "wgrad", 192),
     ):
         install(monkeypatch, host_context(host, multiprocessors=multiprocessors))
         ids = {"sample_ids": case.sample_ids, "group_ids": case.group_ids, "weight_grad": True}
         call = (case.x, case.dy, case.cu_seqlens)
         try:
-            with traps.poisoned_memory():
+            with traps.poisoned_memory(), forced(CudaConfig(80, columns)):
                 found = ops.fused_grad_norm(*call, **ids, algorithm=algorithm, backend="cuda")
                 gram = ops.grad_gram(*call, sample_ids=case.sample_ids, algorithm=algorithm, backend="cuda")
         except RuntimeError as error:

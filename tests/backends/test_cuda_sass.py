@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 
 SOURCES = (
-    Source("wgrad_norm_sm80.cu", 80, 2, 255, True),
+    Source("wgrad_norm_sm80.cu", 80, 4, 255, True),
     Source("gram_sm80.cu", 80, 2, 168, True),  # three blocks of 128 threads
     Source("gram_sm80.cu", 90, 2, 168, True),
     Source("reduce.cu", 80, 4, 128, False),  # two blocks of 256

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.cuda_host.build import Host, Patch, Tree
-from tests.cuda_host.sm90_run import Case, differences, narrow, random_case, run
+from tests.cuda_host.sm90_run import Case, differences, narrow, paired, random_case, run
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -43,6 +43,8 @@ CASES = {
     "inf": Case((20, 20, 20, 130, 7), 73, 130, groups=(0, 0, 1, 1, 2), poison=(INF, 1)),
     "far rows": Case((33, 40), 16, 40, stride=1 << 25),
     "far parts": Case((33,), 128, 128, groups=(131073,), parts=True, block_n=128),
+    "pair": Case((33, 1, 0, 64, 300), 200, 200, groups=(0, 0, 1, 1, 1), multiprocessors=5, cluster=2),
+    "widest": Case((33, 1, 0, 64, 100), 300, 136, groups=(0, 0, 1, 1, 1), block_n=256),
 }
 
 
@@ -59,7 +61,8 @@ class Defect(NamedTuple):
     case: str = "edges"
 
 
-KERNEL, TILES, LAUNCHER = "device/sm90_wgrad.cuh", "device/sm90_tiles.cuh", "wgrad_norm_sm90.cu"
+KERNEL, TILES, LAUNCH = "device/sm90_wgrad.cuh", "device/sm90_tiles.cuh", "device/sm90_launch.cuh"
+SOURCES = ("wgrad_norm_sm90.cu", "wgrad_norm_sm90_clusters.cu")
 FRAGMENT = "device/sm90_fragment.cuh"
 # Two accesses that nothing orders, in the words of the host execution: which of them, is up to the schedule.
 UNORDERED = "race|copy into it|nobody wrote|more arrivals"
@@ -73,12 +76,12 @@ DEFECTS = {
         "long",
     ),
     "parity of a free stage": Defect(
-        KERNEL, r"(?<=empty\(stage\), )ring\.parity \^ 1", "ring.parity", "waits for ever"
+        KERNEL, r"(?<=wait_free\(shared, stage, )ring\.parity \^ 1", "ring.parity", "waits for ever"
     ),
     "too few bytes announced": Defect(
         KERNEL,
         r"(?<=full\(stage\), )C::kStageBytes",
-        "C::kStageBytes - kPanelBytes",
+        "C::kStageBytes - C::kPanelBytes",
         UNORDERED + "|expects",
         "long",
     ),
@@ -88,24 +91,26 @@ DEFECTS = {
         "mbarrier_arrive(shared.full(stage));",
         UNORDERED,
     ),
-    "a neighbour's rows": Defect(KERNEL, r"rows - kPanelTokens", "0", "numbers", "neighbour"),
-    "a row behind the matrix": Defect(KERNEL, r"(?<=begin, )row(?=\))", "row + 1", "outside of its map"),
-    "a row of a block lost": Defect(LAUNCHER, r"(?<=\(columns\), )sm90::kPanelTokens", "63", "numbers"),
+    "a neighbour's rows": Defect(KERNEL, r"rows - C::kTokens", "0", "numbers", "neighbour"),
+    "a row behind the matrix": Defect(KERNEL, r"(?<=kPanelColumns, begin, )row(?=\))", "row + 1", "outside of its map"),
+    "a row of a block lost": Defect(
+        LAUNCH, r"(?<=\(columns\), )static_cast<uint64_t>\(box_rows\)", "uint64_t{63}", "numbers"
+    ),
     "the last row lost": Defect(
-        LAUNCHER, r"static_cast<uint64_t>\(tokens\)(?=\};)", "tokens - uint64_t{1}", "numbers", "one at the end"
+        LAUNCH, r"static_cast<uint64_t>\(tokens\)(?=\};)", "tokens - uint64_t{1}", "numbers", "one at the end"
     ),
     "one row for all": Defect(
-        LAUNCHER, r"stride \* uint64_t\{2\}", "stride * uint64_t{0}", "the driver would refuse this tensor map"
+        LAUNCH, r"stride \* uint64_t\{2\}", "stride * uint64_t{0}", "the driver would refuse this tensor map"
     ),
     # A GPU may fault at the address alone, whatever is read through the map.
     "map begins before the matrix": Defect(
-        LAUNCHER,
+        LAUNCH,
         r"(?<=encode_tensor_map\()matrix",
         "static_cast<const char*>(matrix) - 64 * row_bytes",
         "begins outside of every buffer|outside of its map's buffer",
     ),
     "the first steps of a stage": Defect(
-        KERNEL, r"(?<= x \+ )step(?= \*)", "step - kSteps + static_cast<int>(steps.value)", "numbers"
+        KERNEL, r"(?<= x \+ )step(?= \*)", "step - C::kSteps + static_cast<int>(steps.value)", "numbers"
     ),
     "a step too few": Defect(KERNEL, r"\(rows - 1\) / kStepTokens \+ 1", "(rows + 14) / kStepTokens", "numbers"),
     "no wait for a sample's first copy": Defect(
@@ -114,7 +119,7 @@ DEFECTS = {
     "no wait for later copies": Defect(
         KERNEL, r"mbarrier_wait\(shared\.full[^;]*;(?=\n        multiply)", ";", UNORDERED, "long"
     ),
-    "no wait for a free stage": Defect(KERNEL, r"mbarrier_wait\(shared\.empty\(stage\)[^;]*;", ";", UNORDERED, "long"),
+    "no wait for a free stage": Defect(KERNEL, r"wait_free\(shared, stage, [^;]*;", ";", UNORDERED, "long"),
     "stage freed too early": Defect(KERNEL, r"wgmma_wait<1>\(\);", "wgmma_wait<2>();", UNORDERED, "long"),
     "products not waited for": Defect(KERNEL, r"wgmma_wait<0>\(\);", "wgmma_wait<1>();", UNORDERED + "|fence|numbers"),
     "written while in flight": Defect(
@@ -145,21 +150,84 @@ DEFECTS = {
         KERNEL, r"tag\.sum_index \+= place\.split;", ";", "numbers|write the same", "splits"
     ),
     "running sum forgotten": Defect(KERNEL, r"first_group = 0;", ";", "numbers"),
-    "columns behind the matrix": Defect(FRAGMENT, r"columns > 2 \* kCount - 7", "true", "numbers", "inf"),
+    "columns behind the matrix": Defect(FRAGMENT, r"columns\(\) > 2 \* kCount - 7", "true", "numbers", "inf"),
     "columns behind a row": Defect(
-        FRAGMENT, r"at < columns(?=\) visit)", "true", "write the same|outside of every buffer"
+        FRAGMENT, r"at < columns\(\)(?=\) visit)", "true", "write the same|outside of every buffer"
     ),
     "lanes exchange nothing": Defect(FRAGMENT, r"exchange_pairs\(pairs, lane\);", ";", "numbers"),
     "lanes store elsewhere": Defect(FRAGMENT, r"lane % 4 \* 6", "lane % 4 * 14", "write the same|numbers"),
-    "rows behind the matrix": Defect(KERNEL, r"row \+ 8 < args\.d_out", "true", "outside of every buffer|numbers"),
+    "rows behind the matrix": Defect(FRAGMENT, r"row \+ 8 < d_out", "true", "outside of every buffer|numbers"),
+    # Half of the group's sum is in shared memory.
+    "shared half not cleared": Defect(
+        KERNEL, r"store_shared_float4\(place\(i\), [^;]*;", ";", "nobody wrote", "widest"
+    ),
+    "shared half not added": Defect(
+        KERNEL, r"store_shared_float4\(place\(i \+ 4 \* j\)[^;]*;", ";", "numbers", "widest"
+    ),
+    "shared half without the sum before": Defect(
+        KERNEL,
+        r"load_shared_float4\(place\(i \+ 4 \* j\)\)",
+        "make_float4(0.0f, 0.0f, 0.0f, 0.0f)",
+        "numbers",
+        "widest",
+    ),
+    "shared half out of order": Defect(
+        KERNEL, r"(?<=four = load_shared_float4\(place\()i", "(i ^ 4)", "numbers", "widest"
+    ),
+    "next four too near": Defect(
+        KERNEL, r"\(i - C::kHeld\) / 4(?= \* Shared)", "(i - C::kHeld) / 8", "numbers", "widest"
+    ),
+    "two threads share a place": Defect(
+        TILES, r"consumer \* 128 \+ thread", "consumer * 128 + thread / 2", "race", "widest"
+    ),
+    "both consumers share a place": Defect(KERNEL, r"(?<=shared\.sums\()me\.group", "0", "race", "widest"),
+    "a sum goes on into the next group": Defect(
+        KERNEL, r"sum\.clear\(\);", "if (tile < 0) sum.clear();", "numbers", "widest"
+    ),
     "one set of slots": Defect(KERNEL, r"turn \^= 1;", ";", "race"),
     "no barrier before the sum": Defect(KERNEL, r"barrier_wait\(1 \+ group, 128\);", ";", UNORDERED),
     "too many registers": Defect(
-        KERNEL, r"registers_acquire<kConsumerRegisters>\(\);", "registers_acquire<240>();", "waits for ever"
+        KERNEL, r"registers_acquire<C::kConsumerRegisters>\(\);", "registers_acquire<240>();", "waits for ever"
     ),
     "barriers not fenced": Defect(KERNEL, r"mbarrier_init_fence\(\);", ";", "not fenced"),
     "barriers not shared": Defect(KERNEL, r"sync_block\(\);", ";", "initialis"),
+    # Clusters of two blocks.
+    "copies for this block alone": Defect(
+        KERNEL, r"\(1 << C::kCluster\) - 1", "1 << rank", "waits for ever|still expects", "pair"
+    ),
+    "both blocks load the same half": Defect(
+        KERNEL,
+        r"i % C::kCluster == rank",
+        "i % C::kCluster == 0",
+        "copy into it|race|expects|nobody wrote|ever",
+        "pair",
+    ),
+    "only this block's consumers are waited for": Defect(
+        KERNEL,
+        r"(?<=mbarrier_arrive_at\()static_cast<int>\(blockIdx\.x\) % C::kCluster \^ 1",
+        "blockIdx.x % 2",
+        UNORDERED,
+        "pair",
+    ),
+    "the other block is told nothing": Defect(
+        KERNEL, r"if \(C::kCluster > 1 && lane == 1\) mbarrier_arrive_at[^;]*;", ";", "waits for ever", "pair"
+    ),
+    "arrivals of one block counted": Defect(KERNEL, r"(?<=4 \* kConsumers \* )C::kCluster", "1", UNORDERED, "pair"),
     "too few arrivals counted": Defect(KERNEL, r"4 \* kConsumers", "2 * kConsumers", UNORDERED + "|ever", "long"),
+    "no barrier of the cluster at the beginning": Defect(
+        KERNEL, r"cluster_sync\(\);(?=\n  \} else)", "sync_block();", "initialis", "pair"
+    ),
+    "no barrier of the cluster at the end": Defect(
+        KERNEL,
+        r"if constexpr \(C::kCluster > 1\) cluster_sync\(\);",
+        ";",
+        "may end before another one|after the block has ended",
+        "pair",
+    ),
+    "a wait for this block's arrivals": Defect(
+        KERNEL, r"mbarrier_wait_cluster\([^;]*;", "mbarrier_wait(shared.empty(stage), parity);", "block's scope", "pair"
+    ),
+    "both blocks take one tile": Defect(KERNEL, r"rank(?=;\n  return place)", "0", "numbers|write the same", "pair"),
     "one warp frees a stage": Defect(KERNEL, r"lane == 0(?=\) mbarrier_arrive)", "lane == 0 && warp == 0", "ever"),
 }
 
@@ -187,10 +255,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
     return tmp_path_factory.mktemp("sm90"), Path(pytestconfig.cache.mkdir("cuda_host"))  # type: ignore[union-attr]
 
 
-def compiled(folders: tuple[Path, Path], name: str, patches: Iterable[Patch] = ()) -> Path:
+def compiled(
+    folders: tuple[Path, Path],
+    name: str,
+    patches: Iterable[Patch] = (),
+    flags: tuple[str, ...] = ("-O2", "-march=native"),
+) -> Path:
     """The module with the launcher of this kernel alone."""
-    tree = Tree(folders[0] / name, folders[1], patches)
-    names = ("bindings.cpp", "build_info.cpp", "control.cpp", LAUNCHER)
+    tree = Tree(folders[0] / name, folders[1], patches, flags)
+    names = ("bindings.cpp", "build_info.cpp", "control.cpp", *SOURCES)
     return tree.link([tree.csrc / name for name in names])
 
 
@@ -210,9 +283,10 @@ EXPORT int host_operand_at(uint64_t descriptor, int mn_major, int mn, int k) {
 
 @pytest.fixture(scope="module")
 def broken(folders: tuple[Path, Path]) -> Build:
-    """The module with every defect in it."""
+    """The module with every defect in it, without float16: no case of a defect has it, and compiling takes longest."""
     patches = [switchable(number, defect) for number, defect in enumerate(DEFECTS.values(), 1)]
-    path = compiled(folders, "broken", [*patches, Patch(LAUNCHER, r"\Z", EXPORTS)])
+    patches.append(Patch(LAUNCH, r"return start_typed<kFloat16, kCluster>\([^;]*;", "return false;"))
+    path = compiled(folders, "broken", [*patches, Patch(SOURCES[0], r"\Z", EXPORTS)], flags=("-O1",))
     library = ctypes.CDLL(str(path))
     library.host_operand_at.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return Build(Host(path), library.host_defect, library.host_operand_at)
@@ -225,6 +299,40 @@ def test_agrees_with_the_reference(host: Host, name: str) -> None:
     assert differences(case, first, expected) == []
     # Another order of warps and of arriving copies leaves the same bits.
     assert run(host, case, seed=2)[0].same(first)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].block_n == 192])
+def test_the_widest_tile_agrees_with_the_reference(host: Host, name: str) -> None:
+    case = replace(CASES[name], block_n=256)
+    result, expected = run(host, case, seed=4)
+    assert differences(case, result, expected) == []
+
+
+PAIRED = [name for name in CASES if CASES[name].block_n == 192 and CASES[name].cluster == 1]
+BRIEF = {("apart", 128), ("splits", 192), ("group sums", 256), ("inf", 256)}
+IN_CLUSTERS = [
+    pytest.param(name, width, marks=[pytest.mark.slow] * ((name, width) not in BRIEF))
+    for name in PAIRED
+    for width in (128, 192, 256)
+]
+
+
+@pytest.mark.parametrize(("name", "width"), IN_CLUSTERS)
+def test_clusters_agree_with_the_reference(host: Host, name: str, width: int) -> None:
+    case = replace(paired(CASES[name]), block_n=width)
+    result, expected = run(host, case, seed=5)
+    assert differences(case, result, expected) == []
+    # Another order of blocks, warps and arrivals leaves the same bits, and so do blocks without clusters.
+    alone, _ = run(host, replace(case, cluster=1), seed=6)
+    assert alone.same(result)
+
+
+@pytest.mark.slow
+def test_clusters_agree_on_random_cases(host: Host) -> None:
+    for seed in range(60):
+        case = paired(random_case(seed))
+        result, expected = run(host, case, seed)
+        assert differences(case, result, expected) == [], case
 
 
 @pytest.mark.parametrize("name", ["edges", "odd", "unmeasured", "splits"])
@@ -251,8 +359,14 @@ def test_agrees_on_random_cases(host: Host) -> None:
 def test_refuses_what_the_copy_engine_cannot_take(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="wgrad_norm_sm90: x and dy must start at a multiple of 16 bytes"):
         run(host, replace(EDGES, stride=204), seed=1)
-    with pytest.raises(RuntimeError, match="wgrad_norm_sm90: block_n must be 128 or 192"):
+    with pytest.raises(RuntimeError, match="wgrad_norm_sm90: block_n must be 128 or 192 or 256"):
         run(host, replace(EDGES, block_n=64), seed=1)
+    with pytest.raises(RuntimeError, match="wgrad_norm_sm90: cluster must be 1 or 2 blocks"):
+        run(host, replace(EDGES, cluster=4), seed=1)
+    with pytest.raises(RuntimeError, match="takes tiles in pairs, and the number of rows of tiles is odd"):
+        run(host, replace(EDGES, d_out=100, cluster=2), seed=1)
+    with pytest.raises(RuntimeError, match="a cluster needs as many multiprocessors as it has blocks"):
+        run(host, replace(EDGES, multiprocessors=1, cluster=2), seed=1)
     launch = host.module.wgrad_norm_sm90
     monkeypatch.setattr(host.module, "wgrad_norm_sm90", lambda **fields: launch(**{**fields, "x_stride": 0}))
     with pytest.raises(RuntimeError, match="with rows a positive multiple of 8 elements apart"):

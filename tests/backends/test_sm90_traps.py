@@ -62,14 +62,17 @@ def test_pairs(launched: list[str]) -> None:
     assert "wgrad_norm_sm90" in launched
 
 
-def test_both_tiles_are_chosen(host: Host) -> None:
-    context = host_context(host, arch=90)
-    assert wgrad.launch_config(context, 576).columns == 192
-    assert wgrad.launch_config(context, 4096).columns == 128
+def test_every_tile_is_chosen(host: Host) -> None:
+    """On the 132 multiprocessors of an H200, by rounds and bytes."""
+    context = host_context(host, arch=90, multiprocessors=132)
+    shapes = {128: (128, 4096), 192: (576, 576), 256: (4096, 4096)}
+    assert {columns: wgrad.launch_config(context, *shape, 16384).columns for columns, shape in shapes.items()} == {
+        columns: columns for columns in shapes
+    }
 
 
 def test_candidates_are_compiled(host: Host) -> None:
-    assert host.module.WGRAD_TILES == {80: [128], 90: [128, 192]}
+    assert host.module.WGRAD_TILES == {80: [128, 192], 90: [128, 192, 256]}
     for candidate in CUDA_CANDIDATES.values():
         assert candidate.config.columns in host.module.WGRAD_TILES[candidate.config.arch]
 
@@ -82,17 +85,21 @@ def test_tiles_that_are_asked_for_are_launched_and_right(
     original = HostContext.launch
 
     def launch(self: HostContext, name: str, **fields: object) -> None:
-        if name == "wgrad_norm_sm90":
-            seen.append((fields["block_n"], fields["staggered"], fields["group_m"]))
+        if name.startswith("wgrad_norm_sm"):
+            seen.append((name, fields["block_n"], fields["staggered"], fields["group_m"], fields["cluster"]))
         original(self, name, **fields)
 
     monkeypatch.setattr(HostContext, "launch", launch)
-    install(monkeypatch, host_context(host, arch=90))
-    with forced(CUDA_CANDIDATES[name].config):
+    config = CUDA_CANDIDATES[name].config
+    install(monkeypatch, host_context(host, arch=config.arch))
+    with forced(config):
         traps.check(traps.packed([40, 19, 40], 200, 136, BF16), "cuda", "wgrad", weight_grad=True)
-    wanted = {"columns_128": (128, True, 8), "columns_192": (192, True, 8), "columns_192_band_12": (192, True, 12)}
-    wanted |= {f"columns_{width}_abreast": (width, False, 8) for width in (128, 192)}
-    assert set(seen) == {wanted[name]}
-    assert wgrad.launch_config(host_context(host, arch=90), 4096).columns == 128, (
+    wanted = {f"columns_{width}": (width, True, 8, 1) for width in (128, 192, 256)}
+    wanted |= {"columns_192_band_12": (192, True, 12, 1), "columns_256_band_16": (256, True, 16, 1)}
+    wanted |= {f"columns_{width}_abreast": (width, False, 8, 1) for width in (128, 192, 256)}
+    wanted |= {f"columns_{width}_clusters": (width, True, 8, 2) for width in (192, 256)}
+    wanted |= {f"sm80_columns_{width}": (width, True, 8, 1) for width in (128, 192)}
+    assert set(seen) == {(f"wgrad_norm_sm{config.arch}", *wanted[name])}
+    assert wgrad.launch_config(host_context(host, arch=90), 128, 128, 99).columns == 128, (
         "the tiles stay as they were afterwards"
     )

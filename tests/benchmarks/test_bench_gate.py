@@ -14,6 +14,7 @@ from benchmarks.batches import LAYERS, choose, make_batch, truth
 from benchmarks.harness import HostClock
 from benchmarks.providers import BASELINE, PEERS, PROVIDERS, Provider, Result, WrongResultError, gate
 from gradnorm_kernels import reference, tolerances
+from gradnorm_kernels.tuning.costs import SHARED_MEMORY
 from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, cuda_config
 
 EMPTY = SimpleNamespace(sample_sq_norms=None, weight_grad=None, group_sq_norms=None, group_gram=None)
@@ -159,7 +160,7 @@ def test_a_candidate_tile_is_forced_during_the_call_only(name, monkeypatch):
     config = CUDA_CANDIDATES[name].config
 
     def launched() -> CudaConfig:
-        return cuda_config(90, (128, 192), 4096)
+        return cuda_config(config.arch, (128, 192, 256), SHARED_MEMORY[config.arch], lambda columns: 1.0)
 
     def call(*_, **options):
         seen.append((launched(), options))

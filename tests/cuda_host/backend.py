@@ -15,6 +15,7 @@ from gradnorm_kernels import backends
 from gradnorm_kernels.backends import cuda
 from gradnorm_kernels.backends.cuda import segment_table
 from gradnorm_kernels.backends.cuda.launch import LaunchContext
+from gradnorm_kernels.tuning.costs import SHARED_MEMORY
 from tests.cuda_host.build import Host
 
 
@@ -36,7 +37,7 @@ class HostContext(LaunchContext):
 
 def host_context(host: Host, arch: int = 80, multiprocessors: int = 2) -> HostContext:
     """A GPU of few multiprocessors, so that blocks go from tile to tile."""
-    return HostContext(host.module, arch, multiprocessors, 0, host)
+    return HostContext(host.module, arch, multiprocessors, SHARED_MEMORY[arch], 0, host)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, context: HostContext) -> None:

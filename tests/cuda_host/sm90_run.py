@@ -44,6 +44,7 @@ class Case:
     staggered: bool = True
     dtype: torch.dtype = torch.bfloat16
     block_n: int = 192
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Result:
 
 
 def random_case(seed: int) -> Case:
-    """Few rows and small weights, but every way to cut them: around 16 and 64 tokens, 64 and 192 columns."""
+    """Few rows and small weights, but every way to cut them: around 16 and 64 tokens, 64, 192 and 256 columns."""
     draw = random.Random(seed)
     lengths = [
         draw.choice((0, 1, 15, 16, 17, 31, 33, 48, 63, 64, 65, 97, 128, 129, 200)) for _ in range(draw.randint(1, 8))
@@ -88,9 +89,15 @@ def random_case(seed: int) -> Case:
         multiprocessors=draw.randint(1, 7),
         group_m=draw.randint(1, 4),
         dtype=draw.choice(tuple(TYPES)),
-        block_n=draw.choice((128, 192)),
+        block_n=draw.choice((128, 192, 256)),
         staggered=draw.random() < 0.7,
     )
+
+
+def paired(case: Case) -> Case:
+    """The same in clusters of two blocks, with an even number of rows of tiles and multiprocessors for two clusters."""
+    d_out = case.d_out if -(-case.d_out // 128) % 2 == 0 else case.d_out + 128
+    return replace(case, d_out=d_out, cluster=2, multiprocessors=max(case.multiprocessors, 5))
 
 
 def virtual(count: int, dtype: torch.dtype) -> Tensor:
@@ -177,6 +184,7 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
         block_n=case.block_n,
         group_m=case.group_m,
         staggered=case.staggered,
+        cluster=case.cluster,
         multiprocessors=case.multiprocessors,
         stream=0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 import torch
 
 from gradnorm_kernels import backends
+from gradnorm_kernels.backends.cuda import wgrad
+from gradnorm_kernels.backends.cuda.launch import LaunchContext
 from gradnorm_kernels.tuning import costs, tiles
 from gradnorm_kernels.tuning.costs import Chip, Costs
 from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, KernelConfig
 
+NOTES = Path(__file__).resolve().parents[2] / "docs" / "gpu-notes.md"
 CPU, META, GPU = Chip("cpu"), Chip("meta"), Chip("cuda", "nvidia-h200", 90)
 CACHED = (costs.frozen, costs.entries, costs.costs, costs.faster, tiles._kernel_config)
 
@@ -204,21 +208,97 @@ def test_every_candidate_has_a_reason() -> None:
         assert len({tile[:5] for tile in tried}) == len(tried)
 
 
-def test_the_cuda_tile_pads_d_in_no_further_than_the_narrowest() -> None:
-    assert [tiles.cuda_config(90, (128, 192), d_in).columns for d_in in (1, 128, 129, 200, 256, 576, 4096)] == [
-        *(128, 128, 192, 128, 128, 192, 128),
-    ]
-    assert tiles.cuda_config(90, (192, 128), 576) == CudaConfig(90, 192)
-    assert tiles.cuda_config(80, (128,), 576) == CudaConfig(80, 128)
+A100, A6000, H200 = (80, 108, 166_912), (80, 84, 101_376), (90, 132, 232_448)
+"""Architecture, multiprocessors, shared memory."""
+
+
+def tile_columns(gpu: tuple[int, int, int], widths: tuple[int, ...], d_in: int, d_out: int) -> int:
+    """The width that is chosen where no tokens are split."""
+    arch, multiprocessors, shared_memory = gpu
+
+    def rounds(columns: int) -> float:
+        return -(-(-(-d_in // columns) * -(-d_out // 128)) // multiprocessors)
+
+    return tiles.cuda_config(arch, widths, shared_memory, rounds).columns
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "columns"),
+    [
+        (4096, 4096, 256),  # four rounds of 384 elements of x and dy per token, instead of six of 320 and eight of 256
+        (2048, 2048, 256),  # one round of 128 tiles
+        (2048, 11008, 256),  # 6 rounds, where 192 columns take 8 and 128 take 11
+        (576, 576, 128),  # one round whatever the width
+        (128, 4096, 128),
+    ],
+)
+def test_the_cuda_tile_on_hopper_is_chosen_by_rounds_and_bytes(d_in: int, d_out: int, columns: int) -> None:
+    assert tile_columns(H200, (256, 128, 192), d_in, d_out) == columns
+
+
+@pytest.mark.parametrize(
+    ("gpu", "d_in", "d_out", "columns"),
+    [
+        (A100, 4096, 4096, 192),  # seven rounds of 24 cycles per token, instead of ten whose port is full: 17.8
+        (A100, 1536, 1536, 192),  # one round instead of two
+        (A100, 2048, 256, 128),
+        (A6000, 4096, 4096, 128),  # 13 rounds of 32 cycles, instead of nine of 48
+        (A6000, 1152, 1792, 192),  # one round instead of two
+    ],
+)
+def test_the_cuda_tile_on_ampere_is_chosen_by_rounds_and_the_shared_memory_port(
+    gpu: tuple[int, int, int], d_in: int, d_out: int, columns: int
+) -> None:
+    """GPUs with 99 KiB of shared memory per block have half the tensor cores for the same port: rounds alone count."""
+    assert tile_columns(gpu, (128, 192), d_in, d_out) == columns
+
+
+def forced_or_chosen(arch: int, *widths: int) -> CudaConfig:
+    return tiles.cuda_config(arch, widths, costs.SHARED_MEMORY[arch], lambda columns: 1.0)
 
 
 def test_a_forced_cuda_config_is_for_its_architecture_and_must_be_compiled() -> None:
-    with tiles.forced(CudaConfig(90, 128, group_m=12)):
-        assert tiles.cuda_config(90, (128, 192), 576) == CudaConfig(90, 128, group_m=12)
-        assert tiles.cuda_config(80, (128,), 576) == CudaConfig(80, 128)
-    assert tiles.cuda_config(90, (128, 192), 576).columns == 192
+    with tiles.forced(CudaConfig(90, 192, group_m=12)):
+        assert forced_or_chosen(90, 128, 192) == CudaConfig(90, 192, group_m=12)
+        assert forced_or_chosen(80, 128) == CudaConfig(80, 128)
+    assert forced_or_chosen(90, 128, 192) == CudaConfig(90, 128) and not CudaConfig(90, 128).clusters
     with tiles.forced(CudaConfig(90, 256)), pytest.raises(ValueError, match=r"one of \[128, 192\] on sm_90.* got 256"):
-        tiles.cuda_config(90, (128, 192), 576)
+        forced_or_chosen(90, 128, 192)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "arch", "tile_rows", "work_tiles", "multiprocessors", "blocks"),
+    [
+        (True, 90, 32, 512, 132, 2),
+        (False, 90, 32, 512, 132, 1),  # the default
+        (True, 80, 32, 512, 132, 1),
+        (True, 90, 33, 528, 132, 1),  # an odd number of rows of tiles
+        (True, 90, 8, 128, 132, 1),  # fewer tiles than multiprocessors
+        (True, 90, 8, 132, 132, 2),
+        (True, 90, 2, 2, 1, 1),
+    ],
+)
+def test_clusters_are_of_two_blocks_where_the_rule_says_so(
+    clusters: bool, arch: int, tile_rows: int, work_tiles: int, multiprocessors: int, blocks: int
+) -> None:
+    config = CudaConfig(arch, 192, clusters=clusters)
+    assert tiles.cluster_size(config, tile_rows, work_tiles, multiprocessors) == blocks
+
+
+def test_the_notes_have_the_cuda_tile_of_every_layer() -> None:
+    """Columns, tiles x parts, rounds and use in the table of ``docs/gpu-notes.md``, for 16384 tokens on an H200."""
+    module = SimpleNamespace(WGRAD_TILES={90: [128, 192, 256]})
+    arch, multiprocessors, shared_memory = H200
+    context = LaunchContext(module, arch, multiprocessors, shared_memory, 0)
+    rows = re.findall(r"^\| \S+\.\w+ \| (\d+) → (\d+) \|.* \| (.*) \|$", NOTES.read_text(), re.M)
+    assert len(rows) == 12
+    for d_in, d_out, told in ((int(row[0]), int(row[1]), row[2]) for row in rows):
+        columns = wgrad.launch_config(context, d_in, d_out, 16384).columns
+        count = wgrad.tile_count(d_in, d_out, columns)
+        parts = wgrad.splits(count, 16384, multiprocessors)
+        rounds = -(-count * parts // multiprocessors)
+        use = d_in * d_out / (count * 128 * columns) * count * parts / (multiprocessors * rounds)
+        assert told == f"{columns}, {count} x {parts}, {rounds}, {use:.0%}", (d_in, d_out)
 
 
 def test_blackwell_takes_hopper_s_tiles_where_it_has_none() -> None:

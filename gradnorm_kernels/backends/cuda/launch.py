@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...segments import rows
+from ...tuning.costs import shared_memory
 from .. import native
 
 #: Major compute capability -> the architecture whose kernels run on it.
@@ -23,11 +24,13 @@ class LaunchContext:
     """The device and stream of one call.
 
     ``module`` is ``gradnorm_kernels._C``; ``arch`` says which weight-gradient kernel runs (80 or 90).
+    ``shared_memory``: bytes that a block may have.
     """
 
     module: Any
     arch: int
     multiprocessors: int
+    shared_memory: int
     stream: int
 
     def launch(self, name: str, **fields: object) -> None:
@@ -58,7 +61,8 @@ def launch_context(device: torch.device) -> Iterator[LaunchContext]:
         raise RuntimeError(f"backend='cuda' cannot run on {device}: {_no_kernels(torch.cuda.get_device_name(device))}")
     with torch.cuda.device(device):
         count = torch.cuda.get_device_properties(device).multi_processor_count
-        yield LaunchContext(native.module(), arch, count, torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        yield LaunchContext(native.module(), arch, count, shared_memory(device), stream)
 
 
 def architecture(capability: tuple[int, int]) -> int | None:

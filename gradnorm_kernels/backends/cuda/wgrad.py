@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...segments import PlainSegments, Segments
-from ...tuning.tiles import CudaConfig, cuda_config
+from ...tuning.tiles import CudaConfig, cluster_size, cuda_config
 from .. import native
 from ..base import Results
 from ..torch.numerics import exact_matmuls
@@ -48,10 +48,10 @@ def run(
     """
     d_in, d_out, groups = x.shape[1], dy.shape[1], segments.groups
     store_sums = group_gram and groups > 1
-    columns = -(-d_in // launch_config(context, d_in).columns)
     # Rows of the weight per pass: all, unless the workspace must hold sums of every group for each of them.
     rows = max(BLOCK_M, _WORKSPACE // (4 * d_in * 2 * groups) // BLOCK_M * BLOCK_M) if store_sums else d_out
-    wanted = splits(-(-min(rows, d_out) // BLOCK_M) * columns, len(x), context.multiprocessors)
+    config = launch_config(context, d_in, min(rows, d_out), len(x))
+    wanted = splits(tile_count(d_in, min(rows, d_out), config.columns), len(x), context.multiprocessors)
     few = min(segments.samples, segment_count(segments))
     size = 4 * d_out * d_in
     anywhere = wanted > 1 and few < 4 * wanted and (wanted + few) * size <= _SAMPLE_WORKSPACE and not store_sums
@@ -72,7 +72,7 @@ def run(
     short = gram.partial_sums(context, x, dy, schedule, gram_tokens) if gram_tokens > 0 else None
     for lo in range(0, d_out, rows):
         part = None if weight_grad is None else weight_grad[lo : lo + rows]
-        of_wgrad, of_fixup, products = _pass(context, x, dy[:, lo : lo + rows], schedule, part, store_sums)
+        of_wgrad, of_fixup, products = _pass(context, config, x, dy[:, lo : lo + rows], schedule, part, store_sums)
         finish(
             context,
             results,
@@ -87,28 +87,51 @@ def run(
     return results
 
 
-def launch_config(context: LaunchContext, d_in: int) -> CudaConfig:
-    """The tile and its order for a layer of ``d_in`` inputs."""
-    return cuda_config(context.arch, context.module.WGRAD_TILES[context.arch], d_in)
+def tile_count(d_in: int, d_out: int, columns: int) -> int:
+    """Tiles of 128 rows and ``columns`` columns of a weight."""
+    return -(-d_out // BLOCK_M) * -(-d_in // columns)
+
+
+def launch_config(context: LaunchContext, d_in: int, d_out: int, tokens: int) -> CudaConfig:
+    """The tile and its order for a pass over ``d_out`` rows of a layer's weight."""
+    return cuda_config(
+        context.arch,
+        context.module.WGRAD_TILES[context.arch],
+        context.shared_memory,
+        lambda columns: _split(tile_count(d_in, d_out, columns), tokens, context.multiprocessors)[1],
+    )
 
 
 def splits(tiles: int, tokens: int, multiprocessors: int) -> int:
-    """How many splits: the fewest rounds of blocks, plus the cost of storing sums.
+    """How many splits: the fewest rounds of blocks, plus the cost of storing sums."""
+    return _split(tiles, tokens, multiprocessors)[0]
 
-    In units of one round over all tokens. The cost of storing a split's tile and reading it again (192 KiB at 2 TB/s,
-    against 128 x 128 products per token at 2.9 TFLOP/s per multiprocessor) is counted from an A100's data sheet, not
-    measured.
+
+def _split(tiles: int, tokens: int, multiprocessors: int) -> tuple[int, float]:
+    """(the number of splits, its price in rounds over all tokens).
+
+    The cost of storing a split's tile and reading it again (192 KiB at 2 TB/s, against 128 x 128 products per token at
+    2.9 TFLOP/s per multiprocessor) is counted from an A100's data sheet, not measured.
     """
     best, price = 1, -(-tiles // multiprocessors) * 1.0
     for count in range(2, min(multiprocessors, tokens // _SPLIT_TOKENS) + 1):
-        cost = -(-tiles * count // multiprocessors) / count + 8.7 * tiles * count / tokens
+        stored = 8.7 * tiles * count / tokens
+        if tiles / multiprocessors + stored >= price:  # not even full rounds would be cheaper, here and further on
+            break
+        cost = -(-tiles * count // multiprocessors) / count + stored
         if cost < price:
             best, price = count, cost
-    return best
+    return best, price
 
 
 def _pass(
-    context: LaunchContext, x: Tensor, dy: Tensor, schedule: Schedule, weight_grad: Tensor | None, store_sums: bool
+    context: LaunchContext,
+    config: CudaConfig,
+    x: Tensor,
+    dy: Tensor,
+    schedule: Schedule,
+    weight_grad: Tensor | None,
+    store_sums: bool,
 ) -> tuple[SquareSums, SquareSums | None, Tensor | None]:
     """One pass over rows of the weight: squares of wgrad and of the fix-up, and inner products of the groups' sums."""
     d_in, d_out = x.shape[1], dy.shape[1]
@@ -116,12 +139,12 @@ def _pass(
         running = None
         if weight_grad is not None and schedule.groups > 1:
             running = torch.empty(weight_grad.shape, dtype=torch.float32, device=x.device)
-        return _launch(context, x, dy, schedule, None, weight_grad, running), None, None
+        return _launch(context, config, x, dy, schedule, None, weight_grad, running), None, None
     assert schedule.wgrad is not None
     elements = d_out * d_in
     held = schedule.wgrad.splits + len(schedule.fixup.outer) - 1
     workspace = torch.empty(held, elements, dtype=torch.float32, device=x.device)
-    of_wgrad = _launch(context, x, dy, schedule, workspace, None, None)
+    of_wgrad = _launch(context, config, x, dy, schedule, workspace, None, None)
     sums, slabs = None, -(-elements // _SLAB)
     if store_sums:
         # With zeros behind the last element, so that all slabs are one product.
@@ -137,6 +160,7 @@ def _pass(
 
 def _launch(
     context: LaunchContext,
+    config: CudaConfig,
     x: Tensor,
     dy: Tensor,
     schedule: Schedule,
@@ -148,7 +172,6 @@ def _launch(
     tables = schedule.wgrad
     assert tables is not None
     d_in, d_out = x.shape[1], dy.shape[1]
-    config = launch_config(context, d_in)
     name = f"wgrad_norm_sm{context.arch}"
     rows = context.size(f"{name}_rows", d_in=d_in, d_out=d_out, block_n=config.columns)
     sample_sq = torch.empty(rows, schedule.samples, dtype=torch.float32, device=x.device)
@@ -182,6 +205,12 @@ def _launch(
         block_n=config.columns,
         group_m=config.group_m,
         staggered=config.staggered,
+        cluster=cluster_size(
+            config,
+            -(-d_out // BLOCK_M),
+            tile_count(d_in, d_out, config.columns) * tables.splits,
+            context.multiprocessors,
+        ),
         multiprocessors=context.multiprocessors,
     )
     return SquareSums(sample_sq, group_sq, rows)

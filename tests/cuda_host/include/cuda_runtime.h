@@ -1,5 +1,5 @@
 // What the kernels' sources take from the CUDA runtime, in plain C++: a launch runs the blocks one after another, in an
-// order drawn from the seed, each by host::run_block.
+// order drawn from the seed, each by host::run_blocks. The blocks of a cluster run together.
 #pragma once
 
 #include <map>
@@ -35,8 +35,15 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 using cudaStream_t = struct HostStream*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
 struct cudaLaunchAttribute {
-  int id;
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -77,6 +84,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->blockDim.x * config->blockDim.y * config->blockDim.z % host::kWarp != 0) host::error = "part of a warp";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) host::error = "an empty grid";
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) host::error = "too large a grid";
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& size = config->attrs[i].val.clusterDim;
+    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension || size.y != 1 || size.z != 1) {
+      host::error = "an attribute that is not modelled";
+    }
+    cluster = size.x;
+  }
+  if (cluster == 0 || cluster > 8 || grid.x % cluster != 0) host::error = "a grid that is not made of clusters";
   if (!host::error.empty()) return cudaErrorInvalidValue;
   std::tuple<std::decay_t<Expected>...> arguments(std::forward<Given>(given)...);
   gridDim = grid;
@@ -89,10 +105,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
     }
   }
-  std::shuffle(blocks.begin(), blocks.end(), host::random_source);
-  for (const uint3& at : blocks) {
-    blockIdx = at;
-    if (!host::run_block(config->dynamicSmemBytes)) return cudaErrorLaunchFailure;
+  // A cluster's blocks are neighbours in x.
+  std::vector<std::vector<uint3>> together;
+  for (size_t i = 0; i < blocks.size(); i += cluster) together.emplace_back(&blocks[i], &blocks[i] + cluster);
+  std::shuffle(together.begin(), together.end(), host::random_source);
+  for (const std::vector<uint3>& at : together) {
+    if (!host::run_blocks(at, config->dynamicSmemBytes)) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }

@@ -1,5 +1,5 @@
-// A multiprocessor in plain C++: the threads of a block run as fibers of one CPU thread, for tests of the kernels' own
-// sources without a GPU.
+// Multiprocessors in plain C++: the threads of a block, or of the blocks of a cluster, run as fibers of one CPU thread,
+// for tests of the kernels' own sources without a GPU.
 //
 // - A fiber runs until it waits: at a barrier, or where a warp's lanes must meet. Then another goes on; which one, is
 //   drawn from a seed. A warp runs as far ahead of the others as its waits allow, so a missing barrier shows.
@@ -20,6 +20,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <utility>
@@ -81,13 +82,21 @@ struct Barrier {
   Clocks pending, published;
 };
 
+// The blocks that run at a time: one, or those of a cluster. Threads are numbered through all of them.
 struct Block {
-  int threads = 0;
+  int threads = 0, size = 0;  // of all blocks, of each
+  int ended = 0;              // threads that have ended
+  std::vector<uint3> at;      // blockIdx of each
+  size_t window = 0;          // bytes from the shared memory of one to that of the next
+  size_t shared_size = 0;     // of each
   std::vector<Fiber> fibers;
   std::vector<Clocks> clocks;  // of each thread, and of one more actor: asynchronous hardware
   std::vector<Meeting> warps;
-  Barrier barriers[16];
+  std::vector<Barrier> barriers;  // 16 of each block
+  Barrier cluster;
   std::vector<uint8_t> shared;
+  // Block, actor of another one -> when that last touched its shared memory.
+  std::map<std::pair<int, int>, uint32_t> foreign;
   std::vector<Cell> cells;
   std::vector<std::function<void()>> deferred;
   std::vector<std::function<void()>> at_exit;  // checks when the block has ended
@@ -103,7 +112,7 @@ inline char* stacks = nullptr;
 inline uint64_t bank_conflicts = 0;
 
 inline int actor() { return current->id; }
-inline int async_actor() { return block.threads; }
+inline int rank() { return actor() / block.size; }  // of this thread's block in its cluster
 
 // Ends the launch; does not return.
 [[noreturn]] inline void fail(const char* format, ...) {
@@ -115,7 +124,7 @@ inline int async_actor() { return block.threads; }
   if (error.empty()) {
     error = text;
     if (current != nullptr) {
-      error += " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(current->id) + ")";
+      error += " (block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(current->id % block.size) + ")";
     }
   }
   _longjmp(scheduler, 2);
@@ -145,26 +154,29 @@ inline void release(Clocks& into, int who) {
   ++block.clocks[who][who];
 }
 inline void acquire(const Clocks& from, int who) { merge(block.clocks[who], from); }
+inline bool before(int other, uint32_t time, int who) { return other == who || block.clocks[who][other] >= time; }
 
 // --- Barriers -----------------------------------------------------------------------------------------------------
+
+inline void complete(Barrier& barrier) {
+  barrier.published = barrier.pending;
+  barrier.pending.clear();
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
 
 inline void barrier_arrive(int id, int count) {
   if (id < 0 || id >= 16) fail("barrier %d does not exist", id);
   if (count <= 0 || count % kWarp != 0) fail("barrier %d counts %d threads, not whole warps", id, count);
-  Barrier& barrier = block.barriers[id];
+  Barrier& barrier = block.barriers[16 * rank() + id];
   if (barrier.arrived == 0) barrier.count = count;
   if (barrier.count != count) fail("barrier %d: a thread counts %d threads, another %d", id, count, barrier.count);
   release(barrier.pending, actor());
-  if (++barrier.arrived == count) {
-    barrier.published = barrier.pending;
-    barrier.pending.clear();
-    barrier.arrived = 0;
-    ++barrier.generation;
-  }
+  if (++barrier.arrived == count) complete(barrier);
 }
 
 inline void barrier_sync(int id, int count) {
-  Barrier& barrier = block.barriers[id & 15];
+  Barrier& barrier = block.barriers[16 * rank() + (id & 15)];
   const uint64_t generation = barrier.generation;
   barrier_arrive(id, count);
   wait_until("a barrier", [&] { return barrier.generation != generation; });
@@ -203,23 +215,60 @@ inline void warp_sync() {
   });
 }
 
+// --- Clusters of blocks --------------------------------------------------------------------------------------------
+
+// barrier.cluster.arrive.release and wait.acquire. Threads that have ended count as arrived.
+inline void cluster_sync() {
+  Barrier& barrier = block.cluster;
+  const uint64_t generation = barrier.generation;
+  release(barrier.pending, actor());
+  ++barrier.arrived;
+  wait_until("a barrier of the cluster", [&] {
+    if (barrier.generation == generation && barrier.arrived + block.ended == block.threads) complete(barrier);
+    return barrier.generation != generation;
+  });
+  acquire(barrier.published, actor());
+}
+
+// `who` touches the shared memory of the block of this rank, which must not have ended then: check_foreign.
+inline void touch_foreign(int rank, int who) { block.foreign[{rank, who}] = block.clocks[who][who]; }
+
+// Whether every block ended after what others did to its shared memory, not by chance: a thread of it knew.
+inline void check_foreign() {
+  for (const auto& [key, time] : block.foreign) {
+    bool known = false;
+    for (int i = key.first * block.size; i < (key.first + 1) * block.size; ++i) known |= before(key.second, time, i);
+    if (!known) fail("block %d of a cluster may end before another one is done with its shared memory", key.first);
+  }
+}
+
 // --- Shared memory -------------------------------------------------------------------------------------------------
 
+// A shared address is one of the thread's own block, unless its upper bits name another block of the cluster, by rank.
+constexpr int kRankShift = 24;
+
+inline uint32_t shared_address_in(int rank, uint32_t address) {
+  return (address & ((1u << kRankShift) - 1)) | uint32_t(rank + 1) << kRankShift;
+}
+inline int shared_rank(uint32_t address) { return address >> kRankShift ? int(address >> kRankShift) - 1 : rank(); }
+// For messages, too.
+inline uint32_t shared_offset(uint32_t address) { return (address & ((1u << kRankShift) - 1)) - kSharedBase; }
+
 inline uint8_t* shared_bytes(uint32_t address, size_t bytes, size_t alignment) {
-  if (address < kSharedBase || address - kSharedBase + bytes > block.shared.size()) {
-    fail("shared access out of bounds: %zu bytes at %d of %zu", bytes, int(address) - int(kSharedBase), block.shared.size());
+  const uint32_t offset = shared_offset(address);
+  if (offset + bytes > block.shared_size) {
+    fail("shared access out of bounds: %zu bytes at %d of %zu", bytes, int(offset), block.shared_size);
   }
-  if (address % alignment != 0) fail("shared access of %zu bytes at %u is not aligned", alignment, address - kSharedBase);
-  return block.shared.data() + (address - kSharedBase);
+  if (offset % alignment != 0) fail("shared access of %zu bytes at %u is not aligned", alignment, offset);
+  return block.shared.data() + shared_rank(address) * block.window + offset;
 }
 
 template <typename Visit>
 void each_cell(uint32_t address, size_t bytes, Visit visit) {
-  const uint32_t offset = address - kSharedBase;
-  for (uint32_t i = offset / 4; i <= (offset + bytes - 1) / 4; ++i) visit(block.cells[i], i * 4);
+  const uint32_t offset = shared_offset(address);
+  Cell* cells = &block.cells[shared_rank(address) * block.window / 4];
+  for (uint32_t i = offset / 4; i <= (offset + bytes - 1) / 4; ++i) visit(cells[i], i * 4);
 }
-
-inline bool before(int other, uint32_t time, int who) { return other == who || block.clocks[who][other] >= time; }
 
 // The bytes at an address, for `who` to read.
 inline const uint8_t* shared_read(uint32_t address, size_t bytes, size_t alignment, int who) {
@@ -279,13 +328,15 @@ inline void async_write_end(uint32_t address, size_t bytes, const void* data, in
 inline void fiber_main() {
   kernel_body();
   current->done = true;
+  ++block.ended;
   _longjmp(scheduler, 1);
 }
 
 // Runs a fiber until it waits. False: the launch has failed.
 __attribute__((noinline)) inline bool resume(Fiber& fiber) {
   current = &fiber;
-  const unsigned id = fiber.id;
+  const unsigned id = fiber.id % block.size;
+  blockIdx = block.at[fiber.id / block.size];
   threadIdx = {id % blockDim.x, id / blockDim.x % blockDim.y, id / blockDim.x / blockDim.y};
   const int code = _setjmp(scheduler);
   if (code == 0) {
@@ -320,21 +371,26 @@ inline bool run_warp(int warp, bool& progress) {
   return true;
 }
 
-// One block from start to end. False: `error` says what went wrong.
-inline bool run_block(size_t shared_size) {
-  const int threads = blockDim.x * blockDim.y * blockDim.z;
+// The blocks of a cluster, or one block, from start to end. False: `error` says what went wrong.
+inline bool run_blocks(const std::vector<uint3>& at, size_t shared_size) {
+  const int size = blockDim.x * blockDim.y * blockDim.z, threads = size * int(at.size());
   if (stacks == nullptr) {
     stacks = static_cast<char*>(mmap(nullptr, kStack * kMostThreads, PROT_READ | PROT_WRITE,
                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
   block = Block{};
   block.threads = threads;
+  block.size = size;
+  block.at = at;
   block.fibers.resize(threads);
   block.clocks.assign(threads + 1, Clocks(threads + 1, 0));
   for (int i = 0; i <= threads; ++i) block.clocks[i][i] = 1;
   block.warps.resize(threads / kWarp);
-  block.shared.assign(shared_size, 0xff);
-  block.cells.resize(shared_size / 4 + 1);
+  block.barriers.resize(16 * at.size());
+  block.shared_size = shared_size;
+  block.window = shared_size / 4 * 4 + 4;
+  block.shared.assign(block.window * at.size(), 0xff);
+  block.cells.resize(block.window / 4 * at.size());
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = block.fibers[i];
     fiber.id = i;
@@ -362,10 +418,11 @@ inline bool run_block(size_t shared_size) {
     }
     for (const Fiber& fiber : block.fibers) {
       if (!fiber.done) {
-        error = std::string("deadlock: thread ") + std::to_string(fiber.id) + " waits for ever at " + fiber.waits_for;
+        error = "deadlock: thread " + std::to_string(fiber.id % block.size) + " waits for ever at " + fiber.waits_for;
         return false;
       }
     }
+    if (!run_guarded(check_foreign)) return false;
     for (const auto& check : block.at_exit) {
       if (!run_guarded(check)) return false;
     }

@@ -32,6 +32,7 @@ struct Mbarrier {
   int maker;
   uint32_t made;
   bool fenced = false;
+  bool foreign = false;  // another block of the cluster has arrived
   Clocks pending, published;
 };
 
@@ -54,26 +55,26 @@ struct WgmmaThread {
   std::map<float*, std::vector<float>> sums;        // what the accumulators in flight will hold
 };
 
-constexpr int kAsyncActors = 32;
+constexpr int kAsyncActors = 32;  // of a block
 constexpr int kRegisterFile = 65536;
 
 struct Hopper {
-  std::map<uint32_t, Mbarrier> barriers;
+  std::map<uint32_t, Mbarrier> barriers;           // by address, with the rank of the block
   std::vector<WgmmaThread> threads;
   std::vector<std::map<uint64_t, Issued>> issued;  // of each warpgroup
   std::vector<int> registers;                      // of each warp's threads
-  int free_registers;
+  std::vector<int> free_registers;                 // of each block
 };
 
 inline std::weak_ptr<Hopper> hopper_of_block;
 
-// This block's state; its end is checked for what nobody waited for.
+// The state of the blocks that run; their end is checked for what nobody waited for.
 inline Hopper& hopper() {
   if (std::shared_ptr<Hopper> state = hopper_of_block.lock()) return *state;
   auto state = std::make_shared<Hopper>();
   hopper_of_block = state;
-  const int actors = block.threads + 1 + kAsyncActors;
-  for (int i = 0; i < kAsyncActors; ++i) block.clocks.emplace_back();
+  const int asynchronous = kAsyncActors * int(block.at.size()), actors = block.threads + 1 + asynchronous;
+  for (int i = 0; i < asynchronous; ++i) block.clocks.emplace_back();
   for (int i = 0; i < actors; ++i) {
     block.clocks[i].resize(actors, 0);
     if (i > block.threads) block.clocks[i][i] = 1;
@@ -81,11 +82,11 @@ inline Hopper& hopper() {
   state->threads.resize(block.threads);
   state->issued.resize(block.threads / 128 + 1);
   // 168 a thread of 384: __launch_bounds__ lets the compiler take no more, in steps of 8.
-  state->registers.assign(block.threads / kWarp, kRegisterFile / block.threads / 8 * 8);
-  state->free_registers = kRegisterFile - state->registers[0] * block.threads;
+  state->registers.assign(block.threads / kWarp, kRegisterFile / block.size / 8 * 8);
+  state->free_registers.assign(block.at.size(), kRegisterFile - state->registers[0] * block.size);
   block.at_exit.push_back([state] {
     for (const auto& [address, barrier] : state->barriers) {
-      if (barrier.bytes != 0) fail("a block ends while the mbarrier at %u still expects bytes", address - kSharedBase);
+      if (barrier.bytes != 0) fail("a block ends while the mbarrier at %u still expects bytes", shared_offset(address));
     }
     for (const WgmmaThread& thread : state->threads) {
       if (thread.groups.size() > 1 || !thread.groups[0].empty()) fail("a block ends with a wgmma in flight");
@@ -94,20 +95,23 @@ inline Hopper& hopper() {
   return *state;
 }
 
-inline Mbarrier& mbarrier_at(uint32_t address) {
+inline Mbarrier& mbarrier_at(uint32_t given) {
+  const uint32_t address = shared_address_in(shared_rank(given), given);
   const auto found = hopper().barriers.find(address);
-  if (found == hopper().barriers.end()) fail("no mbarrier was initialised at shared offset %u", address - kSharedBase);
+  if (found == hopper().barriers.end()) fail("no mbarrier was initialised at shared offset %u", shared_offset(address));
   Mbarrier& barrier = found->second;
   if (!before(barrier.maker, barrier.made, actor())) fail("an mbarrier is used before its initialisation is visible");
   return barrier;
 }
 
-inline void mbarrier_init(uint32_t address, uint32_t count) {
+inline void mbarrier_init(uint32_t given, uint32_t count) {
+  const uint32_t address = shared_address_in(rank(), given);
   shared_bytes(address, 8, 8);
   Hopper& state = hopper();
   if (count == 0 || state.barriers.count(address)) fail("an mbarrier is initialised wrongly or twice");
   const int who = block.threads + 1 + int(state.barriers.size());
-  if (int(state.barriers.size()) >= kAsyncActors) fail("more mbarriers than the host execution has actors");
+  const size_t most = kAsyncActors * block.at.size();
+  if (state.barriers.size() >= most) fail("more mbarriers than the host execution has actors");
   Mbarrier barrier{};
   barrier.count = barrier.missing = int(count);
   barrier.actor = who;
@@ -139,10 +143,23 @@ inline void mbarrier_arrive(uint32_t address, uint32_t bytes) {
   mbarrier_advance(barrier);
 }
 
-inline void mbarrier_wait(uint32_t address, uint32_t parity) {
+// An arrival at the mbarrier at the same place in another block of the cluster.
+inline void mbarrier_arrive_at(int target, uint32_t address) {
+  if (target < 0 || target >= int(block.at.size())) fail("block %d of a cluster of %zu", target, block.at.size());
+  const uint32_t there = shared_address_in(target, address);
+  if (target != rank()) {
+    touch_foreign(target, actor());
+    mbarrier_at(there).foreign = true;
+  }
+  mbarrier_arrive(there, 0);
+}
+
+// `cluster`: the wait is for arrivals of every block of the cluster.
+inline void mbarrier_wait(uint32_t address, uint32_t parity, bool cluster = false) {
   Mbarrier& barrier = mbarrier_at(address);
   if (parity > 1) fail("a parity of %u", parity);
   wait_until("an mbarrier", [&] { return (barrier.phase & 1) != parity; });
+  if (barrier.foreign && !cluster) fail("a wait in the block's scope for arrivals of another block");
   acquire(barrier.published, actor());
 }
 
@@ -158,44 +175,70 @@ inline std::vector<Region> regions_at(uintptr_t address) {
 // The 128-byte swizzle: bits 4-6 of a shared address ^= bits 7-9.
 inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void tensor_load(uint32_t to, const TensorMap& given, uint32_t barrier_address, int column, int row, int base) {
-  const TensorMap map = given;
-  Mbarrier& barrier = mbarrier_at(barrier_address);
-  if (!barrier.fenced) fail("the copy engine uses an mbarrier whose initialisation was not fenced for it");
-  const uint32_t bytes = map.box[0] * map.box[1] * map.box[2] * 2;
-  async_write_begin(to, bytes, 128, actor());
-  Clocks issued;
-  release(issued, actor());
-  defer([=, &barrier] {
-    bool ended = true;
-    for (const Fiber& fiber : block.fibers) ended &= fiber.done;
-    if (ended) fail("a tensor copy arrives after the block has ended");
-    acquire(issued, barrier.actor);
-    const std::vector<Region> buffers = regions_at(map.address);
-    const int64_t first = std::max(column, 0);
-    const int64_t last = std::min(int64_t(column) + map.box[0], int64_t(map.sizes[0]));
-    std::vector<uint8_t> data(bytes, 0);
-    for (uint32_t k = 0; k < map.box[2]; ++k) {
-      for (uint32_t j = 0; j < map.box[1]; ++j) {
-        const int64_t r = int64_t(row) + j, b = int64_t(base) + k;
-        if (r < 0 || b < 0 || r >= int64_t(map.sizes[1]) || b >= int64_t(map.sizes[2]) || first >= last) continue;
-        const uintptr_t line = map.address + r * map.strides[0] + b * map.strides[1];
-        bool inside = false;
-        for (const Region& region : buffers) {
-          inside |= line + 2 * first >= region.begin && line + 2 * last <= region.end;
-        }
-        if (!inside) fail("a tensor copy reads row %lld, %lld outside of its map's buffer", (long long)b, (long long)r);
-        for (int64_t c = first; c < last; ++c) {
-          const uint32_t at = to + ((k * map.box[1] + j) * map.box[0] + uint32_t(c - column)) * 2;
-          std::memcpy(&data[swizzle128(at) - to], reinterpret_cast<const uint16_t*>(line) + c, 2);
-        }
+// What of a map's box at (column, row, base) is inside, zeros elsewhere, swizzled as for `to`.
+inline std::vector<uint8_t> tensor_box(const TensorMap& map, uint32_t to, int column, int row, int base) {
+  const std::vector<Region> buffers = regions_at(map.address);
+  const int64_t first = std::max(column, 0);
+  const int64_t last = std::min(int64_t(column) + map.box[0], int64_t(map.sizes[0]));
+  std::vector<uint8_t> data(map.box[0] * map.box[1] * map.box[2] * 2, 0);
+  for (uint32_t k = 0; k < map.box[2]; ++k) {
+    for (uint32_t j = 0; j < map.box[1]; ++j) {
+      const int64_t r = int64_t(row) + j, b = int64_t(base) + k;
+      if (r < 0 || b < 0 || r >= int64_t(map.sizes[1]) || b >= int64_t(map.sizes[2]) || first >= last) continue;
+      const uintptr_t line = map.address + r * map.strides[0] + b * map.strides[1];
+      bool inside = false;
+      for (const Region& region : buffers) {
+        inside |= line + 2 * first >= region.begin && line + 2 * last <= region.end;
+      }
+      if (!inside) fail("a tensor copy reads row %lld, %lld outside of its map's buffer", (long long)b, (long long)r);
+      for (int64_t c = first; c < last; ++c) {
+        const uint32_t at = to + ((k * map.box[1] + j) * map.box[0] + uint32_t(c - column)) * 2;
+        std::memcpy(&data[swizzle128(at) - to], reinterpret_cast<const uint16_t*>(line) + c, 2);
       }
     }
-    async_write_end(to, bytes, data.data(), barrier.actor);
+  }
+  return data;
+}
+
+// A copy into the block of this rank, at the same place there as `to` is here, counted by the mbarrier at the same
+// place.
+inline void tensor_load_to(int target, uint32_t to, const TensorMap& given, uint32_t barrier_address, int column,
+                           int row, int base) {
+  const TensorMap map = given;
+  const uint32_t there = shared_address_in(target, to);
+  Mbarrier& barrier = mbarrier_at(shared_address_in(target, barrier_address));
+  if (!barrier.fenced) fail("the copy engine uses an mbarrier whose initialisation was not fenced for it");
+  const uint32_t bytes = map.box[0] * map.box[1] * map.box[2] * 2;
+  async_write_begin(there, bytes, 128, actor());
+  Clocks issued;
+  release(issued, actor());
+  const bool foreign = target != rank();
+  defer([=, &barrier] {
+    bool ended = true;
+    for (int i = target * block.size; i < (target + 1) * block.size; ++i) ended &= block.fibers[i].done;
+    if (ended) fail("a tensor copy arrives after the block has ended");
+    acquire(issued, barrier.actor);
+    const std::vector<uint8_t> data = tensor_box(map, to, column, row, base);
+    async_write_end(there, bytes, data.data(), barrier.actor);
     barrier.bytes -= bytes;
+    if (foreign) touch_foreign(target, barrier.actor);
     release(barrier.pending, barrier.actor);
     mbarrier_advance(barrier);
   });
+}
+
+inline void tensor_load(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row, int base) {
+  tensor_load_to(rank(), to, map, barrier, column, row, base);
+}
+
+// The same into every block of the cluster whose bit is set in `blocks`. When each of them arrives, is chance.
+inline void tensor_load_multicast(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row, int base,
+                                  uint32_t blocks) {
+  const int size = int(block.at.size());
+  if (blocks == 0 || blocks >> size) fail("a copy to the blocks %u of a cluster of %d", blocks, size);
+  for (int target = 0; target < size; ++target) {
+    if (blocks >> target & 1) tensor_load_to(target, to, map, barrier, column, row, base);
+  }
 }
 
 // Where 16 bytes of an operand lie: 9.7.15.5.1.2 and the matrix descriptor. `mn`, `k` index elements along M or N and
@@ -364,8 +407,9 @@ inline void set_registers(int count, bool more) {
   int& mine = state.registers[actor() / kWarp];
   const int wanted = (count - mine) * kWarp;
   if (more ? wanted < 0 : wanted > 0) fail("setmaxnreg of %d from %d in the wrong direction", count, mine);
-  wait_until("setmaxnreg", [&] { return state.free_registers >= wanted; });
-  state.free_registers -= wanted;
+  int& free_registers = state.free_registers[rank()];
+  wait_until("setmaxnreg", [&] { return free_registers >= wanted; });
+  free_registers -= wanted;
   mine = count;
 }
 

@@ -31,10 +31,12 @@ void host_store_shared(SharedAddress at, T value) {
 }
 
 inline float load_shared_float(SharedAddress at) { return host_load_shared<float>(at); }
+inline float4 load_shared_float4(SharedAddress at) { return host_load_shared<float4>(at); }
 inline double load_shared_double(SharedAddress at) { return host_load_shared<double>(at); }
 inline int load_shared_int(SharedAddress at) { return host_load_shared<int>(at); }
 inline int4 load_shared_int4(SharedAddress at) { return host_load_shared<int4>(at); }
 inline void store_shared_float(SharedAddress at, float value) { host_store_shared(at, value); }
+inline void store_shared_float4(SharedAddress at, float4 value) { host_store_shared(at, value); }
 inline void store_shared_double(SharedAddress at, double value) { host_store_shared(at, value); }
 inline void store_shared_int(SharedAddress at, int value) { host_store_shared(at, value); }
 inline void store_shared_int4(SharedAddress at, int4 value) { host_store_shared(at, value); }
@@ -217,7 +219,7 @@ T shuffle_xor(T value, int mask) {
 }
 
 inline void sync_warp() { host::warp_sync(); }
-inline void sync_block() { host::barrier_sync(0, host::block.threads); }
+inline void sync_block() { host::barrier_sync(0, host::block.size); }
 inline void barrier_wait(int id, int threads) { host::barrier_sync(id, threads); }
 inline void barrier_come(int id, int threads) { host::barrier_arrive(id, threads); }
 

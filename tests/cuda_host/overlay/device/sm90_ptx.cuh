@@ -13,11 +13,20 @@ using TensorMap = host::TensorMap;
 inline void mbarrier_init(SharedAddress barrier, uint32_t count) { host::mbarrier_init(barrier, count); }
 inline void mbarrier_init_fence() { host::mbarrier_init_fence(); }
 inline void mbarrier_arrive(SharedAddress barrier) { host::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_at(int rank, SharedAddress barrier) { host::mbarrier_arrive_at(rank, barrier); }
 inline void mbarrier_arrive_expect(SharedAddress barrier, uint32_t bytes) { host::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_wait(SharedAddress barrier, uint32_t parity) { host::mbarrier_wait(barrier, parity); }
+inline void mbarrier_wait_cluster(SharedAddress barrier, uint32_t parity) {
+  host::mbarrier_wait(barrier, parity, true);
+}
+inline void cluster_sync() { host::cluster_sync(); }
 
 inline void tensor_load(SharedAddress to, const TensorMap* map, SharedAddress barrier, int column, int row, int base) {
   host::tensor_load(to, *map, barrier, column, row, base);
+}
+inline void tensor_load_multicast(SharedAddress to, const TensorMap* map, SharedAddress barrier, int column, int row,
+                                  int base, uint16_t blocks) {
+  host::tensor_load_multicast(to, *map, barrier, column, row, base, blocks);
 }
 inline void tensor_map_prefetch(const TensorMap*) {}
 
