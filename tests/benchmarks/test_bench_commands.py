@@ -30,7 +30,8 @@ def ops_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def step_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("step") / "step.json"
-    assert main(["step", "--dry-run", "--pairs", "2", "--length", "8", "--prompts", "3", "--out", str(path)]) == 0
+    sizes = ["--pairs", "2", "--length", "8", "--prompts", "3", "--layers", "1"]
+    assert main(["step", "--dry-run", *sizes, "--out", str(path)]) == 0
     return path
 
 
@@ -59,7 +60,7 @@ def test_step_compares_norms_before_it_times(step_file):
     rows = {row["variant"]: row for row in record["rows"]}
     assert list(rows) == list(step.VARIANTS)
     assert all(row["status"] == "ok" for row in rows.values())
-    for name in ("last_attention", "last_attention_fused", "linears", "linears_fused"):
+    for name in ("last_attention", "last_attention_fused", "linears", "linears_fused", "everything_fused_tasks"):
         errors = rows[name]["errors"]
         assert set(errors) == {
             "norms against prompt_microbatches",

@@ -272,6 +272,15 @@ def test_the_readme_test_detects_an_old_table_and_a_changed_number(tmp_path):
             expected_of_readme(tmp_path, text)
 
 
+def test_the_measured_steps_in_readme_are_those_of_the_result_file():
+    record = records.read(records.RESULTS / "step-epyc-2-threads.json")
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|$", table.README.read_text(), re.MULTILINE
+    )
+    ratios = {row["variant"]: [f"{row['ratio'][key]:.2f}" for key in ("median", "q1", "q3")] for row in record["rows"]}
+    assert {name: found for name, *found in rows} == ratios and len(rows) == len(ratios)
+
+
 def test_the_measured_steps_in_the_docs_are_those_of_the_result_file():
     text = (table.README.parent / "docs" / "benchmarks.md").read_text()
     record = records.read(records.RESULTS / "step-epyc-2-threads-sketch.json")

@@ -67,10 +67,13 @@ class Tree:
                 raise ValueError(f"{patch.pattern!r} must match once in {patch.file}, it matches {count} times")
             path.write_text(text)
 
-    def module(self) -> Path:
-        """The module built from the bindings and the CUDA sources. What is left out fails when it is called."""
+    def module(self, without: str = "nothing") -> Path:
+        """The module built from the bindings and the CUDA sources, but for those whose names begin with ``without``.
+
+        What is left out fails when it is called.
+        """
         names = [self.csrc / name for name in ("bindings.cpp", "build_info.cpp", "control.cpp")]
-        return self.link([*names, *sorted(self.csrc.glob("*.cu"))])
+        return self.link([*names, *sorted(p for p in self.csrc.glob("*.cu") if not p.name.startswith(without))])
 
     def link(self, sources: list[Path]) -> Path:
         """A shared object of these sources. Raises RuntimeError with the compiler's words."""

@@ -49,7 +49,7 @@ CASES: dict[str, list[str]] = {
     "reference, iterations, full": ["--num_iterations", "2", "--full_steps", "1", "--beta", "0.1"],
     "weights": ["--task_weighting", "equal_pull", "--gradient_accumulation_steps", "2", "--few_shot", "1"],
 }
-SLOW = ("last attention", "no shared prompt, fused", "weights")
+SLOW = ("last attention", "no shared prompt, fused", "reference, iterations, full", "weights")
 MEASURED = ("tokens", "loss", "grad_norm", "tasks/copy/reward", "tasks/copy/mean_sq_norm", "tasks/maximum/mean_sq_norm")
 
 

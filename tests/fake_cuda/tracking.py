@@ -106,7 +106,7 @@ def packed_row(padding: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 #: What another case goes through as well.
-SLOW = ("last attention", "all", "all, exact", "all, fused, exact")
+SLOW = ("last attention", "last attention, fused", "all", "all, exact", "all, sketch", "all, fused, exact")
 
 
 @pytest.fixture
