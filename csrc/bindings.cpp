@@ -112,7 +112,7 @@ void bind_cpu(py::module_& m) {
   using namespace gradnorm;
   m.def("segmented_wgrad", &::segmented_wgrad);
   m.def("segmented_wgrad_workspace", &segmented_wgrad_workspace, py::arg("isa"), py::arg("tokens"), py::arg("d_in"),
-        py::arg("d_out"), py::arg("gram_groups"));
+        py::arg("d_out"), py::arg("gram_groups"), py::arg("segments"));
   m.attr("MOST_GRAM_GROUPS") = kMostGramGroups;
   m.attr("MOST_GRAM_SQUARES") = kMostGramSquares;
   m.def("best_isa", &best_isa);

@@ -50,8 +50,9 @@ struct SegmentedWgrad {
   int threads;        // at most so many; the result does not depend on it
 };
 void segmented_wgrad(const SegmentedWgrad& args);
-// `gram_groups`: groups if `gram` is given, else 0. With it all tokens are packed at once.
-int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups);
+// `gram_groups`: groups if `gram` is given, else 0. With it all tokens are packed at once. `segments`: as in the call.
+int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups,
+                                  int64_t segments);
 // The instruction set to use on this processor: a position in BuildInfo::cpu_isas.
 int best_isa();
 // Whether this processor runs the instruction set at a position of BuildInfo::cpu_isas.

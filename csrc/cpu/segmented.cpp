@@ -44,7 +44,7 @@ struct Geometry {
   int64_t dy_floats, packed_floats, partial_floats;
   int64_t pairs;  // of groups whose inner products are wanted
 
-  Geometry(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups)
+  Geometry(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups, int64_t segments)
       : kernel(kernel_of(isa)), pairs(gram_groups * (gram_groups + 1) / 2) {
     dy_panels = divide_up(d_out, kernel.rows);
     x_panels = divide_up(d_in, kernel.columns);
@@ -53,7 +53,8 @@ struct Geometry {
     limit = pairs ? tokens : std::min(tokens, most_tokens(d_in, d_out));
     dy_floats = dy_panels * dy_stride(limit);
     packed_floats = dy_floats + x_panels * x_stride(limit);
-    partial_floats = units * (pairs ? int64_t{kMostGramSquares} : most_partials(limit)) * kDouble;
+    // In one phase every segment may end a sample and a group.
+    partial_floats = units * (pairs ? 2 * segments : most_partials(limit)) * kDouble;
   }
 
   // From a panel to the next, in floats: whole lines, and one more, or the panels' beginnings would often fall into one
@@ -71,7 +72,8 @@ class SegmentedWgradCall {
  public:
   explicit SegmentedWgradCall(const SegmentedWgrad& args)
       : args_(args),
-        shape_(args.isa, args.tokens, args.d_in, args.d_out, args.gram ? groups_of(args) : 0),
+        shape_(args.isa, args.tokens, args.d_in, args.d_out, args.gram ? groups_of(args) : 0,
+               args.segments),
         schedule_(make_schedule(args, shape_.limit)) {
     const auto start = reinterpret_cast<uintptr_t>(args.workspace);
     packed_ = reinterpret_cast<float*>(divide_up(start, kAlignment) * kAlignment);
@@ -241,8 +243,9 @@ void segmented_wgrad(const SegmentedWgrad& args) {
   SegmentedWgradCall(args).run();
 }
 
-int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups) {
-  return Geometry(isa, tokens, d_in, d_out, gram_groups).bytes();
+int64_t segmented_wgrad_workspace(int isa, int64_t tokens, int64_t d_in, int64_t d_out, int64_t gram_groups,
+                                  int64_t segments) {
+  return Geometry(isa, tokens, d_in, d_out, gram_groups, segments).bytes();
 }
 
 bool runs_isa(int isa) {

@@ -61,7 +61,7 @@ def segmented_wgrad(
         "sums": 0 if lone or paired else held * rows * d_in,
         "total": rows * d_in if through else 0,
         "open": 0 if paired else rows * d_in,
-        "packed": -(-module.segmented_wgrad_workspace(isa, len(x), d_in, rows, paired) // 4),
+        "packed": -(-module.segmented_wgrad_workspace(isa, len(x), d_in, rows, paired, len(spans)) // 4),
     }
     sums, total, unfinished, packed = _scratch(sum(sizes.values())).split(list(sizes.values()))
     sample_sq, group_sq = (torch.zeros(n, dtype=torch.float64, device="cpu") for n in (samples, len(groups)))
