@@ -3,6 +3,7 @@
 //
 // Positions count the rows of all segments in their order. Split p begins at position p * tokens / splits, rounded down.
 #include "device/launch.cuh"
+#include "device/offsets.cuh"
 #include "device/ptx_sm80.cuh"
 
 namespace gradnorm {
@@ -50,10 +51,6 @@ __device__ __forceinline__ Scan block_scan(Pair value, int& turn) {
   return scan;
 }
 
-struct Rows {
-  int64_t row, end;
-};
-
 // The segments that have rows, without gaps, in `workspace`.
 struct Filled {
   int32_t *row, *begin, *sample, *group, *sample_rank, *group_rank, *gram_begin;
@@ -71,18 +68,12 @@ struct Filled {
   }
 };
 
-__device__ __forceinline__ int64_t offset_at(const Schedule& args, int index) {
-  if (args.wide) return load_global(static_cast<const int64_t*>(args.start) + index);
-  return load_global(static_cast<const int32_t*>(args.start) + index);
-}
-
 // Rows of segment `index` as given.
 __device__ __forceinline__ Rows rows_of(const Schedule& args, int index) {
   if (args.end != nullptr) {
     return {load_global(static_cast<const int64_t*>(args.start) + index), load_global(args.end + index)};
   }
-  if (args.start != nullptr) return {offset_at(args, index), offset_at(args, index + 1)};
-  return {static_cast<int64_t>(index) * args.length, static_cast<int64_t>(index + 1) * args.length};
+  return given_rows(args.start, args.wide, args.length, index);
 }
 
 // Whether the values are in range, the same in every thread.
@@ -91,9 +82,7 @@ __device__ __forceinline__ bool check_values(const Schedule& args, int& turn) {
   if (args.end != nullptr || args.start == nullptr) return true;
   int wrong = 0;
   for (int i = threadIdx.x; i < args.segments; i += kThreads) {
-    const Rows rows = rows_of(args, i);
-    wrong |= rows.row < 0 || rows.end < rows.row || rows.end > args.tokens;
-    wrong |= (i == 0 && rows.row != 0) || (i == args.segments - 1 && rows.end != args.tokens);
+    wrong |= are_wrong(rows_of(args, i), i, args.segments, args.tokens);
   }
   return block_scan({wrong, 0}, turn).all.a == 0;
 }

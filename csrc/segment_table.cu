@@ -3,6 +3,7 @@
 // A segment's place is the number of segments that come before it: every block counts them for its own, against all.
 // That is quadratic in the number of segments, which are few, and the bits are the same whatever the order of blocks.
 #include "device/launch.cuh"
+#include "device/offsets.cuh"
 #include "device/ptx_sm80.cuh"
 
 namespace gradnorm {
@@ -13,11 +14,6 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kSharedBytes = (kWarps * kRows + kWarps) * 4;
 
-__device__ __forceinline__ int64_t number_at(const void* numbers, bool wide, int64_t index) {
-  if (wide) return load_global(static_cast<const int64_t*>(numbers) + index);
-  return load_global(static_cast<const int32_t*>(numbers) + index);
-}
-
 // An id, and `wrong` where it is out of range: it is then the next one that is not.
 __device__ __forceinline__ int id_at(const void* ids, bool wide, int64_t index, int count, int& wrong) {
   const int64_t id = number_at(ids, wide, index);
@@ -25,13 +21,8 @@ __device__ __forceinline__ int id_at(const void* ids, bool wide, int64_t index, 
   return static_cast<int>(id < 0 ? 0 : id >= count ? count - 1 : id);
 }
 
-struct Rows {
-  int64_t start, end;
-};
-
-__device__ __forceinline__ Rows rows_of(const SegmentTable& args, int64_t segment) {
-  if (args.offsets == nullptr) return {segment * args.length, (segment + 1) * args.length};
-  return {number_at(args.offsets, args.offsets_wide, segment), number_at(args.offsets, args.offsets_wide, segment + 1)};
+__device__ __forceinline__ Rows rows_of(const SegmentTable& args, int segment) {
+  return given_rows(args.offsets, args.offsets_wide, args.length, segment);
 }
 
 // By which segments are sorted; those of one key stay in their order.
@@ -56,10 +47,7 @@ __global__ void __launch_bounds__(kThreads) segment_table_kernel(const __grid_co
     Key key{0, 0};
     if (base + lane < args.segments) {
       key = key_of(args, base + lane, wrong);
-      const Rows rows = rows_of(args, base + lane);
-      wrong |= rows.start < 0 || rows.end < rows.start || rows.end > args.tokens;
-      wrong |= base + lane == 0 && rows.start != 0;
-      wrong |= base + lane == args.segments - 1 && rows.end != args.tokens;
+      wrong |= are_wrong(rows_of(args, base + lane), base + lane, args.segments, args.tokens);
     }
 #pragma unroll
     for (int mask = 0; mask < 32; ++mask) {
@@ -91,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) segment_table_kernel(const __grid_co
   if (mine >= args.segments) return;
   Rows rows{place == 0 ? 0 : args.tokens, args.tokens};
   if (wrong == 0) rows = rows_of(args, mine);
-  store_global(args.start + place, rows.start);
+  store_global(args.start + place, rows.row);
   store_global(args.end + place, rows.end);
   store_global(args.sample + place, int32_t{own.sample});
   store_global(args.group + place, int32_t{own.group});
