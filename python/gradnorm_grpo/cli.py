@@ -1,4 +1,4 @@
-"""The command line: `train`, `probe`, `study`, `frozen`, `estimators`, `intervals`, `lags` and `report`."""
+"""The command line: `train`, `probe`, `study`, `frozen`, `estimators`, `intervals`, `lags`, `cost` and `report`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {
                                                                   how often each interval of U holds it
        train_grpo.py lags --preset NAME [--seeds 1 2 3] [--setting value ...]
                                                                   how long a task's gradient keeps its direction
+       train_grpo.py cost --preset NAME [--seeds 1 2 3] [--setting value ...]
+                                                                  the extra seconds that a digit of U costs, by method
        train_grpo.py report DIR                                   a run's table and HTML report, or a study's answers
 
 settings, as options or as keys of the YAML file:
 """
-COMMANDS = ("train", "probe", "study", "frozen", "estimators", "intervals", "lags", "report")
+COMMANDS = ("train", "probe", "study", "frozen", "estimators", "intervals", "lags", "cost", "report")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,6 +111,10 @@ def _run(arguments: list[str], console: Console) -> int:
         from .study.lags import lags
 
         return lags(arguments, console)
+    if command == "cost":
+        from .study.cost import cost
+
+        return cost(arguments, console)
     from .parse import parse_settings
 
     try:

@@ -14,9 +14,11 @@ from .errors import Parser, UserError, all_of, one_of
 from .runlog import RUN_FILE, read_info
 from .settings import Settings
 from .study.spec import (
+    CostSettings,
     FrozenSettings,
     IntervalSettings,
     StudySpec,
+    read_cost_options,
     read_frozen,
     read_interval_options,
     read_spec,
@@ -103,6 +105,13 @@ def parse_lags(arguments: list[str]) -> tuple[Settings, list[int], str]:
     given, rest = take_options(arguments)
     settings, spec, name = _shared(rest, given, "lags")
     return settings, spec.seeds, name
+
+
+def parse_cost(arguments: list[str]) -> tuple[Settings, CostSettings, list[int], str]:
+    """The settings whose steps are measured, the block `study: cost:`, the seeds, and the name."""
+    given, rest = take_options(arguments)
+    settings, spec, name = _shared(rest, given, "cost")
+    return settings, read_cost_options(spec.cost), spec.seeds, name
 
 
 def _shared(arguments: list[str], given: dict[str, Any], who: str) -> tuple[Settings, StudySpec, str]:

@@ -8,6 +8,7 @@ the hash of their preprocessed text, so a patch compiles one file again.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -26,6 +27,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 _FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-pthread"]
+_FAST = ("-O2", "-march=native")
 _WARN = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 _BUILD_INFO = """#include "launchers.h"
 namespace gradnorm { const BuildInfo build = {"host", "host execution", "0.0", "sm_80,sm_90a", "generic", ""}; }
@@ -44,7 +46,7 @@ class Patch(NamedTuple):
 class Tree:
     """A copy of csrc to be compiled for the host. ``folder`` is the tree's own; ``objects`` is shared between trees.
 
-    ``flags``: how kernels are optimised: for what runs long, or for what is compiled only to fail.
+    ``flags``: how a patched file is compiled, where that is not as all others: what only has to fail may run slowly.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Tree:
         folder: Path,
         objects: Path,
         patches: Iterable[Patch] = (),
-        flags: tuple[str, ...] = ("-O2", "-march=native"),
+        flags: tuple[str, ...] = _FAST,
     ) -> None:
-        self.csrc, self.objects, self.flags = folder / "csrc", objects, flags
+        self.csrc, self.objects = folder / "csrc", objects
+        patches = list(patches)
+        self._patched, self._flags = {patch.file for patch in patches}, flags
         objects.mkdir(parents=True, exist_ok=True)
         shutil.copytree(ROOT / "csrc", self.csrc)
         shutil.copytree(HERE / "overlay", self.csrc, dirs_exist_ok=True)
@@ -100,22 +104,28 @@ class Tree:
         kernel = source.suffix == ".cu" or source.name == "control.cpp"
         includes = [HERE / "include", self.csrc] if kernel else [self.csrc, pybind11.get_include()]
         command = ["g++", "-x", "c++", *_FLAGS, "-DGRADNORM_WITH_CUDA", *(f"-I{path}" for path in includes)]
+        # A header's patch is in every source.
+        patched = any(name == source.name or not name.endswith(".cu") for name in self._patched)
+        flags = self._flags if patched else _FAST
         if kernel:
-            command += [*self.flags, *_WARN]
+            command += [*flags, *_WARN]
         else:
             command += ["-O0", "-w", f"-I{sysconfig.get_path('include')}"]
         # The object is named by the preprocessed text, which is not made again for files that no patch touches.
         files = [source, *sorted(self.csrc.rglob("*.h")), *sorted(self.csrc.rglob("*.cuh"))]
         files += sorted((HERE / "include").iterdir())
-        known = (*self.flags, *(path.read_text() for path in files))
+        known = (*flags, *(path.read_text() for path in files))
         if known not in _names:
             text = _run([*command, "-E", "-P", str(source)])
-            _names[known] = hashlib.sha256((" ".join([*_FLAGS, *self.flags]) + text).encode()).hexdigest()[:24]
+            _names[known] = hashlib.sha256((" ".join([*_FLAGS, *flags]) + text).encode()).hexdigest()[:24]
         target = self.objects / f"{_names[known]}.o"
-        if not target.exists():
-            fresh = target.with_suffix(f".{os.getpid()}.o")
-            _run([*command, "-c", str(source), "-o", str(fresh)])
-            os.replace(fresh, target)
+        # Two processes that want the same object do not both compile it.
+        with target.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                fresh = target.with_suffix(f".{os.getpid()}.o")
+                _run([*command, "-c", str(source), "-o", str(fresh)])
+                os.replace(fresh, target)
         return target
 
 

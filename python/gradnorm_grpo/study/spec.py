@@ -16,6 +16,7 @@ In YAML, all keys optional::
       estimators: {prompts: 256}     # of the comparison of estimators (see EstimatorSettings)
       estimator_seeds: 1             # for how many of the seeds the estimators are compared
       intervals: {prompts: 512}      # of the comparison of intervals (see IntervalSettings)
+      cost: {prompts: 256}           # of the command `cost` (see CostSettings)
       frozen: {steps: 2}             # measure at fixed weights instead of training (see FrozenSettings)
       keep_checkpoints: false        # keep the weights of finished runs
 """
@@ -60,6 +61,7 @@ class StudySpec:
     estimators: dict[str, Any] = field(default_factory=dict)
     estimator_seeds: int = 1
     intervals: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, Any] | None = None
     keep_checkpoints: bool = False
 
@@ -73,7 +75,7 @@ class StudySpec:
                 raise UserError(f"{name} must be a whole number from {lowest}, got {getattr(self, name)!r}")
         if not isinstance(self.keep_checkpoints, bool):
             raise UserError(f"keep_checkpoints must be true or false, got {self.keep_checkpoints!r}")
-        for name in ("settings", "arms", "estimators", "intervals"):
+        for name in ("settings", "arms", "estimators", "intervals", "cost"):
             if not isinstance(getattr(self, name), dict):
                 raise UserError(f"{name} of a study must be a mapping, got {getattr(self, name)!r}")
         if not self.arms:
@@ -238,6 +240,33 @@ def read_interval_options(block: Mapping[str, Any]) -> IntervalSettings:
     """:class:`IntervalSettings` from a mapping, as YAML has it."""
     all_of("a key of the study's intervals", block, [spec.name for spec in dataclasses.fields(IntervalSettings)])
     return IntervalSettings(**block)
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """The entry `cost` of the block: how the extra seconds of a step are measured.
+
+    Args:
+        prompts: N, of every task, each with its whole group: as many steps as that makes.
+        rounds: in which the ways take turns; the number of steps is a multiple of it, at least twice.
+    """
+
+    prompts: int = 256
+    rounds: int = 8
+
+    def __post_init__(self) -> None:
+        """Hold every entry to its type and range."""
+        for name, lowest in (("prompts", 8), ("rounds", 1)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(
+                    f"{name} of the study's cost must be a whole number from {lowest}, got {getattr(self, name)!r}"
+                )
+
+
+def read_cost_options(block: Mapping[str, Any]) -> CostSettings:
+    """:class:`CostSettings` from a mapping, as YAML has it."""
+    all_of("a key of the study's cost", block, [spec.name for spec in dataclasses.fields(CostSettings)])
+    return CostSettings(**block)
 
 
 def read_options(block: Mapping[str, Any]) -> EstimatorSettings:
