@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ..segments import to_device
 from . import distributed
@@ -90,7 +91,8 @@ class Call:
 
     ``factor``: the constant c of a module whose output is c times the formula of its kind. ``padding_idx``: of an
     embedding whose rows at this id get no gradient. ``groups``: over which each parameter is sharded while the layer
-    computes. They are read at the call: in backward FSDP2 may not have gathered the parameters when dy arrives.
+    computes. ``nodes``: autograd's node of each parameter that trains. Both are read at the call: in backward FSDP2 may
+    not have gathered the parameters when dy arrives.
     """
 
     layer: Layer
@@ -104,10 +106,31 @@ class Call:
     padding_idx: int | None = None
     packing: Packing | None = None  # where the R sequences lie, if ``placement`` is that of packed tokens
     groups: dict[str, tuple[Any, ...]] = field(init=False)
+    nodes: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        own = self.layer.module.named_parameters(remove_duplicate=False)
+        own = list(self.layer.module.named_parameters(remove_duplicate=False))
         self.groups = {leaf: distributed.shard_groups(parameter) for leaf, parameter in own}
+        # Not read in backward: a caller may freeze a layer for one forward.
+        self.nodes = {leaf: get_gradient_edge(p).node for leaf, p in own if p.requires_grad}
+
+    def gets(self, leaf: str) -> bool:
+        """In backward: whether this pass computes a gradient of the parameter.
+
+        It does not where the layer was frozen when it was called, where its forward does not use the parameter or
+        detaches it, and where ``torch.autograd.grad`` asks for the gradient of something else.
+        """
+        if leaf not in self.nodes:
+            return False
+        try:
+            return bool(torch._C._will_engine_execute_node(self.nodes[leaf]))
+        except RuntimeError:  # torch does not answer where torch.autograd.grad asks for this gradient
+            return True
+
+    @property
+    def in_this_pass(self) -> bool:
+        """In backward: whether the pass computes a gradient of some parameter of the layer."""
+        return self.layer.frozen or any(map(self.gets, self.nodes))
 
     def split(self, tensor: Tensor) -> Tensor:
         """[U, ...]: the parts of the tensor that the module sees alone, in its layout: R rows, or the tokens of R

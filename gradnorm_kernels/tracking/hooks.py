@@ -383,7 +383,7 @@ class Watcher:
         overlapping = trace.overlapping()
 
         def take(product: Product, dy: Tensor) -> None:
-            if self.recorder is recorder:
+            if self._counts(recorder, call):
                 recorder.take_experts(call, product, dy, overlapping=overlapping)
 
         trace.take = take
@@ -401,16 +401,38 @@ class Watcher:
         def output_hook(dy: Tensor | None) -> None:
             if dy is None:
                 return  # compiled code uses another copy of the output
+            if not self._counts(recorder, call):
+                return
             if [tensor._version for tensor in kept] != versions:
                 raise RuntimeError(
                     f"the input of layer {call.layer.name!r} was modified in place after the call, so its gradient "
                     "can no longer be measured: make that operation out of place, or leave the layer out of layers="
                 )
-            if self.recorder is recorder:
-                with torch.no_grad():
-                    recorder.take(call, dy)
+            with torch.no_grad():
+                recorder.take(call, dy)
 
         y.register_hook(output_hook)
+
+    def _counts(self, recorder: Recorder, call: Call) -> bool:
+        """In backward: whether a gradient that arrived at a call of the recorder's micro-batch is a part of it."""
+        name = call.layer.name
+        if not call.in_this_pass:
+            if torch.is_grad_enabled():
+                recorder.differentiated.add(name)
+            return False
+        if self.recorder is not recorder:
+            if self.recorder is not None:
+                self._refuse(
+                    call.layer,
+                    "a gradient came to a call of it in an earlier micro-batch (a state that is carried over with its "
+                    "graph: detach it)",
+                )
+            return False
+        if name in recorder.differentiated:
+            self._refuse(
+                call.layer, "its gradient has second derivatives (torch.autograd.grad with create_graph=True)"
+            )
+        return True
 
     def _fuse(self, recorder: Recorder, call: Call, y: Tensor) -> Tensor | None:
         """The same output under a node whose backward takes dW from the recorder."""
@@ -540,7 +562,7 @@ class _FusedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = dy.reshape(-1, dy.shape[-1]).sum(0)
         wants = ctx.needs_input_grad[1]
-        if ctx.watcher.recorder is ctx.recorder:
+        if ctx.watcher._counts(ctx.recorder, ctx.call):
             ctx.call.x = x
             dw = ctx.recorder.take(ctx.call, dy, weight_grad=wants)
         elif wants:

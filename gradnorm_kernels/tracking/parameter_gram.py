@@ -373,7 +373,7 @@ def vector_rows(call: Call, dy: Tensor) -> dict[str, Tensor]:
     wide = torch.promote_types(dy.dtype, torch.float32)
     try:
         replay = RowReplay(call, wide)
-        trained = {name: replay.parameters[name] for name, p in module.named_parameters() if p.requires_grad}
+        trained = {name: replay.parameters[name] for name, _ in module.named_parameters() if call.gets(name)}
 
         def one_row(dy: Tensor, *row: Tensor) -> dict[str, Tensor]:
             return torch.func.vjp(lambda own: replay.run({**replay.parameters, **own}, row), trained)[1](dy)[0]

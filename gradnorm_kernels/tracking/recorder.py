@@ -36,6 +36,10 @@ _SECOND = (
 )
 
 
+def _versions(tokens: Tokens) -> tuple[int, int]:
+    return tokens.x._version, tokens.dy._version
+
+
 class Recorder:
     """Collects one micro-batch. A weight used once is turned into its Gram at once and its tensors are released. A
     weight that is tied or called more than once is kept until the end, because its uses are summed before they are
@@ -60,6 +64,7 @@ class Recorder:
         self.rows = rows
         self.calls: dict[str, int] = {}
         self.reached: set[str] = set()
+        self.differentiated: set[str] = set()  # layers that a pass with create_graph=True went through
         self._parameters = parameters
         self._skipped = skipped
         self._exact = exact
@@ -68,6 +73,7 @@ class Recorder:
         self._reconciliation = reconciliation
         self._done: set[str] = set()
         self._kept: dict[str, list[Tokens]] = {}
+        self._versions: dict[str, list[tuple[int, int]]] = {}  # of the tensors in them, which autograd shares
         self._kinds: dict[str, dict[str, str]] = {}  # weight -> {layer: kind}
         self._vectors: dict[str, Tensor] = {}
         # (parameter, or "" while nothing is reconciled; device; groups over which matrices are sharded) -> sums
@@ -102,10 +108,10 @@ class Recorder:
             self._take_vector(call, dy)
             return None
         bias = layer.module._parameters.get("bias")
-        if bias is not None and bias.requires_grad:
+        if bias is not None and call.gets("bias"):
             self._add_vector(call, "bias", bias_rows(call, dy), dy)
         weight = layer.module._parameters.get("weight")
-        if weight is None or not (weight.requires_grad or layer.frozen):
+        if weight is None or not (call.gets("weight") or layer.frozen):
             return None
         name, groups = self._parameters.name(layer, "weight"), call.groups["weight"]
         if name in self._skipped:
@@ -124,7 +130,7 @@ class Recorder:
         if not self._pairs:
             return plain_weight_grad(call, dy) if weight_grad else None
         if layer.kind == "embedding" or self._used_again(name, layer):
-            self._kept.setdefault(name, []).append(tokens)
+            self._keep(name, tokens)
             return plain_weight_grad(call, dy) if weight_grad else None
         self._done.add(name)
         sums = weight_sums([tokens], self.rows, weight_grad=weight_grad)
@@ -143,7 +149,7 @@ class Recorder:
         layer = call.layer
         self.reached.add(layer.name)
         for leaf in (product.leaf, product.bias):
-            if leaf is None or not layer.module.get_parameter(leaf).requires_grad:
+            if leaf is None or not call.gets(leaf):
                 continue
             name = self._parameters.name(layer, leaf)
             if name in self._skipped:
@@ -160,7 +166,7 @@ class Recorder:
             if not self._pairs:
                 continue
             if leaf in overlapping or self._used_again(name, layer):
-                self._kept.setdefault(name, []).append(tokens)
+                self._keep(name, tokens)
                 continue
             self._done |= done
             self._add(name, *weight_sums([tokens], self.rows)[:2])
@@ -168,6 +174,11 @@ class Recorder:
     def _used_again(self, name: str, layer: Layer) -> bool:
         """Whether a weight's uses are to be summed before they are squared."""
         return self._parameters.tied(name) or self.calls.get(layer.name, 0) > 1
+
+    def _keep(self, name: str, tokens: Tokens) -> None:
+        """Keep a use until the end of the micro-batch: its tensors, which must not change, and not copies of them."""
+        self._kept.setdefault(name, []).append(tokens)
+        self._versions.setdefault(name, []).append(_versions(tokens))
 
     def _note(self, name: str, tokens: Tokens, call: Call, rows: int, *, transposed: bool) -> None:
         """What is kept of a use besides its pairs. ``rows``: the first size of the parameter."""
@@ -219,8 +230,15 @@ class Recorder:
                     f"layers {sorted(kinds)} share one weight in two orientations, which is not supported"
                 )
         for name, uses in self._kept.items():
-            if name not in self._skipped:
-                self._add(name, *weight_sums(uses, rows)[:2])
+            if name in self._skipped:
+                continue
+            if [_versions(tokens) for tokens in uses] != self._versions[name]:
+                raise RuntimeError(
+                    f"the input or the output's gradient of a call with {name!r} was modified in place before the "
+                    "micro-batch ended, so that the parameter's gradient can no longer be measured: make that "
+                    "operation (a hook that changes a gradient, a buffer that is filled again) out of place"
+                )
+            self._add(name, *weight_sums(uses, rows)[:2])
         for name, vector in self._vectors.items():
             if name in self._skipped:
                 continue
