@@ -17,6 +17,7 @@ from ..segments import to_device
 from . import distributed
 from .layers import Layer
 from .packing import Packing, TokenPlacement, leading, readings
+from .replay import tensors_in
 from .rows import Rows, on_gpu, sum_by
 
 BatchDim = int | Mapping[str, int] | None
@@ -120,17 +121,23 @@ class Call:
         It does not where the layer was frozen when it was called, where its forward does not use the parameter or
         detaches it, and where ``torch.autograd.grad`` asks for the gradient of something else.
         """
-        if leaf not in self.nodes:
-            return False
-        try:
-            return bool(torch._C._will_engine_execute_node(self.nodes[leaf]))
-        except RuntimeError:  # torch does not answer where torch.autograd.grad asks for this gradient
-            return True
+        return leaf in self.nodes and _executed(self.nodes[leaf]) is not False
+
+    @property
+    def layout(self) -> tuple[tuple[int, bool], ...]:
+        """Of each tensor among the arguments: its number of dimensions, and whether it has the rows."""
+        tensors = tensors_in((self.args, self.kwargs))
+        return tuple((t.dim(), self.placement.holds(t.shape, self.x.shape)) for t in tensors)
 
     @property
     def in_this_pass(self) -> bool:
         """In backward: whether the pass computes a gradient of some parameter of the layer."""
         return self.layer.frozen or any(map(self.gets, self.nodes))
+
+    @property
+    def handed_out(self) -> bool:
+        """In backward: whether ``torch.autograd.grad`` returns the gradient, which then is in no ``.grad``."""
+        return any(_executed(node) is None for node in self.nodes.values())
 
     def split(self, tensor: Tensor) -> Tensor:
         """[U, ...]: the parts of the tensor that the module sees alone, in its layout: R rows, or the tokens of R
@@ -179,6 +186,23 @@ class Call:
         return found
 
 
+def _executed(node: Any) -> bool | None:
+    """In backward: whether the pass reaches a parameter's node; None where ``torch.autograd.grad`` asks for it."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return None
+
+
+def row_sizes(arguments: Mapping[str, Tensor], rows: Rows) -> dict[str, int]:
+    """{path: elements per row} of a model's arguments that have the rows of the micro-batch, or else its samples."""
+    for count in (rows.batch, rows.num_samples):
+        found = {path: t.numel() // count for path, t in arguments.items() if count in t.shape[:2]}
+        if found:
+            return found
+    return {}
+
+
 def token_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
     """The dimensions of a layer's input that run over tokens: all of an embedding's ids, else all but the last."""
     return tuple(x.shape if layer.kind == "embedding" else x.shape[:-1])
@@ -193,12 +217,20 @@ class Placements:
     """What is known of each layer's calls: by the layer's name and the number of token dimensions.
 
     ``given``: the tracker's ``batch_dim``. ``seen``: placements found by the probe. ``unclear``: why the probe could
-    not place a call.
+    not place a call. ``mixed``: where some call depends on the rows in a way that is no placement, so that a placement
+    of other calls says nothing. ``shared``: shapes of inputs that do not depend on the rows. ``parts``: of
+    placements in which rows are flattened with tokens, the tokens per row and the sizes of the model's arguments.
+    ``sizes``: those of the call that runs now, {path: elements per row}.
     """
 
     given: BatchDim = None
     seen: dict[Key, set[Placement | TokenPlacement]] = field(default_factory=dict)
     unclear: dict[Key, str] = field(default_factory=dict)
+    mixed: set[Key] = field(default_factory=set)
+    shared: dict[Key, set[tuple[int, ...]]] = field(default_factory=dict)
+    parts: dict[tuple[Key, Placement], list[tuple[int, dict[str, int]]]] = field(default_factory=dict)
+    sizes: dict[str, int] | None = None
+    _assumed: dict[Key, set[Placement]] = field(default_factory=dict)  # of calls by the caller itself
 
     @staticmethod
     def key(layer: Layer, dims: int, rows: Rows) -> Key:
@@ -210,7 +242,31 @@ class Placements:
 
     def knows(self, layer: Layer) -> bool:
         """Whether some call of the layer was placed."""
-        return any(key[0] == layer.name for key in self.seen)
+        return any(key[0] == layer.name for key in (*self.seen, *self._assumed))
+
+    def unseen(self, layer: Layer, x: Tensor, rows: Rows) -> bool:
+        """Whether no probe has shown how to read such a call of a layer (of padded rows)."""
+        shape = token_shape(layer, x)
+        key = self.key(layer, len(shape), rows)
+        if self._given(layer) is not None or key in self.unclear or key in self.mixed:
+            return False
+        known = self._known(key, shape, rows)
+        return not known or any(not self._as_before(key, place, shape, rows) for place in known)
+
+    def _known(self, key: Key, shape: tuple[int, ...], rows: Rows) -> list[Placement]:
+        places = self.seen.get(key, set()) | self._assumed.get(key, set())
+        return [place for place in places if isinstance(place, Placement) and place.fits(shape, rows)]
+
+    def _as_before(self, key: Key, place: Placement, shape: tuple[int, ...], rows: Rows) -> bool:
+        """Whether rows flattened with tokens have as many as a probe saw, or as many more as the model's arguments."""
+        before = self.parts.get((key, place))
+        if place.dim is None or not before or self.sizes is None:
+            return True
+        now, count = self.sizes, shape[place.dim] // place.count(rows)
+        return any(
+            count == then or any(path in now and count * size == then * now[path] for path, size in sizes.items())
+            for then, sizes in before
+        )
 
     def of(self, layer: Layer, x: Tensor, rows: Rows, outermost: bool) -> Placement | TokenPlacement:
         """Where the call's rows lie.
@@ -229,15 +285,29 @@ class Placements:
         if dim is not None:
             return self._at(layer, x, shape, rows, dim)
         key = self.key(layer, len(shape), rows)
-        known = {place for place in self.seen.get(key, ()) if isinstance(place, Placement) and place.fits(shape, rows)}
+        if key in self.mixed:
+            raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_ADVICE}")
+        known = self._known(key, shape, rows)
+        if known and shape in self.shared.get(key, ()):
+            raise Unreadable(
+                f"{_got(layer, x)}: {self.unclear[key]} in one call, and depends on them in another; {_ADVICE}"
+            )
         if len(known) == 1:
-            return known.pop()
+            if not self._as_before(key, known[0], shape, rows):
+                raise Unreadable(f"{_got(layer, x)}: it has another number of tokens per row than before; {_ADVICE}")
+            return known[0]
         if known:
             readings = " or ".join(sorted(map(str, known)))
             raise Unreadable(f"{_got(layer, x)}: its calls differ ({readings}), and this one fits both; {_ADVICE}")
         if key in self.unclear:
             raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_ADVICE}")
-        return self._by_shape(layer, x, shape, rows, outermost)
+        if key in self.seen:
+            readings = " or ".join(sorted(map(str, self.seen[key])))
+            raise Unreadable(f"{_got(layer, x)}: in its other calls {readings}, which does not fit this one; {_ADVICE}")
+        placement = self._by_shape(layer, x, shape, rows, outermost)
+        if outermost:
+            self._assumed.setdefault(key, set()).add(placement)
+        return placement
 
     def _of_tokens(
         self, layer: Layer, x: Tensor, shape: tuple[int, ...], rows: Rows, packing: Packing
@@ -250,6 +320,8 @@ class Placements:
         if dim is not None:
             return self._tokens_at(layer, x, shape, rows, packing, dim)
         key = self.key(layer, len(shape), rows)
+        if key in self.mixed:
+            raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_TOKEN_ADVICE}")
         known = {
             place
             for place in self.seen.get(key, ())

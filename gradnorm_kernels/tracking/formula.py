@@ -57,6 +57,17 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def fixed(module: nn.Module, own_hook: int) -> bool:
+    """Whether nothing can change what the module computes without a change of its :func:`signature`.
+
+    A forward of its own, or a hook that runs before the tracker's (whose id is ``own_hook``), may depend on anything.
+    """
+    kind = type(module)
+    plain = kind.forward in (nn.Linear.forward, nn.Embedding.forward) or kind.__module__ == "transformers.pytorch_utils"
+    first = next(iter(module._forward_hooks), own_hook) == own_hook
+    return plain and first and "forward" not in module.__dict__ and "parametrizations" not in module._modules
+
+
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A call's input: its first argument that is a tensor."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -176,6 +187,27 @@ def verify(layer: Layer, x: Tensor, output: Any) -> Formula:
     return found
 
 
+def still(layer: Layer, formula: Formula, x: Tensor, output: Any) -> bool:
+    """Whether a few tokens of a later call are what the formula gives. On a GPU this waits."""
+    weight, y = layer.module._parameters.get("weight"), formula.pick(output)
+    if not isinstance(y, Tensor) or (weight is not None and distributed.is_dtensor(weight)):
+        return isinstance(y, Tensor)
+    try:
+        with _recomputing():
+            x = x.reshape(-1) if layer.kind == "embedding" else x.reshape(-1, x.shape[-1])
+            y = y.reshape(len(x), -1)
+            some = torch.linspace(0, len(x) - 1, min(len(x), _TOKENS), device="cpu").long().to(x.device)
+            wanted = _evaluate(layer, x[some])
+            wide = torch.promote_types(torch.promote_types(y.dtype, wanted.dtype), torch.float32)
+            found, wanted = y[some].to(wide), wanted.to(wide) * formula.factor
+            finite = torch.isfinite(found) & torch.isfinite(wanted)
+            distance = torch.where(finite, found - wanted, 0.0).norm()
+            return bool(distance <= relative(y.dtype, x.dtype) * torch.where(finite, found, 0.0).norm())
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+
+
+_TOKENS = 16  # of a call that :func:`still` looks at
 _FORMULAS = {
     "linear": "x W^T + b of its first argument, nor a constant times that",
     "conv1d": "x W + b of its first argument, nor a constant times that",

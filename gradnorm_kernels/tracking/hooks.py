@@ -17,24 +17,18 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd.function import once_differentiable
 
-from .calls import Call, Placement, Placements, Unreadable, token_shape, whose_rows
+from .calls import Call, Placements, Unreadable, whose_rows
 from .distributed import is_dtensor
+from .entries import Entries, in_backward
 from .experts import ExpertsTrace, Product, experts_input
-from .formula import Formula, Mismatch, first_tensor, graph_ids, signature, verify, verify_rows
+from .formula import Formula, Mismatch, first_tensor, fixed, graph_ids, signature, still, verify, verify_rows
 from .layers import Layer, Parameters
-from .packed_probe import PackedProbe
-from .packing import Packing, TokenPlacement, token_arguments
-from .probe import Probe
+from .packing import TokenPlacement
 from .quiet import is_quiet, uncounted
 from .recorder import Recorder
-from .replay import Impossible, copied, tensors_in
+from .replay import tensors_in
 from .shared import SharedOutput, watch_rows
-from .skipped import Skipped
-
-
-def _in_backward() -> bool:
-    """True while autograd runs backward on this thread: a forward seen then is a recomputation by checkpointing."""
-    return bool(torch._C._current_graph_task_id() != -1)
+from .skipped import Skipped, some
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,16 +87,12 @@ class Watcher:
         self._parameters, self._skipped, self._lenient = parameters, skipped, lenient
         self._formulas: dict[str, Formula] = {}
         self._signatures: dict[str, tuple[Any, ...]] = {}
+        self._hook_ids: dict[str, int] = {}
+        self._layouts: dict[str, set[tuple[Any, ...]]] = {}  # of calls that were seen to run row by row
         self._traces: dict[str, ExpertsTrace] = {}  # of experts whose forward runs
-        self._probe: Probe | None = None
-        self._probed: set[Any] = set()
-        self._probed_packed: set[Any] = set()  # unlike those of padded rows, of all micro-batches
-        self._depth = 0
-        self._entering = False  # calls of containers are watched
-        self._probing = False
+        self.entries = Entries(placements, layers, _Hook)
         self._shared: list[SharedOutput] = []
         self.shares_outputs = False  # some embedding's rows are read where its output is spread over them
-        self.unprobed: str | None = None  # why no probe could run
 
     # Installing and removing
 
@@ -120,7 +110,9 @@ class Watcher:
 
         if layer.kind == "experts":
             return self._install_experts(layer)
-        return layer.module.register_forward_hook(_Hook(hook), with_kwargs=True).remove
+        handle = layer.module.register_forward_hook(_Hook(hook), with_kwargs=True)
+        self._hook_ids[layer.name] = handle.id
+        return handle.remove
 
     def _install_experts(self, layer: Layer) -> Callable[[], None]:
         """Follow the forward of a module of experts from its beginning to its end, also where it raises."""
@@ -143,51 +135,23 @@ class Watcher:
 
         return remove
 
-    def watch_entries(self, model: nn.Module) -> Callable[[], None]:
-        """Look at the arguments of the outermost calls, until the returned function is called."""
-        measured = {id(layer.module) for layer in self.layers}
-        names = [layer.name for layer in self.layers]
-        removers: list[Callable[[], None]] = []
+    def watch_entries(self, model: nn.Module, *, everywhere: bool) -> None:
+        """Look at the arguments of the outermost calls, as :meth:`.Entries.watch` does."""
+        self.entries.watch(model, self._left, everywhere=everywhere)
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.recorder is None or is_quiet() or _in_backward():
-                return
-            self._depth += 1
-            if self._depth == 1 and self.recorder.rows.packing is not None:
-                self._enter_packed(module, args, kwargs, self.recorder.rows.packing)
-            elif self._depth == 1 and self._probing:
-                self._enter(module, args, kwargs)
+    def _left(self, output: Any) -> None:
+        if self._shared:
+            self._read_shared(output)
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self.recorder is None or is_quiet() or _in_backward():
-                return
-            self._depth -= 1
-            if self._depth == 0 and self._shared:
-                self._read_shared(output)
-
-        for name, module in model.named_modules():
-            wrapper = type(module).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule")
-            inside = any(not name or other.startswith(f"{name}.") for other in names)
-            if inside and not wrapper and id(module) not in measured:
-                removers.append(module.register_forward_pre_hook(_Hook(before), with_kwargs=True).remove)
-                removers.append(module.register_forward_hook(_Hook(after), always_call=True).remove)
-        self._entering = True
-
-        def remove() -> None:
-            self._entering = False
-            for undo in removers:
-                undo()
-
-        return remove
-
-    def begin(self, recorder: Recorder, *, probing: bool) -> None:
-        """A micro-batch is open. ``probing``: look for the rows of the layers when a container is called."""
-        self.recorder, self._probing = recorder, probing
-        self._depth, self._probed, self._shared = 0, set(), []
+    def begin(self, recorder: Recorder, *, allowed: bool, searching: bool) -> None:
+        """A micro-batch is open. ``allowed``, ``searching``: as :meth:`.Entries.begin` takes them."""
+        self.recorder, self._shared = recorder, []
+        self.entries.begin(recorder.rows, allowed=allowed, searching=searching)
 
     def end(self) -> None:
         """The micro-batch is over, whatever ended it."""
         self.recorder = None
+        self.entries.end()
         for name in reversed(list(self._traces)):
             self._abandon(name)
 
@@ -202,76 +166,41 @@ class Watcher:
             del self._formulas[layer.name]
         return found
 
-    # The probe
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the caller's forward: find out where the layers' rows lie."""
-        recorder = self.recorder
-        assert recorder is not None
-        kinds = tuple((name, tuple(v.shape)) for name, v in kwargs.items() if isinstance(v, Tensor))
-        key = (id(module), tuple(tuple(v.shape) for v in args if isinstance(v, Tensor)), kinds)
-        if recorder.rows.batch == 1 or key in self._probed:
-            return
-        self._probed.add(key)
-        try:
-            Probe(module, args, kwargs, recorder.rows).run(self.placements, self._set_probe)
-        except Impossible as reason:
-            self.unprobed = str(reason)
-
-    def _enter_packed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], packing: Packing) -> None:
-        """Before the caller's forward: how many tokens there are, and where the layers see them.
-
-        Each kind of call (of one row or several, with the same arguments) is probed once.
+    def check_parameters(self) -> set[str]:
+        """Parameters that were replaced or thawed since the last micro-batch, to be compared with autograd's again.
 
         Raises:
-            ValueError: the sequences do not lie in the tokens.
+            RuntimeError: one can no longer be measured, and nobody asked to leave it out.
         """
-        assert self.recorder is not None
-        leaves: dict[str, Tensor] = {}
-
-        def remember(path: str, tensor: Tensor) -> Tensor:
-            leaves[path] = tensor
-            return tensor
-
-        complete = True
-        try:
-            copied((args, kwargs), remember)
-        except Impossible as reason:
-            complete, self.unprobed = False, str(reason)
-        grids = [grid for _, grid in token_arguments(leaves)]
-        if packing.grid is None and grids:
-            packing.settle(next((grid for grid in grids if packing.why_not(grid) is None), grids[0]))
-        several = packing.grid is not None and packing.grid[0] > 1
-        key = (id(module), several, tuple((path, tensor.dim()) for path, tensor in leaves.items()))
-        if not complete or not self._probing or key in self._probed_packed or packing.filled < 2:
-            return
-        probe = PackedProbe(module, args, kwargs, self.recorder.rows)
-        try:
-            probe.run(self.placements, self._set_probe)
-        except Impossible as reason:
-            self.unprobed = str(reason)
-            if probe.unlucky:  # these tokens showed nothing; other ones may
-                return
-        self._probed_packed.add(key)
-
-    def _set_probe(self, probe: Probe | None) -> None:
-        self._probe = probe
+        new, wrong = self._parameters.news()
+        wrong = {name: reason for name, reason in wrong.items() if name not in self._skipped}
+        if wrong and not self._lenient:
+            name, reason = next(iter(wrong.items()))
+            raise RuntimeError(
+                f'{name!r} cannot be measured: {reason}, or pass unverified="skip" to leave it out ({len(wrong)} '
+                f"such parameters: {some(wrong)})"
+            )
+        for name, reason in wrong.items():
+            self._skipped.add([name], reason)
+        return new
 
     # A layer's call
 
     def _called(self, layer: Layer, fused: bool, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if is_quiet():
-            return self._probe.saw(layer, args, kwargs, output) if self._probe is not None else None
+            return self.entries.saw(layer, args, kwargs, output)
         recorder = self.recorder
         if recorder is None:
             return None
-        if not _in_backward():
+        x = first_tensor(args, kwargs)
+        if not in_backward():
             recorder.called(layer)
+            if x is not None and not self.left_out(layer):
+                self.entries.look(layer, x)
         if not torch.is_grad_enabled() or self.left_out(layer):
             return None
         if layer.frozen and isinstance(output, Tensor) and not output.requires_grad:
             output.requires_grad_()  # below the first adapter nothing else asks for this gradient
-        x = first_tensor(args, kwargs)
         if x is None:
             self._refuse(layer, "it was called without a tensor, so its input is not known")
             return None
@@ -301,7 +230,7 @@ class Watcher:
     ) -> tuple[Call | None, Tensor]:
         """The call as it is measured, and the tensor whose gradient is its dy; None where no gradient is wanted."""
         formula = self._formulas.get(layer.name)
-        if formula is None and layer.kind != "vector":
+        if layer.kind != "vector" and (formula is None or self._may_differ(layer, formula, x, output)):
             formula = self._learn(layer, verify(layer, x, output))
         y = output if formula is None else formula.pick(output)
         if not isinstance(y, Tensor):
@@ -313,20 +242,25 @@ class Watcher:
             if ids is None:
                 raise Mismatch("the ids that it looks up are not to be found in autograd's graph")
             x = ids
-        outermost = self._entering and self._depth == 0
-        placement = self.placements.of(layer, x, recorder.rows, outermost)
-        if outermost and isinstance(placement, Placement) and placement.dim is not None:
-            key = self.placements.key(layer, len(token_shape(layer, x)), recorder.rows)
-            self.placements.seen.setdefault(key, set()).add(placement)
+        placement = self.placements.of(layer, x, recorder.rows, self.entries.outside)
         row_sample, scale = whose_rows(layer, placement, recorder.rows)
         whole = layer.kind == "vector"
         call = Call(layer, x, args if whole else (), kwargs if whole else {}, placement, row_sample, scale)
         call.packing = recorder.rows.packing if isinstance(placement, TokenPlacement) else None
-        if formula is None:
+        if whole and (formula is None or call.layout not in self._layouts.get(layer.name, ())):
             formula = self._learn(layer, verify_rows(call, output))
+            self._layouts.setdefault(layer.name, set()).add(call.layout)
+        assert formula is not None
         call.factor = formula.factor
         call.padding_idx = getattr(layer.module, "padding_idx", None) if layer.kind == "embedding" else None
         return call, y
+
+    def _may_differ(self, layer: Layer, formula: Formula, x: Tensor, output: Any) -> bool:
+        """Whether a call does not follow the formula of an earlier one."""
+        if fixed(layer.module, self._hook_ids[layer.name]):
+            return False
+        ids = graph_ids(formula.pick(output)) if formula.ids_from_graph else x
+        return ids is None or not still(layer, formula, ids, output)
 
     # A call of experts
 
@@ -359,18 +293,19 @@ class Watcher:
         if output is None:  # its forward raised
             return None
         if is_quiet():
-            return self._probe.saw(layer, args, kwargs, output) if self._probe is not None else None
+            return self.entries.saw(layer, args, kwargs, output)
         recorder = self.recorder
         if recorder is None:
             return None
-        if not _in_backward():
+        if not in_backward():
             recorder.called(layer)
         x = experts_input(layer, args, kwargs)
         if trace is None or x is None:
             return None
+        self.entries.look(layer, x)
         try:
             trace.finish()
-            placement = self.placements.of(layer, x, recorder.rows, self._entering and self._depth == 0)
+            placement = self.placements.of(layer, x, recorder.rows, self.entries.outside)
         except Mismatch as reason:
             self._refuse(layer, str(reason), reason)
             return None
@@ -429,9 +364,7 @@ class Watcher:
                 )
             return False
         if name in recorder.differentiated:
-            self._refuse(
-                call.layer, "its gradient has second derivatives (torch.autograd.grad with create_graph=True)"
-            )
+            self._refuse(call.layer, "its gradient has second derivatives (torch.autograd.grad with create_graph=True)")
         return True
 
     def _fuse(self, recorder: Recorder, call: Call, y: Tensor) -> Tensor | None:
@@ -505,10 +438,10 @@ class Watcher:
         """
         formula = self._formulas.get(layer.name)
         padded = self.recorder is not None and self.recorder.rows.packing is None
-        shareable = layer.kind == "embedding" and padded and self._depth > 0
+        shareable = layer.kind == "embedding" and padded and self.entries.depth > 0
         if shareable and isinstance(output, Tensor) and formula is not None:
             ids = graph_ids(output) if formula.ids_from_graph else x
-            if ids is not None and not _in_backward():
+            if ids is not None and not in_backward():
                 self._shared.append(SharedOutput(layer, ids, output, formula.factor, reason))
                 return
         self._refuse_dy(layer, output, reason)

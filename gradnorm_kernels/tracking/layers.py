@@ -39,6 +39,7 @@ class Selection:
 
     layers: list[Layer]
     skipped: dict[str, int] = field(default_factory=dict)  # parameter name -> number of elements
+    frozen: list[tuple[str, nn.Module]] = field(default_factory=list)  # modules of the choice of which nothing trains
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -156,7 +157,8 @@ def select_layers(model: nn.Module, layers: LayerChoice, frozen: bool = False) -
     chosen |= {
         name for name, module in modules.items() if any(id(p) in shared for p in module.parameters(recurse=False))
     }
-    selection = Selection([])
+    asleep = [(name, modules[name]) for name in matching if name not in chosen]
+    selection = Selection([], frozen=[(name, module) for name, module in asleep if module._parameters])
     for name, module in modules.items():
         if name not in chosen:
             continue
@@ -185,6 +187,8 @@ class Parameters:
     """
 
     def __init__(self, model: nn.Module, selection: Selection) -> None:
+        self._layers, self._frozen = selection.layers, selection.frozen
+        self._seen: dict[str, tuple[int, bool]] = {}
         wanted = {id(p) for layer in selection.layers for p in layer.module.parameters(recurse=False)}
         first: dict[int, str] = {}
         self._name: dict[tuple[str, str], str] = {}
@@ -203,3 +207,35 @@ class Parameters:
     def tied(self, name: str) -> bool:
         """Whether several modules own the parameter."""
         return self._owners[name] > 1
+
+    def news(self) -> tuple[set[str], dict[str, str]]:
+        """What changed since the last call.
+
+        Returns:
+            The parameters that are other tensors than before, or train and did not; and ``{parameter: why}`` of those
+            that can no longer be measured.
+        """
+        seen: dict[str, tuple[int, bool]] = {}
+        owner: dict[int, str] = {}
+        wrong: dict[str, str] = {}
+        for layer in self._layers:
+            for leaf, parameter in layer.module._parameters.items():
+                name = self._name.get((layer.name, leaf))
+                if parameter is None or name is None:
+                    continue
+                own = (id(parameter), parameter.requires_grad)
+                if seen.setdefault(name, own) != own:
+                    wrong[name] = f"modules that shared it no longer do ({layer.name!r} has another){_NEW}"
+                elif (other := owner.setdefault(id(parameter), name)) != name:
+                    wrong[name] = wrong[other] = f"{other!r} and {name!r} were two parameters and are now one{_NEW}"
+        for module_name, module in self._frozen:
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad and id(parameter) not in owner:
+                    name = f"{module_name}.{leaf}" if module_name else leaf
+                    wrong[name] = f"it did not train when the tracker was made, and does now{_NEW}"
+        new = {name for name, own in seen.items() if self._seen and self._seen.get(name) != own and own[1]}
+        self._seen = seen
+        return new, wrong
+
+
+_NEW = ": make a new tracker"

@@ -8,19 +8,22 @@ at its own output instead, and the rows of the model's output are looked at.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Set
+import sys
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from .calls import Placement, Placements, token_shape
+from .calls import Key, Placement, Placements, row_sizes, token_shape
 from .experts import experts_input
 from .layers import Layer
 from .packing import TokenPlacement
-from .replay import Impossible, copied, refuse_sharded, tensors_in, without_a_trace
+from .replay import Impossible, copied, module_state, refuse_sharded, tensors_in, without_a_trace
 from .rows import Rows
 
 ATTEMPTS = 3  # perturbations that are tried where a forward raises
@@ -30,6 +33,12 @@ SHARED = (
 )
 MIXED = "its input changes in other rows too when some rows of the batch change"
 VARYING = "how often it is called, or with how many tokens, depends on the data"
+SEVERAL = "several of its dimensions could hold the rows of the batch"
+TRAINING = "in training mode its input changes in other rows too when some rows of the batch change"
+TOGETHER = (
+    "the model's output changes in other rows too when some rows of the batch change (a batch norm in training mode, "
+    "in-batch negatives, experts with a limited capacity), so that a row's gradient is not that of its own loss"
+)
 
 _Key = tuple[str, int]  # a layer's name and the index of its call
 Place = Placement | TokenPlacement
@@ -61,8 +70,13 @@ class Probe:
 
     shared = SHARED  # why a call is not placed whose input never changes
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows) -> None:
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows, *, training: bool = False
+    ) -> None:
+        """``training``: look at the forward in training mode too."""
         self._module, self._args, self._kwargs, self._rows = module, args, kwargs, rows
+        self._modes = [(inner, inner.training) for inner in module.modules()] if training else []
+        self._trains = False  # forwards run in training mode
         self._seen = Seen()
         self._calls: dict[str, int] = {}
         self._inject: tuple[_Key, Tensor] | None = None  # a call, and where its output is perturbed (broadcasts)
@@ -87,14 +101,25 @@ class Probe:
         finally:
             set_running(None)
         for key, layer in self._base.layers.items():
-            place = placements.key(layer, self._base.inputs[key].dim(), self._rows)
-            found = self._found(key)
+            tokens = self._base.inputs[key]
+            place, found = placements.key(layer, tokens.dim(), self._rows), self._found(key)
             if len(found) == 1:
                 placements.seen.setdefault(place, set()).update(found)
-            elif len(found) > 1:
-                placements.unclear[place] = "several of its dimensions could hold the rows of the batch"
+                self._note_parts(placements, place, next(iter(found)), tuple(tokens.shape))
+                continue
+            why = SEVERAL if found else self._why.get(key, MIXED if key in self._possible else self.shared)
+            if why == self.shared:
+                placements.shared.setdefault(place, set()).add(tuple(tokens.shape))
+                placements.unclear.setdefault(place, why)
             else:
-                placements.unclear[place] = self._why.get(key, MIXED if key in self._possible else self.shared)
+                placements.mixed.add(place)
+                placements.unclear[place] = why
+
+    def _note_parts(self, placements: Placements, key: Key, place: Place, shape: tuple[int, ...]) -> None:
+        """How many tokens a row has, where rows are flattened with tokens."""
+        if isinstance(place, Placement) and place.dim is not None and not place.whole:
+            each = shape[place.dim] // place.count(self._rows)
+            placements.parts.setdefault((key, place), []).append((each, row_sizes(self._leaves, self._rows)))
 
     def _remember(self, path: str, tensor: Tensor) -> Tensor:
         self._leaves[path] = tensor.detach()
@@ -134,15 +159,29 @@ class Probe:
         # The same random numbers in every forward; the caller's state is put back at the end.
         torch.manual_seed(0)
         random.seed(0)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
         args, kwargs = copied(
             (self._args, self._kwargs), lambda path, tensor: changed.get(path, tensor).detach().clone()
         )
         try:
-            result = self._module(*args, **kwargs)
+            with self._mode():
+                result = self._module(*args, **kwargs)
         except Exception as error:
             raise Impossible(f"its forward raised {type(error).__name__}: {error}") from error
         self._seen.result = [t for t in tensors_in(result) if t.is_floating_point() and t.dim() > 0]
         return self._seen
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        """Where ``_trains``: the caller's training flags but for dropout, and each forward from the same state."""
+        if not self._trains:
+            yield
+            return
+        with module_state(self._module):
+            for module, training in self._modes:
+                module.training = training and not isinstance(module, _DropoutNd)
+            yield
 
     def _perturbed(self, subset: _Subset, level: str) -> tuple[Seen, Tensor] | None:
         """(what a perturbed forward showed, the rows that changed); None where nothing could be perturbed."""
@@ -177,6 +216,7 @@ class Probe:
                     self._compare(half, level)
             if not per_sample:
                 self._check_square(subset)
+                self._check_training(subset)
         if not tried:
             raise Impossible("none of its arguments has the rows of the micro-batch")
         self._inject_outputs()
@@ -204,6 +244,8 @@ class Probe:
         if done is None:
             return
         seen, rows = done
+        if not subset.per_sample and self._coupled(self._base, seen, rows):
+            self._refuse_all()
         for key, before in self._base.inputs.items():
             if key in self._why or (subset.per_sample and self._found(key)):
                 continue
@@ -214,6 +256,64 @@ class Probe:
             shown = _candidates(before, after, rows, subset.per_sample)
             if shown is not None:
                 self._narrow(key, *shown, MIXED)
+
+    def _coupled(self, base: Seen, seen: Seen, rows: Tensor) -> bool:
+        """Whether the model's output changed in other rows than ``rows``.
+
+        Similarities of all rows with each other, [B, B], do not count: their loss may still be a row's own.
+        """
+        pairs = [(a, b) for a, b in zip(base.result, seen.result, strict=False) if a.shape == b.shape]
+        count = len(rows)
+        for before, after in [pair for pair in pairs if pair[0].dim() > 1] or pairs[:1]:
+            dims = [dim for dim, size in enumerate(before.shape[:2]) if size == count]
+            if dims and before.shape != (count, count):
+                changed = differing(before, after).cpu()
+                along = [changed.movedim(dim, 0).reshape(count, -1).any(1) for dim in dims]
+                if all(bool((moved & ~rows).any()) for moved in along):
+                    return True
+        return False
+
+    def _refuse_all(self) -> None:
+        for key in self._base.inputs:
+            self._exact[key], self._possible[key], self._why[key] = set(), set(), TOGETHER
+
+    def _check_training(self, subset: _Subset) -> None:
+        """Refuse what mixes rows in training mode only. Calls that are made only there are placed."""
+        if not self._modes or not self._base.inputs:
+            return
+        if any(training and type(module).__name__ == "SyncBatchNorm" for module, training in self._modes):
+            self._refuse_all()  # its forward is a collective call
+            return
+        self._trains = True
+        try:
+            base = self._forward()
+            if _alike(base, self._base):
+                return
+            done = self._perturbed(subset, "swap") or self._perturbed(subset, "replace")
+            if done is None or not _alike(self._forward(), base):
+                return  # random numbers of its own: nothing is shown
+        except Impossible:
+            return
+        finally:
+            self._trains = False
+        seen, rows = done
+        for key, before in base.inputs.items():
+            self._base.inputs.setdefault(key, before)
+            self._base.layers.setdefault(key, base.layers[key])
+        if self._coupled(base, seen, rows):
+            self._refuse_all()
+            return
+        for key, before in base.inputs.items():
+            after = seen.inputs.get(key)
+            if key in self._why or after is None:
+                continue
+            if after.shape != before.shape or before.shape != self._base.inputs[key].shape:
+                self._why[key] = VARYING
+                self._exact[key] = set()
+                continue
+            shown = _candidates(before, after, rows, False)
+            if shown is not None and not any(place.per_sample for place in self._found(key)):  # type: ignore[union-attr]
+                self._narrow(key, *shown, TRAINING)
 
     def _narrow(self, key: _Key, exact: Set[Place], possible: Set[Place], why: str) -> None:
         """Take in what one perturbation showed of a call. ``why``: the reason where no placement is left."""
@@ -361,6 +461,14 @@ class Probe:
         for mask in masks:
             valid &= (mask != 0).cpu()
         return valid
+
+
+def _alike(a: Seen, b: Seen) -> bool:
+    """Whether two forwards showed the same."""
+    if a.inputs.keys() != b.inputs.keys() or len(a.result) != len(b.result):
+        return False
+    pairs = [*((a.inputs[key], b.inputs[key]) for key in a.inputs), *zip(a.result, b.result, strict=True)]
+    return all(one.shape == other.shape and not bool(differing(one, other).any()) for one, other in pairs)
 
 
 def _fingerprint(layer: Layer, x: Tensor) -> Tensor:

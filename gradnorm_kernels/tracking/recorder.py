@@ -64,6 +64,7 @@ class Recorder:
         self.rows = rows
         self.calls: dict[str, int] = {}
         self.reached: set[str] = set()
+        self._handed_out: dict[str, bool] = {}  # layer -> whether torch.autograd.grad returned its gradients
         self.differentiated: set[str] = set()  # layers that a pass with create_graph=True went through
         self._parameters = parameters
         self._skipped = skipped
@@ -99,6 +100,8 @@ class Recorder:
         """
         layer = call.layer
         self.reached.add(layer.name)
+        if self._handed_out.setdefault(layer.name, call.handed_out) != call.handed_out:
+            raise RuntimeError(_SECOND.format(repr(layer.name)))
         distributed.rows_are_whole(layer.name, call.x, dy)
         dy = distributed.local(dy.detach())
         call.x = distributed.local(call.x.detach())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
+import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -53,6 +55,15 @@ def copied(value: Any, leaf: Callable[[str, Tensor], Tensor], path: str = "") ->
         return type(value)(copied(item, leaf, f"{path}.{i}") for i, item in enumerate(value))
     if type(value) in (dict, OrderedDict):
         return type(value)((key, copied(item, leaf, f"{path}.{key}")) for key, item in value.items())
+    inside = _items(value)
+    if inside is not None:
+        try:
+            new = copy.copy(value)
+            for key, item in inside.items():
+                _put(new, key, copied(item, leaf, f"{path}.{key}"))
+            return new
+        except (TypeError, AttributeError, KeyError) as error:
+            raise Impossible(f"an argument of type {type(value).__name__} cannot be copied ({error})") from error
     memo: dict[int, Any] = {}
     for tensor in tensors_in(value):
         memo[id(tensor)] = tensor.detach().clone()
@@ -60,6 +71,36 @@ def copied(value: Any, leaf: Callable[[str, Tensor], Tensor], path: str = "") ->
         return copy.deepcopy(value, memo)
     except Exception as error:  # whatever another library's object raises
         raise Impossible(f"an argument of type {type(value).__name__} cannot be copied ({error})") from error
+
+
+def _items(value: Any) -> dict[Any, Any] | None:
+    """What a mapping or a dataclass holds; None of another object."""
+    if isinstance(value, MutableMapping):
+        return dict(value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def _put(holder: Any, key: Any, value: Any) -> None:
+    if isinstance(holder, MutableMapping):
+        holder[key] = value
+    else:
+        object.__setattr__(holder, key, value)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of what :func:`copied` calls leaves."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, _PLAIN) or callable(value):
+        return
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{path}.{i}")
+    else:
+        for key, item in (_items(value) or {}).items():
+            yield from leaves(item, f"{path}.{key}")
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -85,15 +126,19 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 def _random_state() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
 
 
 @contextmanager
-def _module_state(model: nn.Module) -> Iterator[None]:
+def module_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; training flags, buffers, hooks and plain attributes are as they were afterwards.
 
     Flags are set directly: some modules override ``train()`` and do more than that there.
@@ -105,12 +150,15 @@ def _module_state(model: nn.Module) -> Iterator[None]:
         [(held, dict(held)) for name, held in own.items() if isinstance(held, dict) and "_hooks" in name]
         for own in attributes
     ]
+    generators = [(g, g.get_state()) for own in attributes for g in own.values() if isinstance(g, torch.Generator)]
     buffers = [{name: (b, b.clone()) for name, b in module._buffers.items() if b is not None} for module in modules]
     for module in modules:
         module.training = False
     try:
         yield
     finally:
+        for generator, state in generators:
+            generator.set_state(state)
         for held_hooks in hooks:
             for held, entries in held_hooks:
                 if held.keys() != entries.keys():
@@ -139,7 +187,7 @@ def without_a_trace(model: nn.Module) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_random_state())
-        stack.enter_context(_module_state(model))
+        stack.enter_context(module_state(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(quiet())
         stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -162,7 +162,6 @@ class GradNormTracker:
         self._task_index: dict[Hashable, int] = {}
         self._warned: set[str] = set()
         self._undo: list[Callable[[], None]] = []
-        self._stop_watching: Callable[[], None] | None = None  # takes the hooks of containers out
         try:
             for layer in self._layers:
                 self._undo.append(self._watcher.install(layer, fused and layer.kind in ("linear", "conv1d")))
@@ -274,19 +273,21 @@ class GradNormTracker:
         for layer in self._watcher.changed():
             self._unreconciled.update(self._watcher.names_of(layer))
         known = set(self._skipped.reasons)
+        self._unreconciled.update(self._watcher.check_parameters())
         packed = rows.packing is not None
-        probing = (self._probes if packed else self._unplaced) and rows.batch > 1
-        if (probing or packed or self._watcher.shares_outputs) and self._stop_watching is None:
-            self._stop_watching = self._watcher.watch_entries(self._model)
+        searching = self._probes and self._unplaced and rows.batch > 1 and not packed
+        # Later on only containers are watched that the caller calls: their arguments say whether to probe again.
+        self._watcher.watch_entries(self._model, everywhere=searching or packed or self._watcher.shares_outputs)
         reconciliation = self._reconciliation()
         kept = self._accumulation
         sketches = kept.microbatch(rows)
         recorder = self._recorder = Recorder(
             rows, self._parameters, self._skipped, kept.exact, reconciliation, sketches, pairs=kept.pairs
         )
-        self._watcher.begin(recorder, probing=probing)
+        self._watcher.begin(recorder, allowed=self._probes, searching=searching)
         try:
             yield
+            self._watcher.entries.refuse_pieces()
             if reconciliation is not None:
                 self._reconcile(reconciliation)
             nothing = self._nothing_left()
@@ -307,10 +308,7 @@ class GradNormTracker:
             self._watcher.end()
             if reconciliation is not None:
                 reconciliation.close()
-            # The arguments of every packed micro-batch are looked at: they say how many tokens there are.
-            if not self._watcher.shares_outputs and not packed:
-                self._stop_entries()
-        self._unplaced = self._unplaced and (packed or not probing)
+        self._unplaced = self._unplaced and not searching
         self._warn_never_called(recorder)
         self._warn_skipped(4)
         if nothing:
@@ -571,14 +569,9 @@ class GradNormTracker:
         self.running = running
         self._accumulation.load_state_dict(state.get("accumulation", {}))  # older states have none
 
-    def _stop_entries(self) -> None:
-        if self._stop_watching is not None:
-            self._stop_watching()
-        self._stop_watching = None
-
     def close(self) -> None:
         """Remove every hook and swapped forward: the model is as it was before. May be called twice."""
-        self._stop_entries()
+        self._watcher.entries.stop()
         for undo in self._undo:
             undo()
         self._undo = []

@@ -358,7 +358,7 @@ def test_one_sequence_first(pad: int) -> None:
             mean_loss(model(ids, offsets), parts, offsets).backward()
         gradients += own_gradients(model, parts, measured_parameters(model, tracker))
     agree(tracker.step(), gradients, ["a"] * 3, rel=1e-9)
-    assert tracker._watcher._probed_packed
+    assert tracker._watcher.entries._packed
 
 
 def test_tokens_that_are_all_the_same_are_probed_later() -> None:
@@ -369,7 +369,7 @@ def test_tokens_that_are_all_the_same_are_probed_later() -> None:
         ids, _, offsets = packed(parts)
         with tracker.microbatch(["a", "a"], cu_seqlens=offsets):
             mean_loss(model(ids, offsets), parts, offsets).backward()
-        assert bool(tracker._watcher._probed_packed) == (parts is not same)
+        assert bool(tracker._watcher.entries._packed) == (parts is not same)
         tracker.step()
 
 
