@@ -23,6 +23,8 @@ from .rows import Rows, on_gpu, sum_by
 BatchDim = int | Mapping[str, int] | None
 #: Columns that are added up in float64 at a time.
 _COLUMNS = 256
+#: A shape, and the model's arguments' sizes.
+Form = tuple[tuple[int, ...], tuple[tuple[str, int], ...]]
 #: A layer's name, the number of its input's token dimensions, and whether rows are padded or how they are packed.
 Key = tuple[str, int, str]
 
@@ -203,6 +205,11 @@ def row_sizes(arguments: Mapping[str, Tensor], rows: Rows) -> dict[str, int]:
     return {}
 
 
+def form(shape: tuple[int, ...], sizes: Mapping[str, int]) -> Form:
+    """What two calls of a layer have in common that are read alike."""
+    return shape, tuple(sorted(sizes.items()))
+
+
 def token_shape(layer: Layer, x: Tensor) -> tuple[int, ...]:
     """The dimensions of a layer's input that run over tokens: all of an embedding's ids, else all but the last."""
     return tuple(x.shape if layer.kind == "embedding" else x.shape[:-1])
@@ -218,16 +225,17 @@ class Placements:
 
     ``given``: the tracker's ``batch_dim``. ``seen``: placements found by the probe. ``unclear``: why the probe could
     not place a call. ``mixed``: where some call depends on the rows in a way that is no placement, so that a placement
-    of other calls says nothing. ``shared``: shapes of inputs that do not depend on the rows. ``parts``: of
-    placements in which rows are flattened with tokens, the tokens per row and the sizes of the model's arguments.
-    ``sizes``: those of the call that runs now, {path: elements per row}.
+    of other calls says nothing. ``forms``: of layers of which some inputs do not depend on the rows, the
+    (shape, arguments' sizes) of those that do and of those that do not. ``parts``: of placements in which rows are
+    flattened with tokens, the tokens per row and the arguments' sizes. ``sizes``: those of the model's arguments in the
+    call that runs now, {path: elements per row}.
     """
 
     given: BatchDim = None
     seen: dict[Key, set[Placement | TokenPlacement]] = field(default_factory=dict)
     unclear: dict[Key, str] = field(default_factory=dict)
     mixed: set[Key] = field(default_factory=set)
-    shared: dict[Key, set[tuple[int, ...]]] = field(default_factory=dict)
+    forms: dict[Key, tuple[set[Form], set[Form]]] = field(default_factory=dict)
     parts: dict[tuple[Key, Placement], list[tuple[int, dict[str, int]]]] = field(default_factory=dict)
     sizes: dict[str, int] | None = None
     _assumed: dict[Key, set[Placement]] = field(default_factory=dict)  # of calls by the caller itself
@@ -248,8 +256,11 @@ class Placements:
         """Whether no probe has shown how to read such a call of a layer (of padded rows)."""
         shape = token_shape(layer, x)
         key = self.key(layer, len(shape), rows)
-        if self._given(layer) is not None or key in self.unclear or key in self.mixed:
+        if self._given(layer) is not None or key in self.mixed or (key in self.unclear and key not in self.seen):
             return False
+        placed, shared = self.forms.get(key, (set(), set()))
+        if shared and self.sizes is not None:
+            return form(shape, self.sizes) not in placed | shared
         known = self._known(key, shape, rows)
         return not known or any(not self._as_before(key, place, shape, rows) for place in known)
 
@@ -288,10 +299,9 @@ class Placements:
         if key in self.mixed:
             raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_ADVICE}")
         known = self._known(key, shape, rows)
-        if known and shape in self.shared.get(key, ()):
-            raise Unreadable(
-                f"{_got(layer, x)}: {self.unclear[key]} in one call, and depends on them in another; {_ADVICE}"
-            )
+        shared = self.forms[key][1] if key in self.forms and key in self.unclear else ()
+        if known and any(shape == before and self.sizes in (None, dict(sizes)) for before, sizes in shared):
+            raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}, in one of its calls; {_ADVICE}")
         if len(known) == 1:
             if not self._as_before(key, known[0], shape, rows):
                 raise Unreadable(f"{_got(layer, x)}: it has another number of tokens per row than before; {_ADVICE}")

@@ -202,11 +202,11 @@ class Parameters:
 
     def name(self, layer: Layer, leaf: str) -> str:
         """The parameter's name, the same for all modules that share it."""
-        return self._name[layer.name, leaf]
+        return self._name.get((layer.name, leaf), f"{layer.name}.{leaf}" if layer.name else leaf)
 
     def tied(self, name: str) -> bool:
         """Whether several modules own the parameter."""
-        return self._owners[name] > 1
+        return self._owners.get(name, 1) > 1
 
     def news(self) -> tuple[set[str], dict[str, str]]:
         """What changed since the last call.
@@ -220,9 +220,11 @@ class Parameters:
         wrong: dict[str, str] = {}
         for layer in self._layers:
             for leaf, parameter in layer.module._parameters.items():
-                name = self._name.get((layer.name, leaf))
-                if parameter is None or name is None:
+                if parameter is None:
                     continue
+                name = self.name(layer, leaf)
+                if name not in self._owners and parameter.requires_grad:
+                    wrong[name] = f"it is new since the tracker was made{_NEW}"
                 own = (id(parameter), parameter.requires_grad)
                 if seen.setdefault(name, own) != own:
                     wrong[name] = f"modules that shared it no longer do ({layer.name!r} has another){_NEW}"

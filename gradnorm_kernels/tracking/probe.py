@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .calls import Key, Placement, Placements, row_sizes, token_shape
+from .calls import Key, Placement, Placements, form, row_sizes, token_shape
 from .experts import experts_input
 from .layers import Layer
 from .packing import TokenPlacement
@@ -33,6 +33,7 @@ SHARED = (
 )
 MIXED = "its input changes in other rows too when some rows of the batch change"
 VARYING = "how often it is called, or with how many tokens, depends on the data"
+SQUARE = "the model's arguments have as many tokens as rows, and either could be the rows"
 SEVERAL = "several of its dimensions could hold the rows of the batch"
 TRAINING = "in training mode its input changes in other rows too when some rows of the batch change"
 TOGETHER = (
@@ -100,18 +101,22 @@ class Probe:
                 self._search()
         finally:
             set_running(None)
+        known = set(placements.seen)
         for key, layer in self._base.layers.items():
             tokens = self._base.inputs[key]
             place, found = placements.key(layer, tokens.dim(), self._rows), self._found(key)
+            now = form(tuple(tokens.shape), row_sizes(self._leaves, self._rows))
+            placed, shared = placements.forms.setdefault(place, (set(), set()))
             if len(found) == 1:
+                placed.add(now)
                 placements.seen.setdefault(place, set()).update(found)
                 self._note_parts(placements, place, next(iter(found)), tuple(tokens.shape))
                 continue
             why = SEVERAL if found else self._why.get(key, MIXED if key in self._possible else self.shared)
             if why == self.shared:
-                placements.shared.setdefault(place, set()).add(tuple(tokens.shape))
+                shared.add(now)
                 placements.unclear.setdefault(place, why)
-            else:
+            elif why not in (SEVERAL, SQUARE) or place not in known:  # else what an earlier probe showed still holds
                 placements.mixed.add(place)
                 placements.unclear[place] = why
 
@@ -354,7 +359,7 @@ class Probe:
         if changed:
             for key in self._base.inputs:
                 self._exact[key] = set()
-                self._why[key] = "the model's arguments have as many tokens as rows, and either could be the rows"
+                self._why[key] = SQUARE if key in self._possible else self.shared
 
     def _inject_outputs(self) -> None:
         """Perturb the outputs of calls whose inputs never changed, and look at the rows of the model's output."""

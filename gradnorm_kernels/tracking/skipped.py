@@ -11,12 +11,8 @@ class Skipped:
     """``shares`` {parameter name: share of all trainable parameters} and ``reasons`` {parameter name: why}."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._sizes = {
-            name: parameter.numel()
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if parameter.requires_grad
-        }
-        self._trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._model = model
+        self._read_sizes()
         self.shares: dict[str, float] = {}
         self.reasons: dict[str, str] = {}
         self._unsaid: list[str] = []
@@ -30,9 +26,19 @@ class Skipped:
             if name in self.reasons:
                 continue
             self.reasons[name] = reason
+            if name not in self._sizes:  # it may not have trained then
+                self._read_sizes()
             if name in self._sizes:  # frozen ones have no share
                 self.shares[name] = self._sizes[name] / self._trainable
             self._unsaid.append(name)
+
+    def _read_sizes(self) -> None:
+        self._sizes = {
+            name: parameter.numel()
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad
+        }
+        self._trainable = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
 
     def news(self, most: int = 5) -> str | None:
         """A warning about what was added since the last call; None where nothing was."""
