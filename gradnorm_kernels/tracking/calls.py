@@ -219,6 +219,10 @@ class Unreadable(ValueError):
     """Nothing says which row of the micro-batch a call's tokens belong to."""
 
 
+class Ambiguous(Unreadable):
+    """The calls of a layer differ in how they depend on the rows, so that this one may be of either kind."""
+
+
 @dataclass
 class Placements:
     """What is known of each layer's calls: by the layer's name and the number of token dimensions.
@@ -297,11 +301,11 @@ class Placements:
             return self._at(layer, x, shape, rows, dim)
         key = self.key(layer, len(shape), rows)
         if key in self.mixed:
-            raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_ADVICE}")
+            raise Ambiguous(f"{_got(layer, x)}: {self.unclear[key]}; {_ADVICE}")
         known = self._known(key, shape, rows)
         shared = self.forms[key][1] if key in self.forms and key in self.unclear else ()
         if known and any(shape == before and self.sizes in (None, dict(sizes)) for before, sizes in shared):
-            raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}, in one of its calls; {_ADVICE}")
+            raise Ambiguous(f"{_got(layer, x)}: {self.unclear[key]}, in one of its calls; {_ADVICE}")
         if len(known) == 1:
             if not self._as_before(key, known[0], shape, rows):
                 raise Unreadable(f"{_got(layer, x)}: it has another number of tokens per row than before; {_ADVICE}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd.function import once_differentiable
 
-from .calls import Call, Placements, Unreadable, whose_rows
+from .calls import Ambiguous, Call, Placements, Unreadable, whose_rows
 from .distributed import is_dtensor
 from .entries import Entries, in_backward
 from .experts import ExpertsTrace, Product, experts_input
@@ -438,6 +438,7 @@ class Watcher:
         """
         formula = self._formulas.get(layer.name)
         padded = self.recorder is not None and self.recorder.rows.packing is None
+        padded = padded and not isinstance(reason, Ambiguous)
         shareable = layer.kind == "embedding" and padded and self.entries.depth > 0
         if shareable and isinstance(output, Tensor) and formula is not None:
             ids = graph_ids(output) if formula.ids_from_graph else x
