@@ -227,7 +227,8 @@ class Parameters:
                     wrong[name] = f"it is new since the tracker was made{_NEW}"
                 own = (id(parameter), parameter.requires_grad)
                 if seen.setdefault(name, own) != own:
-                    wrong[name] = f"modules that shared it no longer do ({layer.name!r} has another){_NEW}"
+                    why = f"{name!r} was one parameter of several modules, and {layer.name!r} now has another{_NEW}"
+                    wrong[name] = wrong[f"{layer.name}.{leaf}"] = why
                 elif (other := owner.setdefault(id(parameter), name)) != name:
                     wrong[name] = wrong[other] = f"{other!r} and {name!r} were two parameters and are now one{_NEW}"
         for module_name, module in self._frozen:

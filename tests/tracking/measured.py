@@ -57,15 +57,19 @@ def agree(
     steps: int = 1,
     mask: Tensor | None = None,
     rel: float = 1e-6,
+    before: Callable[[int], None] | None = None,
     **options: Any,
 ) -> dict[str, str]:
     """Hold U and the mean squared norm of both tasks against brute force; returns why parameters were skipped.
 
-    Brute force takes each row alone, so that a model that sees rows in the wrong order cannot agree with itself.
+    ``before(step)`` is called before each step; the last one's numbers count. Brute force takes each row alone, so
+    that a model that sees rows in the wrong order cannot agree with itself.
     """
     tracker = gk.GradNormTracker(model, layers, **options)
     try:
-        for _ in range(steps):
+        for step in range(steps):
+            if before is not None:
+                before(step)
             model.zero_grad()
             with tracker.microbatch(TASKS, attention_mask=mask):
                 losses(range(ROWS)).mean().backward()

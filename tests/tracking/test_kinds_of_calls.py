@@ -1,0 +1,350 @@
+"""Whose rows a layer gets may differ between its calls, between modes, and between micro-batches."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradnorm_kernels as gk
+from tests.tracking.measured import ROWS, TASKS, agree, class_losses, features
+
+SAMPLES = [0, 0, 1, 1, 2, 2]
+
+
+class Two(nn.Module):
+    """Two linears; ``between(self, x)`` makes the output."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.between = nn.Linear(8, 8), nn.Linear(8, 3), between
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.between(self, x)
+        return out.mean(1) if out.dim() == 3 else out
+
+
+def names(model: nn.Module, *modules: str) -> set[str]:
+    return {f"{module}.{leaf}" for module in modules for leaf, _ in model.get_submodule(module).named_parameters()}
+
+
+def _both_orders(model: Any, x: Tensor) -> Tensor:
+    return model.b(torch.tanh(model.a(x)) * model.a(x.flip(0)).flip(0))
+
+
+def _rolled(model: Any, x: Tensor) -> Tensor:
+    return model.b(torch.tanh(model.a(x)) + model.a(x.roll(1, 0)).roll(-1, 0))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["watching", "fused"])
+@pytest.mark.parametrize("between", [_both_orders, _rolled])
+def test_one_call_of_two_has_the_rows_in_another_order(between: Callable[..., Tensor], fused: bool) -> None:
+    model = Two(between)
+    reasons = agree(model, class_losses(model, features(5)), fused=fused)
+    assert set(reasons) == names(model, "a") and all("in other rows too" in why for why in reasons.values())
+    with pytest.raises(ValueError, match=r"layer 'a' \(Linear\) .* in other rows too"):
+        agree(model, class_losses(model, features(5)), layers=["a"], fused=fused)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x).transpose(1, 2)).transpose(1, 2).relu()).mean(1)
+
+
+def test_a_batch_norm_couples_the_layers_before_and_behind_it() -> None:
+    model = Normed()
+    losses = class_losses(model, features(5))
+    for layer in ("a", "b"):
+        with pytest.raises(ValueError, match=rf"layer '{layer}' .*the model's output changes in other rows too"):
+            agree(model, losses, layers=[layer])
+    with pytest.raises(RuntimeError, match="nothing that layers= picks can be measured"):
+        agree(model, losses)
+    assert set(agree(model.eval(), losses)) == names(model, "norm")
+
+
+def _mixed_in_training(model: Any, x: Tensor) -> Tensor:
+    hidden = model.a(x)
+    return model.b((hidden + 0.5 * hidden.roll(1, 0) if model.training else hidden).relu())
+
+
+def _shuffled_in_training(model: Any, x: Tensor) -> Tensor:
+    return model.b(model.a(x.flip(0)).relu()).flip(0) if model.training else model.b(model.a(x).relu())
+
+
+@pytest.mark.parametrize("between", [_mixed_in_training, _shuffled_in_training])
+def test_rows_that_meet_in_training_mode_only(between: Callable[..., Tensor]) -> None:
+    model = Two(between)
+    losses = class_losses(model, features(5))
+    reasons = agree(model, losses, unverified="skip")
+    assert set(reasons) == names(model, "a", "b") and all("in other rows too" in why for why in reasons.values())
+    assert agree(model.eval(), losses, unverified="raise") == {}
+
+
+def test_what_draws_numbers_in_training_mode_is_measured() -> None:
+    """Dropout, modules with random numbers of their own and statistics that a forward moves couple no rows."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.drop, self.b = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3)
+            self.generator = torch.Generator().manual_seed(2)
+            self.register_buffer("mean", torch.zeros(8))
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x) - self.mean
+            if self.training:
+                self.mean.mul_(0.5).add_(hidden.detach().mean((0, 1)))
+                hidden = hidden * torch.rand(8, generator=self.generator, dtype=hidden.dtype)
+            return self.b(self.drop(hidden)).mean(1)
+
+    model, twin = Noisy(), Noisy()
+    tracker = gk.GradNormTracker(model, "all", unverified="raise")
+    for watched in (model, twin):
+        torch.manual_seed(3)
+        for _ in range(2):
+            if watched is model:
+                with tracker.microbatch(TASKS):
+                    class_losses(watched, features(5))(range(ROWS)).mean().backward()
+            else:
+                class_losses(watched, features(5))(range(ROWS)).mean().backward()
+    assert tracker.skipped == {} and torch.equal(model.mean, twin.mean)
+    assert torch.equal(model.generator.get_state(), twin.generator.get_state())
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+
+
+class Sorted(nn.Module):
+    """Sorts rows by their lengths, as code for recurrent networks does, and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(descending=True, stable=True)
+        last = self.a(x[order]).cumsum(1)[torch.arange(len(order)), lengths[order] - 1]
+        return self.b(last.relu())[order.argsort()]
+
+
+class Unpadded(nn.Module):
+    """Gives a layer the tokens that the mask keeps, those of all rows one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        hidden = torch.zeros_like(x)
+        hidden[mask] = self.a(x[mask]).tanh()
+        return self.b(hidden.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "left_out"),
+    [(Sorted, [2, 5, 1, 3, 4, 5], ("a", "b")), (Unpadded, [2, 5, 1, 3, 4, 3], ("a",))],  # 18 tokens are three per row
+    ids=["sorted", "unpadded"],
+)
+def test_lengths_that_differ_for_the_first_time(
+    kind: type[nn.Module], lengths: list[int], left_out: Sequence[str]
+) -> None:
+    model, x = kind(), features(5)
+    given = torch.full((ROWS,), 5)
+
+    def losses(rows: Sequence[int]) -> Tensor:
+        logits = model(x[list(rows)], given[list(rows)])
+        return nn.functional.cross_entropy(logits, torch.arange(ROWS)[list(rows)] % 3, reduction="none")
+
+    def before(step: int) -> None:
+        given.copy_(torch.tensor(lengths) if step else torch.full((ROWS,), 5))
+
+    assert agree(model, losses, steps=1, unverified="raise") == {}
+    assert set(agree(model, losses, steps=2, before=before, unverified="skip")) == names(model, *left_out)
+
+
+def test_another_length_with_as_many_tokens_as_a_multiple_of_the_rows() -> None:
+    """A layer that picks tokens by their values, all of them at first."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.least = nn.Linear(8, 8), nn.Linear(8, 3), -1e9
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            keep = x.sum(-1) > self.least
+            hidden = torch.zeros_like(x)
+            hidden[keep] = self.a(x[keep]).tanh()
+            return self.b(hidden.sum(1))
+
+    model, x = Picked(), features(5)
+
+    def before(step: int) -> None:
+        # 18 of the 30 tokens, not three in each row.
+        model.least = float(x.sum(-1).flatten().sort().values[11]) if step else -1e9
+
+    assert set(agree(model, class_losses(model, x), steps=2, before=before)) == names(model, "a")
+    # Another length is no such case.
+    model.least = -1e9
+    tracker = gk.GradNormTracker(model, "all", unverified="raise")
+    for length in (5, 7, 6):
+        with tracker.microbatch(TASKS):
+            class_losses(model, features(length))(range(ROWS)).mean().backward()
+    assert tracker.skipped == {}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["in pieces", "in pieces from the second step"])
+def test_pieces_with_as_many_rows_as_samples_are_refused(first: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double(), features(5)
+    tracker = gk.GradNormTracker(model, "all")
+
+    def microbatch(size: int) -> None:
+        tracker.step()
+        with tracker.microbatch(["t"] * ROWS, SAMPLES):
+            torch.cat([model(piece).mean(1) for piece in x.split(size)]).square().sum(1).mean().backward()
+
+    if not first:
+        microbatch(6)
+    with pytest.raises(RuntimeError, match="called 2 times with 3 rows each .* 6 rows from 3 samples"):
+        microbatch(3)
+
+
+def test_a_prefix_runs_once_per_sample_from_the_second_step() -> None:
+    """A sample per row at first; then the model that was called with all rows is called with one per sample too."""
+
+    class Prefixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh())
+
+    model, x = Prefixed(), features(5)
+    tracker = gk.GradNormTracker(model, "all", unverified="raise")
+
+    def losses(rows: Sequence[int], samples: Sequence[int]) -> Tensor:
+        """Each sample's prefix is the tokens of its first row."""
+        starts = [samples.index(sample) for sample in dict.fromkeys(samples)]
+        at = [list(dict.fromkeys(samples)).index(samples[row]) for row in rows]
+        return (model(x[list(rows)]).sum(1) * model(x[starts] * 2).sum(1)[at]).square().sum(1)
+
+    for samples in (list(range(ROWS)), SAMPLES):
+        with tracker.microbatch(["t"] * ROWS, samples):
+            losses(range(ROWS), samples).mean().backward()
+        u = tracker.step()["t"].sq_norm
+    parameters = list(model.parameters())
+    alone = [torch.autograd.grad(losses([row], SAMPLES)[0], parameters) for row in range(ROWS)]
+    flat = torch.stack([torch.cat([g.flatten() for g in grads]) for grads in alone])
+    g = flat.view(3, 2, -1).mean(1)
+    assert u == pytest.approx(float(((g.sum(0) ** 2).sum() - (g**2).sum()) / 6), rel=1e-6)
+
+
+class Branching(nn.Module):
+    """A branch for the rows ``rows``, in that order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.branch, self.b = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.rows: list[int] = []
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        if len(x) == ROWS and self.rows:
+            hidden = hidden.index_add(0, torch.tensor(self.rows), self.branch(hidden[self.rows]))
+        return self.b(hidden.tanh()).mean(1)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [([], [5, 4, 3, 2, 1, 0]), ([], [0, 1, 2, 3, 4, 5], [0, 1, 2])],
+    ids=["another order", "as many as samples"],
+)
+@pytest.mark.filterwarnings("ignore:these measured layers were never called")
+def test_a_branch_that_is_used_later_is_looked_for(steps: Sequence[list[int]]) -> None:
+    model = Branching()
+    tracker = gk.GradNormTracker(model, "all")
+    for rows in steps:
+        model.rows = rows
+        tracker.step()
+        with tracker.microbatch(["t"] * ROWS, SAMPLES):
+            model(features(5)).square().sum(1).mean().backward()
+        assert set(tracker.skipped) == (names(model, "branch") if rows is steps[-1] else set())
+
+
+def test_a_table_and_classes_in_one_embedding() -> None:
+    """Positions that all rows share, and as many of them as rows in the second step."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.b = nn.Embedding(20, 8), nn.Linear(8, 3)
+            self.double()
+
+        def forward(self, x: Tensor, classes: Tensor) -> Tensor:
+            return self.b(x + self.table(classes)[:, None] + self.table(torch.arange(x.shape[1]))).square().mean(1)
+
+    model, classes, length = Both(), torch.tensor([3, 1, 4, 1, 5, 9]), {"now": 5}
+
+    def losses(rows: Sequence[int]) -> Tensor:
+        return model(features(length["now"])[list(rows)], classes[list(rows)]).sum(1)
+
+    assert agree(model, losses, unverified="raise") == {}
+    reasons = agree(model, losses, steps=2, before=lambda step: length.update(now=5 + step))
+    assert set(reasons) == {"table.weight"}
+
+
+def test_arguments_in_a_dataclass_or_a_mapping_are_perturbed() -> None:
+    @dataclasses.dataclass
+    class Inputs:
+        x: Tensor
+        order: Tensor
+
+    class Ordered(nn.Module):
+        def __init__(self, sorts: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.sorts = nn.Linear(8, 8), nn.Linear(8, 3), sorts
+            self.double()
+
+        def forward(self, given: Any) -> Tensor:
+            x, order = (given.x, given.order) if isinstance(given, Inputs) else (given["x"], given["order"])
+            at = order.argsort() if self.sorts else torch.arange(len(x))
+            return self.b(self.a(x[at]).tanh()).mean(1)[at.argsort()]
+
+    x, order = features(5), torch.tensor([2, 5, 1, 3, 4, 0])
+    for holder in (Inputs, collections.UserDict):
+        for sorts in (True, False):
+            model = Ordered(sorts)
+
+            def losses(rows: Sequence[int], model: nn.Module = model, holder: Any = holder) -> Tensor:
+                return model(holder(x=x[list(rows)], order=order[list(rows)])).square().sum(1)
+
+            reasons = agree(model, losses, unverified="skip")
+            assert set(reasons) == (names(model, "a", "b") if sorts else set())
