@@ -44,6 +44,26 @@ def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
     return parameter.shape[:-1].numel(), parameter.shape[-1]
 
 
+#: Why a parameter is refused whose gradient comes from elsewhere alone.
+ELSEWHERE = "autograd computed a gradient for it, but none of its uses was a call of its layer that could be measured"
+
+
+class Arrivals:
+    """Which parameters autograd computes a gradient of in one micro-batch; :meth:`close` removes the hooks."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.names: set[str] = set()
+        self._handles = [parameter.register_hook(self._hook(name)) for name, parameter in parameters.items()]
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        return lambda grad: self.names.add(name)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
 class Reconciliation:
     """Both sides of the comparison for one micro-batch; :meth:`close` removes the hooks."""
 
@@ -158,10 +178,7 @@ class Reconciliation:
             if totals.theirs is None or totals.norm is None:
                 continue
             if totals.mine is None or totals.noise is None:
-                found[name] = (
-                    "autograd computed a gradient for it, but none of its uses was a call of its layer that could be "
-                    "measured"
-                )
+                found[name] = ELSEWHERE
                 continue
             norm, noise = float(totals.norm), float(totals.noise)
             difference = float((totals.mine.double().cpu() - totals.theirs.cpu()).square().mean().sqrt())

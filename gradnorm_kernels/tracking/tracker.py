@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from .calls import BatchDim, Placements, check_batch_dim
 from .hooks import Watcher
 from .layers import KINDS, Layer, LayerChoice, Parameters, select_layers
 from .packing import CuSeqlens
-from .reconcile import Reconciliation
+from .reconcile import ELSEWHERE, Arrivals, Reconciliation
 from .recorder import Recorder
 from .rows import Ids, Rows, make_rows
 from .samples import StepSamples
@@ -278,7 +278,7 @@ class GradNormTracker:
         searching = self._probes and self._unplaced and rows.batch > 1 and not packed
         # Later on only containers are watched that the caller calls: their arguments say whether to probe again.
         self._watcher.watch_entries(self._model, everywhere=searching or packed or self._watcher.shares_outputs)
-        reconciliation = self._reconciliation()
+        reconciliation, arrivals = self._reconciliation()
         kept = self._accumulation
         sketches = kept.microbatch(rows)
         recorder = self._recorder = Recorder(
@@ -288,8 +288,7 @@ class GradNormTracker:
         try:
             yield
             self._watcher.entries.refuse_pieces()
-            if reconciliation is not None:
-                self._reconcile(reconciliation)
+            self._reconcile(reconciliation, sorted(arrivals.names - recorder.groups.keys()))
             nothing = self._nothing_left()
             if not recorder.reached and not nothing:
                 raise RuntimeError(
@@ -306,6 +305,7 @@ class GradNormTracker:
         finally:
             self._recorder = None
             self._watcher.end()
+            arrivals.close()
             if reconciliation is not None:
                 reconciliation.close()
         self._unplaced = self._unplaced and not searching
@@ -341,25 +341,30 @@ class GradNormTracker:
 
     # Verification of the total gradients
 
-    def _reconciliation(self) -> Reconciliation | None:
-        """Both sides of the comparison for the parameters that need it; None where there are none.
+    def _reconciliation(self) -> tuple[Reconciliation | None, Arrivals]:
+        """Both sides of the comparison for the parameters that need it; None where there are none. Of the others only
+        whether a gradient came.
 
         Off for parameters without a gradient of autograd's (``frozen=True``) and for sharded ones: what a rank's hook
         sees there is not the gradient of the rank's own rows.
         """
         wanted: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
         for layer in self._layers:
             for leaf, parameter in layer.module._parameters.items():
                 if parameter is None or not parameter.requires_grad or distributed.is_dtensor(parameter):
                     continue
                 name = self._parameters.name(layer, leaf)
-                if name not in self._skipped and (self._verify_always or name in self._unreconciled):
-                    wanted[name] = parameter
-        return Reconciliation(wanted) if wanted else None
+                if name not in self._skipped:
+                    compared = self._verify_always or name in self._unreconciled
+                    (wanted if compared else others)[name] = parameter
+        return Reconciliation(wanted) if wanted else None, Arrivals(others)
 
-    def _reconcile(self, reconciliation: Reconciliation) -> None:
-        wrong: dict[str, str] = {}
-        for name, fault in reconciliation.verdicts().items():
+    def _reconcile(self, reconciliation: Reconciliation | None, unrecorded: Iterable[str]) -> None:
+        """``unrecorded``: parameters of which autograd computed a gradient and the recorder saw none."""
+        wrong: dict[str, str] = {name: ELSEWHERE for name in unrecorded if name not in self._skipped}
+        verdicts = {} if reconciliation is None else reconciliation.verdicts()
+        for name, fault in verdicts.items():
             if name in self._skipped:
                 continue
             if fault is None:

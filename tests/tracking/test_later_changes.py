@@ -132,6 +132,35 @@ def test_a_hook_that_was_there_before_and_begins_to_scale() -> None:
     assert agree(model, losses, steps=2, before=lambda step: now.update(scale=1.0 + step)) == {}
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["watching", "fused"])
+@pytest.mark.parametrize("way", ["functional", "in place"])
+def test_a_gradient_that_no_longer_comes_through_the_layer(way: str, fused: bool) -> None:
+    """A parent that multiplies by the weight itself, and one that changes a view of the output in place."""
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.later = nn.Linear(8, 8).double(), nn.Linear(8, 3).double(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            functionally = self.later and way == "functional"
+            hidden = functional.linear(x, self.a.weight, self.a.bias) if functionally else self.a(x)
+            if self.later and way == "in place":
+                hidden[:, 0] = 0
+            return self.b(hidden.tanh()).mean(1)
+
+    model = Parent()
+    losses = class_losses(model, features(5))
+    before = lambda step: setattr(model, "later", step == 1)  # noqa: E731
+    measured = fused and way == "in place"
+    reasons = agree(model, losses, steps=2, before=before, fused=fused)
+    assert set(reasons) == (set() if measured else {"a.weight", "a.bias"})
+    if not measured:
+        with pytest.raises(RuntimeError, match=r"of layer 'a' \(Linear\) cannot be measured: autograd computed"):
+            agree(model, losses, steps=2, before=before, fused=fused, layers=["a"])
+
+
 def test_an_argument_that_looks_like_rows_later() -> None:
     """A gain with an argument of one value per feature, and as many features as rows in the second micro-batch."""
 
