@@ -257,11 +257,14 @@ class Placements:
         return any(key[0] == layer.name for key in (*self.seen, *self._assumed))
 
     def unseen(self, layer: Layer, x: Tensor, rows: Rows) -> bool:
-        """Whether no probe has shown how to read such a call of a layer (of padded rows)."""
+        """Whether no probe has shown how to read such a call of a layer."""
         shape = token_shape(layer, x)
         key = self.key(layer, len(shape), rows)
         if self._given(layer) is not None or key in self.mixed or (key in self.unclear and key not in self.seen):
             return False
+        if rows.packing is not None:
+            places = [place for place in self.seen.get(key, ()) if isinstance(place, TokenPlacement)]
+            return not any(place.fits(shape, rows.packing.grid or (0, 0)) for place in places)
         placed, shared = self.forms.get(key, (set(), set()))
         if shared and self.sizes is not None:
             return form(shape, self.sizes) not in placed | shared

@@ -168,9 +168,8 @@ class Entries:
             return
         self._kinds[kind] = (known or set()) | varied
         self._shapes.add(shapes)
-        # Ranks may meet a new kind of call at different times, and some modules communicate in training mode.
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if not self._run(Probe(module, args, kwargs, rows, training=module.training and (alone or self._searching))):
+        training = module.training and (self._searching or _alone())
+        if not self._run(Probe(module, args, kwargs, rows, training=training)):
             self._impossible.add(kind)
             self._call = None
 
@@ -194,13 +193,20 @@ class Entries:
         if packing.grid is None and grids:
             packing.settle(next((grid for grid in grids if packing.why_not(grid) is None), grids[0]))
         several = packing.grid is not None and packing.grid[0] > 1
-        key = (id(module), several, tuple((path, tensor.dim()) for path, tensor in found.items()))
+        key = (id(module), module.training, several, tuple((path, tensor.dim()) for path, tensor in found.items()))
+        if not complete or key in self._impossible:
+            self._call = None
         if not complete or not self._allowed or key in self._packed or packing.filled < 2:
             return
         assert self._rows is not None
-        probe = PackedProbe(module, args, kwargs, self._rows)
-        if self._run(probe) or not probe.unlucky:  # else these tokens showed nothing; other ones may
+        probe = PackedProbe(module, args, kwargs, self._rows, training=module.training and _alone())
+        done = self._run(probe)
+        if done or not probe.unlucky:  # else these tokens showed nothing; other ones may
             self._packed.add(key)
+        if not done:
+            self._call = None
+            if not probe.unlucky:
+                self._impossible.add(key)
 
     def _run(self, probe: Probe) -> bool:
         try:
@@ -227,7 +233,9 @@ class Entries:
     def look(self, layer: Layer, x: Tensor) -> None:
         """Inside the caller's forward: probe it for a layer's call of which no probe has shown the rows."""
         rows = self._rows
-        if self._call is None or rows is None or rows.packing is not None or rows.batch == 1 or not self._allowed:
+        if self._call is None or rows is None or rows.batch == 1 or not self._allowed:
+            return
+        if rows.packing is not None and (rows.packing.grid is None or rows.packing.filled < 2):
             return
         if in_backward() or not self._placements.unseen(layer, x, rows):
             return
@@ -236,11 +244,17 @@ class Entries:
             return
         self._looked.add(key)
         module, args, kwargs = self._call
-        if self._run(Probe(module, args, kwargs, rows, training=module.training)) and key[0] not in {
-            *self._placements.seen,
-            *self._placements.unclear,
-        }:
+        kind = Probe if rows.packing is None else PackedProbe
+        probe = kind(module, args, kwargs, rows, training=module.training and _alone())
+        if self._run(probe) and key[0] not in {*self._placements.seen, *self._placements.unclear}:
             self._placements.unclear[key[0]] = _UNCALLED
+
+
+def _alone() -> bool:
+    """Whether there are no other ranks, which may meet a new kind of call at another time: some modules communicate in
+    training mode.
+    """
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def _varies(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .calls import not_tokens
 from .packing import TokenPlacement, readings, token_arguments
-from .probe import INJECTIONS, VARYING, Place, Probe, Seen, differing
+from .probe import INJECTIONS, VARYING, Place, Probe, Seen, alike, differing
 from .replay import Impossible
 
 MOVED = "its input changes in other sequences too when some sequences change"
@@ -23,6 +23,10 @@ TOGETHER = (
     "the model does not keep packed sequences apart: when one changes, the model's output changes in others. With the "
     "eager and sdpa attention of transformers pass position_ids that restart at 0, no attention_mask and "
     "use_cache=False; else give sequences rows of their own"
+)
+TRAINING = (
+    "in training mode the model does not keep packed sequences apart (a batch norm): when one changes, the model's "
+    "output changes in others"
 )
 UNSEEN = "its input depends on no token, so that nothing shows which sequences it is of"
 
@@ -52,14 +56,45 @@ class PackedProbe(Probe):
                 moved_any = True
                 seen, moved = done
                 if self._together(seen, moved):
-                    for key in self._base.inputs:
-                        self._exact[key], self._why[key] = set(), TOGETHER
+                    self._refuse_all(TOGETHER)
                     return
                 self._compare_tokens(seen, moved)
         if not moved_any:
             self.unlucky = True
             raise Impossible("none of its arguments has tokens that could be exchanged")
+        self._check_training_of(some)
         self._inject_tokens()
+
+    def _check_training_of(self, some: Tensor) -> None:
+        """Refuse what mixes sequences in training mode only."""
+        if not self._modes:
+            return
+        if self._communicates():
+            self._refuse_all(TRAINING)
+            return
+        evaluated = self._base
+        self._trains = True
+        try:
+            base = self._forward()
+            if alike(base, evaluated):
+                return
+            both = [self._perturbed_sequences(some, level) for level in ("swap", "replace")]
+            shown = [done for done in both if done is not None]
+            if not shown or not alike(self._forward(), base):
+                return  # random numbers of its own: nothing is shown
+            self._base = base
+            together = any(self._together(*done) for done in shown)
+            for done in shown:
+                self._compare_tokens(*done)
+        except Impossible:
+            return
+        finally:
+            self._trains, self._base = False, evaluated
+        for key, inputs in base.inputs.items():  # calls that are made in training mode only
+            self._base.inputs.setdefault(key, inputs)
+            self._base.layers.setdefault(key, base.layers[key])
+        if together:
+            self._refuse_all(TRAINING)
 
     def _some(self, filled: Tensor) -> Tensor:
         """[S] a random half of the sequences that have tokens (``filled``), with the first and without the last."""

@@ -214,13 +214,16 @@ class Probe:
                 continue
             tried = True
             other = _Subset(~subset.rows, per_sample, subset.dim)
-            for level in ("swap", "replace", "mask", "blocks"):
+            levels = ("swap", "replace", "mask", "blocks")
+            for level in levels:
                 if not self._open():
                     break
                 for half in (subset, other):
                     self._compare(half, level)
             if not per_sample:
                 self._check_square(subset)
+                if level == "replace":  # it did not run: tokens that change places leave sums over them alone
+                    self._hold(self._base, self._perturbed(subset, level), MIXED)
                 self._check_training(subset)
         if not tried:
             raise Impossible("none of its arguments has the rows of the micro-batch")
@@ -250,7 +253,7 @@ class Probe:
             return
         seen, rows = done
         if not subset.per_sample and self._coupled(self._base, seen, rows):
-            self._refuse_all()
+            self._refuse_all(TOGETHER)
         for key, before in self._base.inputs.items():
             if key in self._why or (subset.per_sample and self._found(key)):
                 continue
@@ -278,47 +281,60 @@ class Probe:
                     return True
         return False
 
-    def _refuse_all(self) -> None:
+    def _refuse_all(self, why: str) -> None:
         for key in self._base.inputs:
-            self._exact[key], self._possible[key], self._why[key] = set(), set(), TOGETHER
+            self._exact[key], self._possible[key], self._why[key] = set(), set(), why
+
+    def _communicates(self) -> bool:
+        """Whether a module's forward in training mode is a collective call that mixes the rows of all ranks."""
+        return any(training and type(module).__name__ == "SyncBatchNorm" for module, training in self._modes)
 
     def _check_training(self, subset: _Subset) -> None:
         """Refuse what mixes rows in training mode only. Calls that are made only there are placed."""
         if not self._modes or not self._base.inputs:
             return
-        if any(training and type(module).__name__ == "SyncBatchNorm" for module, training in self._modes):
-            self._refuse_all()  # its forward is a collective call
+        if self._communicates():
+            self._refuse_all(TOGETHER)
             return
         self._trains = True
         try:
             base = self._forward()
-            if _alike(base, self._base):
+            if alike(base, self._base):
                 return
-            done = self._perturbed(subset, "swap") or self._perturbed(subset, "replace")
-            if done is None or not _alike(self._forward(), base):
+            shown = {level: self._perturbed(subset, level) for level in ("swap", "replace")}
+            if not any(shown.values()) or not alike(self._forward(), base):
                 return  # random numbers of its own: nothing is shown
         except Impossible:
             return
         finally:
             self._trains = False
-        seen, rows = done
         for key, before in base.inputs.items():
             self._base.inputs.setdefault(key, before)
             self._base.layers.setdefault(key, base.layers[key])
+            if before.shape != self._base.inputs[key].shape:
+                self._why.setdefault(key, VARYING)
+                self._exact[key] = set()
+        for done in shown.values():
+            self._hold(base, done, TRAINING)
+
+    def _hold(self, base: Seen, done: tuple[Seen, Tensor] | None, why: str) -> None:
+        """Hold what is known of the rows against one more perturbation. ``why``: the reason where it is wrong.
+
+        Other ids may change how often a layer is called, and with how many tokens: that shows nothing here.
+        """
+        if done is None:
+            return
+        seen, rows = done
         if self._coupled(base, seen, rows):
-            self._refuse_all()
+            self._refuse_all(TOGETHER)
             return
         for key, before in base.inputs.items():
             after = seen.inputs.get(key)
-            if key in self._why or after is None:
-                continue
-            if after.shape != before.shape or before.shape != self._base.inputs[key].shape:
-                self._why[key] = VARYING
-                self._exact[key] = set()
+            if key in self._why or after is None or after.shape != before.shape:
                 continue
             shown = _candidates(before, after, rows, False)
             if shown is not None and not any(place.per_sample for place in self._found(key)):  # type: ignore[union-attr]
-                self._narrow(key, *shown, TRAINING)
+                self._narrow(key, *shown, why)
 
     def _narrow(self, key: _Key, exact: Set[Place], possible: Set[Place], why: str) -> None:
         """Take in what one perturbation showed of a call. ``why``: the reason where no placement is left."""
@@ -468,7 +484,7 @@ class Probe:
         return valid
 
 
-def _alike(a: Seen, b: Seen) -> bool:
+def alike(a: Seen, b: Seen) -> bool:
     """Whether two forwards showed the same."""
     if a.inputs.keys() != b.inputs.keys() or len(a.result) != len(b.result):
         return False

@@ -291,9 +291,11 @@ class GradNormTracker:
             self._reconcile(reconciliation, sorted(arrivals.names - recorder.groups.keys()))
             nothing = self._nothing_left()
             if not recorder.reached and not nothing:
+                left_out = self._skipped.news()
                 raise RuntimeError(
                     f"no gradient reached a measured layer ({some(self.layers)}) inside tracker.microbatch(...): call "
                     "loss.backward() inside the block, on a loss that depends on them"
+                    + (f" ({left_out})" if left_out else "")
                 )
             with torch.no_grad():
                 for task in rows.block_tasks:

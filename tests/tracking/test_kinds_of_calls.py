@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
-from tests.tracking.measured import ROWS, TASKS, agree, class_losses, features
+from tests.tracking.measured import ROWS, TASKS, WORDS, agree, class_losses, features, next_token_losses, token_ids
 
 SAMPLES = [0, 0, 1, 1, 2, 2]
 
@@ -73,6 +73,25 @@ def test_a_batch_norm_couples_the_layers_before_and_behind_it() -> None:
     with pytest.raises(RuntimeError, match="nothing that layers= picks can be measured"):
         agree(model, losses)
     assert set(agree(model.eval(), losses)) == names(model, "norm")
+
+
+def test_a_sum_over_all_tokens_couples_rows_of_ids() -> None:
+    """Tokens that change places leave it alone, so other tokens must take their place."""
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.token, self.a, self.b = nn.Embedding(WORDS, 8), nn.Linear(8, 8), nn.Linear(8, WORDS)
+            self.double()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.token(ids)
+            return self.b(self.a(hidden - hidden.mean((0, 1))).tanh())
+
+    model = Centred()
+    reasons = agree(model, next_token_losses(model, token_ids()), unverified="skip")
+    assert set(reasons) == names(model, "token", "a", "b")
 
 
 def _mixed_in_training(model: Any, x: Tensor) -> Tensor:
@@ -348,3 +367,46 @@ def test_arguments_in_a_dataclass_or_a_mapping_are_perturbed() -> None:
 
             reasons = agree(model, losses, unverified="skip")
             assert set(reasons) == (names(model, "a", "b") if sorts else set())
+
+
+class Packed(nn.Module):
+    """A mean over each sequence; ``mode`` adds what a test is about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.token, self.a, self.branch = nn.Embedding(WORDS, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.b = nn.BatchNorm1d(8, affine=False), nn.Linear(8, WORDS)
+        self.mode = ""
+        self.double()
+
+    def forward(self, ids: Tensor, ends: Sequence[int]) -> Tensor:
+        hidden = self.a(self.token(ids)).tanh()
+        if self.mode == "branch":
+            hidden = hidden + self.branch(hidden)
+        elif self.mode == "another order":
+            hidden = hidden + self.branch(hidden.flip(1)).flip(1)
+        elif self.mode == "batch norm":
+            hidden = self.norm(hidden[0])[None]
+        parts = hidden.tensor_split(list(ends), 1)
+        return self.b(torch.cat([part + part.mean(1, keepdim=True) for part in parts], 1))
+
+
+@pytest.mark.parametrize("mode", ["branch", "another order", "batch norm"])
+@pytest.mark.filterwarnings("ignore:these measured layers were never called")
+def test_packed_sequences(mode: str) -> None:
+    model, lengths = Packed(), [3, 4, 2, 5, 1, 3]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.randint(0, WORDS, (1, 18), generator=torch.Generator().manual_seed(1))
+    tracker = gk.GradNormTracker(model, ["token", "a", "b"] if mode == "batch norm" else "all", unverified="skip")
+    if mode == "batch norm":
+        model.mode = mode
+    for _ in range(2):
+        with tracker.microbatch(TASKS, cu_seqlens=offsets):
+            nn.functional.cross_entropy(model(ids, offsets[1:-1].tolist())[0], ids[0]).backward()
+        stats = tracker.step()
+        model.mode = mode
+    coupled = [name for name, _ in model.named_parameters() if not name.startswith("branch")]
+    left_out = {"branch": set(), "another order": names(model, "branch"), "batch norm": set(coupled)}
+    assert set(tracker.skipped) == left_out[mode] and (stats == {}) == (mode == "batch norm")
+    assert all("other sequences" in why or "in others" in why for why in tracker.skipped_reasons.values())
