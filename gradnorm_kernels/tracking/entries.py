@@ -21,7 +21,7 @@ from .packed_probe import PackedProbe
 from .packing import Packing, token_arguments
 from .probe import Probe
 from .quiet import is_quiet
-from .replay import Impossible, copied, leaves
+from .replay import Impossible, copied, leaves, numbers
 from .rows import Rows
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule")
@@ -62,6 +62,10 @@ class Entries:
         self._allowed = self._searching = False
         self._per_sample: dict[int, int] = {}  # calls in this micro-batch with a row per sample
         self._per_row = False
+        self._called_directly: set[str] = (
+            set()
+        )  # layers that the caller itself called while all containers were watched
+        self.strangers: set[str] = set()  # layers that were called in this micro-batch by no container that is watched
 
     def watch(self, model: nn.Module, leave: Callable[[Any], None], *, everywhere: bool) -> None:
         """Look at the arguments of the outermost calls until :meth:`stop`.
@@ -114,6 +118,7 @@ class Entries:
         self._rows, self._allowed, self._searching = rows, allowed, searching
         self.depth, self._call, self._shapes = 0, None, set()
         self._per_sample, self._per_row = {}, False
+        self.strangers = set()
         self._placements.sizes = None
 
     def end(self) -> None:
@@ -161,6 +166,7 @@ class Entries:
         )
         known = self._kinds.get(kind)
         varied = {path for path, tensor in found.items() if path not in (known or ()) and _varies(tensor)}
+        varied |= {path for path, listed in numbers((args, kwargs)) if len(set(listed)) > 1} - (known or set())
         shapes = (id(module), tuple((path, tuple(t.shape)) for path, t in found.items()))
         if kind in self._impossible:
             self._call = None
@@ -233,11 +239,18 @@ class Entries:
     def look(self, layer: Layer, x: Tensor) -> None:
         """Inside the caller's forward: probe it for a layer's call of which no probe has shown the rows."""
         rows = self._rows
-        if self._call is None or rows is None or rows.batch == 1 or not self._allowed:
+        if rows is None or rows.batch == 1 or not self._allowed or in_backward():
+            return
+        if self.depth == 0 and torch.is_grad_enabled():
+            if self.entering:
+                self._called_directly.add(layer.name)
+            elif layer.name not in self._called_directly:
+                self.strangers.add(layer.name)
+        if self._call is None:
             return
         if rows.packing is not None and (rows.packing.grid is None or rows.packing.filled < 2):
             return
-        if in_backward() or not self._placements.unseen(layer, x, rows):
+        if not self._placements.unseen(layer, x, rows):
             return
         key = (self._placements.key(layer, len(token_shape(layer, x)), rows), tuple(x.shape))
         if key in self._looked:
@@ -258,7 +271,7 @@ def _alone() -> bool:
 
 
 def _varies(tensor: Tensor) -> bool:
-    """Whether an argument of at most two dimensions that is no floating-point number holds different values."""
-    if tensor.is_floating_point() or not 1 <= tensor.dim() <= 2 or not tensor.numel() or distributed.is_dtensor(tensor):
+    """Whether an argument holds different values."""
+    if not tensor.numel() or distributed.is_dtensor(tensor):
         return False
     return bool((tensor != tensor.reshape(-1)[0]).any())

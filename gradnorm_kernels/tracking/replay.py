@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -101,6 +101,18 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     else:
         for key, item in (_items(value) or {}).items():
             yield from leaves(item, f"{path}.{key}")
+
+
+def numbers(value: Any, path: str = "") -> Iterator[tuple[str, Sequence[float]]]:
+    """(path, list) of the lists and tuples of numbers in a structure of arguments, such as lengths."""
+    if isinstance(value, (tuple, list)) and len(value) > 1 and all(type(item) in (int, float, bool) for item in value):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from numbers(item, f"{path}.{i}")
+    elif not isinstance(value, (Tensor, *_PLAIN)) and not callable(value):
+        for key, item in (_items(value) or {}).items():
+            yield from numbers(item, f"{path}.{key}")
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

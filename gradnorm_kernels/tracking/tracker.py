@@ -297,10 +297,8 @@ class GradNormTracker:
                     "loss.backward() inside the block, on a loss that depends on them"
                     + (f" ({left_out})" if left_out else "")
                 )
-            with torch.no_grad():
-                for task in rows.block_tasks:
-                    self._task_index.setdefault(task, len(self._task_index))
-                part = recorder.finish(self._task_index)
+            strangers = self._watcher.entries.strangers
+            part = None if strangers else self._finish(recorder)
         except BaseException:
             kept.spoiled = kept.spoiled or (kept.exact is not None and bool(recorder.reached))
             raise
@@ -315,6 +313,15 @@ class GradNormTracker:
         self._warn_skipped(4)
         if nothing:
             self._reset(next_step=False)
+            return
+        if strangers:
+            self._unplaced, kept.spoiled = True, kept.spoiled or kept.exact is not None
+            warnings.warn(
+                f"this micro-batch is not counted: {some(sorted(strangers))} were called by a "
+                "module that no caller had called before, so nothing shows where their rows lie; the next one is "
+                "looked at",
+                stacklevel=3,
+            )
             return
         if self._samples.serial and known != set(self._skipped.reasons):
             # Earlier micro-batches of this step counted what this one leaves out: their sums do not belong together.
@@ -340,6 +347,12 @@ class GradNormTracker:
                 'accumulate="exact" needs whole samples in each micro-batch, but rows_per_sample says that rows of '
                 f'{spread} are elsewhere: keep a sample\'s rows together, or use accumulate="sketch" or "pairs"'
             )
+
+    def _finish(self, recorder: Recorder) -> PairSums | None:
+        with torch.no_grad():
+            for task in recorder.rows.block_tasks:
+                self._task_index.setdefault(task, len(self._task_index))
+            return recorder.finish(self._task_index)
 
     # Verification of the total gradients
 

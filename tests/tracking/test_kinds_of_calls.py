@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -156,7 +157,8 @@ class Sorted(nn.Module):
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
         self.double()
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | list[int]) -> Tensor:
+        lengths = torch.as_tensor(lengths).long()
         order = lengths.argsort(descending=True, stable=True)
         last = self.a(x[order]).cumsum(1)[torch.arange(len(order)), lengths[order] - 1]
         return self.b(last.relu())[order.argsort()]
@@ -171,26 +173,33 @@ class Unpadded(nn.Module):
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
         self.double()
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | list[int]) -> Tensor:
+        lengths = torch.as_tensor(lengths)
         mask = torch.arange(x.shape[1]) < lengths[:, None]
         hidden = torch.zeros_like(x)
         hidden[mask] = self.a(x[mask]).tanh()
         return self.b(hidden.sum(1))
 
 
+SORTED = (Sorted, [2, 5, 1, 3, 4, 5], ("a", "b"))
+UNPADDED = (Unpadded, [2, 5, 1, 3, 4, 3], ("a",))  # 18 tokens are three per row
+
+
 @pytest.mark.parametrize(
-    ("kind", "lengths", "left_out"),
-    [(Sorted, [2, 5, 1, 3, 4, 5], ("a", "b")), (Unpadded, [2, 5, 1, 3, 4, 3], ("a",))],  # 18 tokens are three per row
-    ids=["sorted", "unpadded"],
+    ("kind", "lengths", "left_out", "form"),
+    [(*SORTED, "integers"), (*SORTED, "floats"), (*SORTED, "a list"), (*UNPADDED, "integers"), (*UNPADDED, "a list")],
 )
 def test_lengths_that_differ_for_the_first_time(
-    kind: type[nn.Module], lengths: list[int], left_out: Sequence[str]
+    kind: type[nn.Module], lengths: list[int], left_out: Sequence[str], form: str
 ) -> None:
     model, x = kind(), features(5)
     given = torch.full((ROWS,), 5)
 
     def losses(rows: Sequence[int]) -> Tensor:
-        logits = model(x[list(rows)], given[list(rows)])
+        some = given[list(rows)]
+        logits = model(
+            x[list(rows)], some if form == "integers" else some.double() if form == "floats" else some.tolist()
+        )
         return nn.functional.cross_entropy(logits, torch.arange(ROWS)[list(rows)] % 3, reduction="none")
 
     def before(step: int) -> None:
@@ -410,3 +419,35 @@ def test_packed_sequences(mode: str) -> None:
     left_out = {"branch": set(), "another order": names(model, "branch"), "batch norm": set(coupled)}
     assert set(tracker.skipped) == left_out[mode] and (stats == {}) == (mode == "batch norm")
     assert all("other sequences" in why or "in others" in why for why in tracker.skipped_reasons.values())
+
+
+@pytest.mark.parametrize("accumulate", ["pairs", "exact", "sketch"])
+def test_a_part_that_the_caller_calls_itself_later(accumulate: str) -> None:
+    """Nothing shows the rows of that micro-batch, which is not counted. The next one is looked at."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 3)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x)).mean(1)
+
+    model = Whole()
+    tracker = gk.GradNormTracker(model, "all", accumulate=accumulate, unverified="raise", sketch_width=64)
+    whole = class_losses(model, features(5))
+    parts = class_losses(lambda x: model.head(model.body(x)).mean(1), features(5))
+    found = []
+    for losses in (whole, parts, parts, whole):
+        counted = losses is whole or len(found) == 2
+        warned = contextlib.nullcontext() if counted else pytest.warns(UserWarning, match="not counted: body.0, head")
+        with warned, tracker.microbatch(TASKS):
+            losses(range(ROWS)).mean().backward()
+        failed = accumulate == "exact" and not counted
+        with pytest.raises(RuntimeError, match="failed halfway") if failed else contextlib.nullcontext():
+            found.append(tracker.step())
+        if failed:
+            found.append({})
+    assert found[1] == {} and all(stats["a"].sq_norm == pytest.approx(found[0]["a"].sq_norm) for stats in found[2:])
