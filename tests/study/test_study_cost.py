@@ -1,4 +1,4 @@
-"""What a digit of U costs: the measured U against each other and against the tracker's, the table against arithmetic."""
+"""What a digit of U costs: the ways measure the same U as the tracker, and the table is arithmetic."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def test_every_way_measures_the_same_u_of_its_layers(gradients: None, tmp_path: 
         for task, values in pairs.items():
             assert len(values) == 4 and ways[f"{layers}_exact"]["u"][task] == pytest.approx(values, rel=1e-3, abs=1e-9)
             assert len(ways[f"{layers}_two_batch"]["u"][task]) == 4
-            # One U of a step's 6 pairs, the reference of all 120: the first are 24 of the second.
             assert math.isfinite(result["reference"][layers][task]["u"])
     # The whole model has more gradient than its linear layers, which have more than one block's attention.
     total = [sum(result["reference"][layers][task]["mean_sq_norm"] for task in pairs) for layers in cost.LAYERS]
