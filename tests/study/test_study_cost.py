@@ -132,6 +132,15 @@ def test_the_table_is_the_arithmetic_of_the_seconds_and_the_spread() -> None:
     assert "takes" not in cost.sentence([result]) and cost.draw([result]) is not None
 
 
+def test_the_page_follows_from_the_stored_results() -> None:
+    folder = ROOT / "docs" / "study" / "cost"
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    page = (ROOT / "docs" / "study" / "cost.md").read_text()
+    assert len(results) == 3 and cost.table(results) in page and cost.sentence(results) in page
+    assert cost.sentence(results) in (folder / "cost.svg").read_text()
+    assert len({result["commit"] for result in results}) == 1 and results[0]["commit"][:12] in page
+
+
 def test_sizes_that_make_no_steps_and_unknown_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="multiple of rounds=2"):
         cost.cost(_config(tmp_path, prompts=12), Console(quiet=True))
