@@ -249,6 +249,7 @@ void visit(Fields& field, gradnorm::SplitFixup& args) {
   field("groups", args.groups);
   field("sample_sq", args.sample_sq);
   field("group_sq", args.group_sq);
+  field("products", args.products);
   field("sums", args.sums);
   field("width", args.width);
   field("type", args.type);
@@ -316,6 +317,7 @@ void bind_cuda(py::module_& m) {
   m.def("finish", &call<Finish, &finish>);
   m.def("token_sums", &call<TokenSums, &token_sums>);
   m.attr("GRAM_TILE") = kGramTile;
+  m.attr("FIXUP_GROUPS") = kFixupGroups;
   py::dict tiles;  // architecture -> the columns of the tiles that its wgrad is compiled for
   tiles[py::int_(80)] = columns(kSm80WgradTiles);
   tiles[py::int_(90)] = columns(kSm90WgradTiles);

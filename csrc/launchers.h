@@ -202,11 +202,15 @@ struct SplitFixup {
   int inner, samples, groups;
   float* sample_sq;            // [rows, samples] or null: sums of squares, rows as split_fixup_rows has them
   float* group_sq;             // [rows, groups]; groups without inner sums stay as they are
+  float* products;             // [rows, groups, groups] or null: inner products of the groups' sums, above the diagonal alone;
+                               // then inner sums are the groups', of which there are at most kFixupGroups
   float* sums;                 // [groups, width] or null: the groups' sums, with zeros from `elements` on
   int64_t width;               // at least `elements`
   int type;                    // of weight_grad
   void* weight_grad;           // [elements] or null: the sum of all
 };
+// With one sum of a chunk per group, a block's shared memory stays below the 99 KiB that every GPU from sm_80 on has.
+constexpr int kFixupGroups = 12;
 int64_t split_fixup_rows(int64_t width);
 void split_fixup(const SplitFixup& args, void* stream);
 
@@ -234,7 +238,7 @@ struct Finish {
   int group_reach;
 
   // Inner products of groups: what gram_sm80 left pairwise [partials, partials], or products [slabs, groups, groups] of
-  // the groups' sums; null where there is neither.
+  // the groups' sums, of which those above the diagonal are read; null where there is neither.
   const float* pairs;
   int partials;
   const float* products;

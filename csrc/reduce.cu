@@ -120,15 +120,14 @@ __device__ __forceinline__ double pair_sum(const Finish& args, int a, int b) {
   return sum;
 }
 
-// The same from the products of the groups' sums: <S_a, S_b> and <S_b, S_a> may differ in their last digits.
+// The same from the products of the groups' sums, of which those above the diagonal count.
 __device__ __forceinline__ double product_sum(const Finish& args, int64_t a, int64_t b) {
   double sum = 0.0;
-  for (int slab = threadIdx.x % 32; slab < args.slabs; slab += 32) {
-    const float* product = args.products + slab * int64_t{args.groups} * args.groups;
-    sum += static_cast<double>(load_global(product + a * args.groups + b));
-    sum += static_cast<double>(load_global(product + b * args.groups + a));
+#pragma unroll 8
+  for (int64_t slab = threadIdx.x % 32; slab < args.slabs; slab += 32) {
+    sum += static_cast<double>(load_global(args.products + (slab * args.groups + a) * args.groups + b));
   }
-  return sum / 2;
+  return sum;
 }
 
 // A warp per pair of groups, the first not above the second; the result goes to both places.
@@ -183,11 +182,55 @@ __device__ __forceinline__ void block_sum(float value, int turn, float* to) {
   if (threadIdx.x == 0) store_global(to, shared_sum(sums, kWarps));
 }
 
+// Inner products of the groups' sums in a block's chunk. Every thread keeps its elements of each group's sum in shared
+// memory, which no other thread reads, and each warp the sum of its products of every pair of groups.
+class GroupProducts {
+ public:
+  static constexpr int kGroupBytes = kChunk * 4;
+
+  __host__ __device__ static constexpr int pairs(int groups) { return groups * (groups - 1) / 2; }
+  __host__ __device__ static constexpr int bytes(int groups) { return groups * kGroupBytes + pairs(groups) * kWarps * 4; }
+
+  __device__ __forceinline__ GroupProducts(SharedAddress shared, int groups)
+      : own_(shared + threadIdx.x * 4), pairs_(shared + groups * kGroupBytes), groups_(groups) {}
+
+  // The sum of a group, after those of all groups before it.
+  __device__ __forceinline__ void add(int group, const float (&sum)[kPerThread]) {
+    for (int other = 0; other < group; ++other) {
+      float product = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) product += sum[i] * load_shared_float(at(other, i));
+      product = warp_sum(product);
+      if (threadIdx.x % 32 == 0) store_shared_float(pair_at(other, group) + threadIdx.x / 32 * 4, product);
+    }
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) store_shared_float(at(group, i), sum[i]);
+  }
+
+  // Writes those above the diagonal of `to` [groups, groups], once all groups are added.
+  __device__ __forceinline__ void store(float* to) const {
+    sync_block();
+    for (int i = threadIdx.x; i < groups_ * groups_; i += kThreads) {
+      if (i / groups_ < i % groups_) store_global(to + i, shared_sum(pair_at(i / groups_, i % groups_), kWarps));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ SharedAddress at(int group, int i) const { return own_ + group * kGroupBytes + i * kThreads * 4; }
+
+  __device__ __forceinline__ SharedAddress pair_at(int a, int b) const { return pairs_ + (pairs(b) + a) * kWarps * 4; }
+
+  SharedAddress own_, pairs_;
+  int groups_;
+};
+static_assert(GroupProducts::bytes(kFixupGroups) + 2 * kWarps * 4 <= 99 * 1024, "GPUs of 8.6 and 8.9 have no more per block");
+
 // A block per chunk of the weight's elements, all inner sums one after another.
 template <int kType>
 __global__ void __launch_bounds__(kThreads) split_fixup_kernel(const __grid_constant__ SplitFixup args) {
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kChunk + threadIdx.x;
   float group_sum[kPerThread] = {}, total[kPerThread] = {};
+  GroupProducts products(shared_base() + 2 * kWarps * 4, args.groups);
   int turn = 0;
   for (int inner = 0; inner < args.inner; ++inner) {
     float sum[kPerThread] = {};
@@ -210,6 +253,7 @@ __global__ void __launch_bounds__(kThreads) split_fixup_kernel(const __grid_cons
     for (int i = 0; i < kPerThread; ++i) group_sum[i] += sum[i];
     if (inner + 1 < args.inner && load_global(args.outer + inner + 1) == group) continue;
     block_sum(sum_of_squares(group_sum), turn++, args.group_sq + static_cast<int64_t>(blockIdx.x) * args.groups + group);
+    if (args.products != nullptr) products.add(group, group_sum);
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const int64_t element = begin + i * kThreads;
@@ -217,6 +261,9 @@ __global__ void __launch_bounds__(kThreads) split_fixup_kernel(const __grid_cons
       total[i] += group_sum[i];
       group_sum[i] = 0.0f;
     }
+  }
+  if (args.products != nullptr) {
+    products.store(args.products + static_cast<int64_t>(blockIdx.x) * args.groups * args.groups);
   }
   if (args.weight_grad == nullptr) return;
 #pragma unroll
@@ -249,8 +296,13 @@ void token_sums(const TokenSums& args, void* stream) {
 int64_t split_fixup_rows(int64_t width) { return (width + kChunk - 1) / kChunk; }
 
 void split_fixup(const SplitFixup& args, void* stream) {
+  if (args.products != nullptr && (args.groups > kFixupGroups || args.inner != args.groups)) {
+    throw std::runtime_error("split_fixup: products are of at most " + std::to_string(kFixupGroups) +
+                             " groups, whose sums are the inner ones");
+  }
   auto* kernel = args.type == kBFloat16 ? split_fixup_kernel<kBFloat16> : split_fixup_kernel<kFloat16>;
-  launch("split_fixup", kernel, split_fixup_rows(args.width), kThreads, 2 * kWarps * 4, stream, args);
+  const int products = args.products == nullptr ? 0 : GroupProducts::bytes(args.groups);
+  launch("split_fixup", kernel, split_fixup_rows(args.width), kThreads, 2 * kWarps * 4 + products, stream, args);
 }
 
 }  // namespace gradnorm

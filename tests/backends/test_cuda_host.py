@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,13 +146,42 @@ def test_splits(
     torch.testing.assert_close(plain.group_sq_norms, result.group_sq_norms, rtol=1e-5, atol=0)
 
 
-def test_the_groups_gram_with_a_small_workspace(context: HostContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the workspace would be too large, the rows of the weight are taken in several passes."""
+@pytest.mark.parametrize("groups", [3, 12, 13])
+def test_the_groups_gram_with_a_small_workspace(
+    context: HostContext, monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    """Where the workspace would be too large, the rows of the weight are taken in several passes.
+
+    The inner products of up to FIXUP_GROUPS groups are the fix-up's, those of more come from their stored sums.
+    """
     names = launches(context, monkeypatch)
-    monkeypatch.setattr(wgrad, "_WORKSPACE", 3 * 2 * 4 * 70 * 130)
-    case = traps.packed([30, 7, 64, 50], 70, 300, BF16, group_ids=[0, 1, 2, 1])
+    copies = groups if groups <= context.module.FIXUP_GROUPS else 2 * groups
+    monkeypatch.setattr(wgrad, "_WORKSPACE", copies * 4 * 70 * 130)
+    products: list[bool] = []
+    original = wgrad.split_fixup
+
+    def fixup(*args: Any, **options: Any) -> Any:
+        products.append(options["products"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(wgrad, "split_fixup", fixup)
+    ids = [*range(groups), 1]
+    lengths = (
+        [30, 7, 64, 50] if groups == 3 else [9, 9, 40, 9, 0] + [5] * (groups - 4)
+    )  # the fourth group has no tokens
+    case = traps.packed(lengths, 70, 300, BF16, group_ids=ids)
     traps.check(case, "cuda", "wgrad", weight_grad=True, group_gram=True)
     assert names.count("wgrad_norm_sm80") == 2 * 3
+    assert products == [groups <= 12] * 6
+
+
+def test_products_of_too_many_groups_are_refused(context: HostContext) -> None:
+    buffers = ("workspace", "split_start", "split_first", "split_last", "outer", "group_sq", "products")
+    fields = dict.fromkeys(buffers, torch.zeros(200, dtype=torch.int32))
+    none = dict.fromkeys(("inner_sample", "sample_sq", "sums", "weight_grad"))
+    sizes = {"elements": 8, "width": 8, "samples": 0, "type": 1, "groups": 13, "inner": 13}
+    with pytest.raises(RuntimeError, match="^split_fixup: products are of at most 12 groups"):
+        context.launch("split_fixup", **fields, **none, **sizes)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,11 @@ MUTATIONS = {
     ),
     "the diagonal counts twice": (Patch(REDUCE, r"offset == 0 \? 1\.0 : 2\.0", "2.0"), WRONG),
     "one place for two sums of a block": (Patch(REDUCE, r"turn % 2 \* \(kWarps \* 4\)", "0"), RACE),
+    "products of warps read too soon": (
+        Patch(REDUCE, r"sync_block\(\);(\s+for \(int i = threadIdx\.x; i < groups_)", r"\1"),
+        f"{RACE}|nobody wrote",
+    ),
+    "one place for the products of two pairs": (Patch(REDUCE, r"\(pairs\(b\) \+ a\)", "pairs(b)"), WRONG),
     "a split's part is left out": (Patch(REDUCE, r"split <= last; \+\+split", "split < last; ++split"), WRONG),
 }
 

@@ -1,4 +1,4 @@
-"""What a digit of U costs: the measured U against each other and against the tracker's, the table against arithmetic."""
+"""What a digit of U costs: the ways measure the same U as the tracker, and the table is arithmetic."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ def test_every_way_measures_the_same_u_of_its_layers(gradients: None, tmp_path: 
         for task, values in pairs.items():
             assert len(values) == 4 and ways[f"{layers}_exact"]["u"][task] == pytest.approx(values, rel=1e-3, abs=1e-9)
             assert len(ways[f"{layers}_two_batch"]["u"][task]) == 4
-            # One U of a step's 6 pairs, the reference of all 120: the first are 24 of the second.
             assert math.isfinite(result["reference"][layers][task]["u"])
     # The whole model has more gradient than its linear layers, which have more than one block's attention.
     total = [sum(result["reference"][layers][task]["mean_sq_norm"] for task in pairs) for layers in cost.LAYERS]
@@ -131,6 +130,15 @@ def test_the_table_is_the_arithmetic_of_the_seconds_and_the_spread() -> None:
     assert row["price"] == pytest.approx(0.2 * row["steps"]) and row["share"] == pytest.approx(0.2)
     assert cost.table([result]).count("\n") == 2 + len(ways)
     assert "takes" not in cost.sentence([result]) and cost.draw([result]) is not None
+
+
+def test_the_page_follows_from_the_stored_results() -> None:
+    folder = ROOT / "docs" / "study" / "cost"
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    page = (ROOT / "docs" / "study" / "cost.md").read_text()
+    assert len(results) == 3 and cost.table(results) in page and cost.sentence(results) in page
+    assert cost.sentence(results) in (folder / "cost.svg").read_text()
+    assert len({result["commit"] for result in results}) == 1 and results[0]["commit"][:12] in page
 
 
 def test_sizes_that_make_no_steps_and_unknown_options_are_refused(tmp_path: Path) -> None:

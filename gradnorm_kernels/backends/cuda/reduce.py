@@ -17,25 +17,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SquareSums:
-    """Partial sums of squares of one launch, float32: ``sample`` [rows, N] and ``group`` [rows, K], or None."""
+    """Partial sums of one launch, float32: squares of ``sample`` [rows, N] and ``group`` [rows, K], or None.
+
+    ``products`` [rows, K, K], or None: inner products of the groups' sums, above the diagonal alone.
+    """
 
     sample: Tensor | None
     group: Tensor | None
     rows: int
+    products: Tensor | None = None
 
 
 def split_fixup(
     context: LaunchContext,
     workspace: Tensor,
     schedule: Schedule,
-    sums: Tensor | None,
     weight_grad: Tensor | None,
     element: int,
+    *,
+    products: bool = False,
+    sums: Tensor | None = None,
 ) -> SquareSums:
     """The squares of the inner sums over the splits, where these are samples', and of the groups'.
 
-    ``workspace`` [splits + inner - 1, elements] holds each split's sums. ``sums`` [K, at least elements] and
-    ``weight_grad``, if given, are overwritten.
+    ``workspace`` [splits + inner - 1, elements] holds each split's sums. ``products``: also the inner products of the
+    groups' sums, of at most FIXUP_GROUPS groups. ``sums`` [K, at least elements] and ``weight_grad``, if given, are
+    overwritten.
     """
     tables, split = schedule.fixup, schedule.wgrad
     assert tables is not None and split is not None
@@ -44,6 +51,7 @@ def split_fixup(
     rows = context.size("split_fixup_rows", width=width)
     sample_sq = None if tables.sample is None else workspace.new_empty(rows, schedule.samples)
     group_sq = workspace.new_empty(rows, schedule.groups)
+    of_pairs = workspace.new_empty(rows, schedule.groups, schedule.groups) if products else None
     context.launch(
         "split_fixup",
         workspace=workspace,
@@ -58,12 +66,13 @@ def split_fixup(
         groups=schedule.groups,
         sample_sq=sample_sq,
         group_sq=group_sq,
+        products=of_pairs,
         sums=sums,
         width=width,
         type=element,
         weight_grad=weight_grad,
     )
-    return SquareSums(sample_sq, group_sq, rows)
+    return SquareSums(sample_sq, group_sq, rows, of_pairs)
 
 
 def finish(
@@ -82,11 +91,13 @@ def finish(
     """Add one pass over rows of the weight to the results. After the ``last`` one all are NaN if values were wrong.
 
     ``of_samples`` and ``of_groups``, of all rows, count in the ``first`` pass; ``of_groups`` is pairwise where the Gram
-    is wanted. ``products`` [slabs, K, K] float32: the inner products of the groups' sums, by slabs of the weight.
-    ``first``: the results hold nothing yet. Of weight_grad only the first row becomes NaN.
+    is wanted. ``products`` [slabs, K, K] float32: the inner products of the groups' sums, by slabs of the weight, of
+    which those above the diagonal count; default: those of ``of_fixup``. ``first``: the results hold nothing yet. Of
+    weight_grad only the first row becomes NaN.
     """
     wgrad, fixup = of_wgrad or SquareSums(None, None, 0), of_fixup or SquareSums(None, None, 0)
     tokens = schedule.tokens
+    products = fixup.products if products is None else products
     pairwise = of_groups is not None and results.group_gram is not None
     weight_grad = results.weight_grad
     context.launch(

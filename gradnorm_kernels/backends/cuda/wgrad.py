@@ -48,8 +48,10 @@ def run(
     """
     d_in, d_out, groups = x.shape[1], dy.shape[1], segments.groups
     store_sums = group_gram and groups > 1
-    # Rows of the weight per pass: all, unless the workspace must hold sums of every group for each of them.
-    rows = max(BLOCK_M, _WORKSPACE // (4 * d_in * 2 * groups) // BLOCK_M * BLOCK_M) if store_sums else d_out
+    # The workspace holds a sum of every group, twice where the fix-up does not take their inner products.
+    copies = groups if groups <= context.module.FIXUP_GROUPS else 2 * groups
+    # Rows of the weight per pass: all, unless the workspace must hold the groups' sums of each of them.
+    rows = max(BLOCK_M, _WORKSPACE // (4 * d_in * copies) // BLOCK_M * BLOCK_M) if store_sums else d_out
     config = launch_config(context, d_in, min(rows, d_out), len(x))
     wanted = splits(tile_count(d_in, min(rows, d_out), config.columns), len(x), context.multiprocessors)
     few = min(segments.samples, segment_count(segments))
@@ -133,7 +135,7 @@ def _pass(
     weight_grad: Tensor | None,
     store_sums: bool,
 ) -> tuple[SquareSums, SquareSums | None, Tensor | None]:
-    """One pass over rows of the weight: squares of wgrad and of the fix-up, and inner products of the groups' sums."""
+    """One pass over rows of the weight: squares of wgrad, what the fix-up finds, and inner products of stored sums."""
     d_in, d_out = x.shape[1], dy.shape[1]
     if schedule.fixup is None:
         running = None
@@ -145,17 +147,19 @@ def _pass(
     held = schedule.wgrad.splits + len(schedule.fixup.outer) - 1
     workspace = torch.empty(held, elements, dtype=torch.float32, device=x.device)
     of_wgrad = _launch(context, config, x, dy, schedule, workspace, None, None)
+    products = store_sums and schedule.groups <= context.module.FIXUP_GROUPS
     sums, slabs = None, -(-elements // _SLAB)
-    if store_sums:
+    if store_sums and not products:
         # With zeros behind the last element, so that all slabs are one product.
         sums = torch.empty(schedule.groups, slabs * -(-elements // slabs), dtype=torch.float32, device=x.device)
-    of_fixup = split_fixup(context, workspace, schedule, sums, weight_grad, native.TYPES[x.dtype])
-    products = None
-    if sums is not None:
-        parts = sums.unflatten(1, (slabs, -1)).transpose(0, 1)
-        with exact_matmuls(x.device):
-            products = torch.bmm(parts, parts.mT)
-    return of_wgrad, of_fixup, products
+    of_fixup = split_fixup(
+        context, workspace, schedule, weight_grad, native.TYPES[x.dtype], products=products, sums=sums
+    )
+    if sums is None:
+        return of_wgrad, of_fixup, None
+    parts = sums.unflatten(1, (slabs, -1)).transpose(0, 1)
+    with exact_matmuls(x.device):
+        return of_wgrad, of_fixup, torch.bmm(parts, parts.mT)
 
 
 def _launch(

@@ -281,8 +281,8 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     ``extra``, ``low``, ``high``: median and quartiles over rounds of its seconds per step, less those of the plain step
     of the same round; ``share``: the median as a share of the plain step's. ``error``: relative, of one step, the
-    median over seeds and the tasks whose U is told apart from zero. ``steps``, ``price``: how many steps, and how many
-    extra seconds with their quartiles, for a relative error of DIGIT. NaN where no U is told apart from zero.
+    median over seeds and the tasks whose U is significant at two standard errors, NaN if none is. ``steps``, ``price``:
+    how many steps, and how many extra seconds with their quartiles, for a relative error of DIGIT.
     """
     plain = np.concatenate([result["plain_seconds"] for result in results])
     found = []
