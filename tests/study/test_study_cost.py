@@ -45,7 +45,7 @@ study:
 def _config(folder: Path, prompts: int = 16, batches: int = 1) -> list[str]:
     path = folder / "small.yaml"
     path.write_text(SMALL.replace("PROMPTS", str(prompts)).replace("BATCHES", str(batches)))
-    return ["--config", str(path), "--output_dir", str(folder)]
+    return ["--config", str(path), "--output_dir", str(folder / "runs" / "new")]
 
 
 @pytest.fixture
@@ -63,8 +63,9 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_way_measures_the_same_u_of_its_layers(gradients: None, tmp_path: Path) -> None:
     assert cost.cost(_config(tmp_path), Console(quiet=True)) == 0
-    result = json.loads((tmp_path / "seed1.json").read_text())
-    assert result["prompts_per_step"] == 4 and (tmp_path / "cost.svg").stat().st_size > 1000
+    folder = tmp_path / "runs" / "new"
+    result = json.loads((folder / "seed1.json").read_text())
+    assert result["prompts_per_step"] == 4 and (folder / "cost.svg").stat().st_size > 1000
     ways = {way["name"]: way for way in result["ways"]}
     assert len(ways) == len(cost.WAYS) + 3 and all(len(way["seconds"]) == 2 for way in ways.values())
     for layers in cost.LAYERS:

@@ -52,10 +52,11 @@ def test_a_direction_that_stays_may_be_pooled() -> None:
 
 
 def test_the_command_writes_a_file_per_seed_and_a_figure(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--learning_rate", "1e-20", "--output_dir", str(tmp_path)]
+    folder = tmp_path / "runs" / "new"
+    arguments = [*SMALL, "--learning_rate", "1e-20", "--output_dir", str(folder)]
     assert lags.lags(arguments, Console(quiet=True)) == 0
-    results = [json.loads((tmp_path / f"seed{seed}.json").read_text()) for seed in (1, 2)]
-    assert (tmp_path / "lags.svg").stat().st_size > 1000
+    results = [json.loads((folder / f"seed{seed}.json").read_text()) for seed in (1, 2)]
+    assert (folder / "lags.svg").stat().st_size > 1000
     for result in results:
         for found in result["tasks"].values():
             assert len(found["u"]) == 6 and [row["lag"] for row in found["lags"]] == [1, 2, 3]
