@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from gradnorm_kernels.backends.triton import sketch
 from gradnorm_kernels.traps import check_sketches, packed
@@ -16,9 +19,12 @@ def test_segments_are_cut_into_splits(splits: int, monkeypatch: pytest.MonkeyPat
     kernel = sketch.sketch_kernel
 
     class Counted:
-        def __getitem__(self, grid: tuple[int, int]) -> object:
-            launched.append(grid[0])
-            return kernel[grid]
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., object]:
+            def run(x: Tensor, dy: Tensor, start: Tensor, end: Tensor, parts: Tensor, *sizes: int, **meta: int) -> object:
+                launched.append(len(parts))
+                return kernel[grid](x, dy, start, end, parts, *sizes, **meta)
+
+            return run
 
     monkeypatch.setattr(sketch, "sketch_kernel", Counted())
     monkeypatch.setattr(sketch, "_PROGRAMS", 5 * splits)

@@ -299,6 +299,25 @@ def test_nested_loops_in_other_respects(launched: list[str]) -> None:
     assert set(launched) == {"wgrad_sm100_kernel"}
 
 
+@pytest.mark.parametrize("config", [DESCRIPTORS, NESTED], ids=["sm90", "sm100"])
+@pytest.mark.parametrize("blackwell", [True, False])
+def test_maps_on_blackwell_begin_where_128_kib_begin(
+    config: KernelConfig, blackwell: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver takes them for mapped. A small matrix is copied there, a small part of a large one is not."""
+    mapped: list[Tensor] = []
+    ragged = wgrad._ragged
+    monkeypatch.setattr(wgrad, "_ragged", lambda tensor, *box: mapped.append(tensor) or ragged(tensor, *box))
+    monkeypatch.setattr(wgrad, "_is_blackwell", lambda tensor: blackwell)
+    small, dy, cu_seqlens = inputs(LENGTHS, 40, 8, torch.float16)
+    large = torch.zeros(1 << 17, dtype=torch.float16)[8:].as_strided(small.shape, small.stride())
+    for x in (small, large.copy_(small)):
+        compare(x, dy, cu_seqlens, config=replace(config, element_bytes=2))
+    behind = [tensor.untyped_storage().nbytes() - 2 * tensor.storage_offset() for tensor in mapped]
+    assert [size >= 1 << 17 for size in behind] == [blackwell, blackwell, True, blackwell]
+    assert [mapped[0] is small, mapped[1] is dy, mapped[2] is x] == [not blackwell, not blackwell, True]
+
+
 @KERNELS
 def test_tokens_that_cancel(config: KernelConfig) -> None:
     """The second half takes the first back, but for a thousandth: the digits that token pairs would lose are there."""

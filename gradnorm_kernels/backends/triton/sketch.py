@@ -46,10 +46,12 @@ def sketch_kernel(
     BLOCK_N: tl.constexpr,  # columns of x
     BLOCK_K: tl.constexpr,  # tokens
 ):
-    part = tl.program_id(0).to(tl.int64)
     columns = tl.cdiv(r_in, BLOCK_N)
-    m = tl.program_id(1) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(r_out, BLOCK_M) * columns
+    tile = tl.program_id(0) % tiles
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    m = tile // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.load(start_ptr + part // splits)
     length = (tl.load(end_ptr + part // splits) - start).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, BLOCK_K), splits) * BLOCK_K
@@ -87,7 +89,7 @@ def grad_sketch(x: Tensor, dy: Tensor, c_in: Tensor | None, c_out: Tensor | None
     splits = max(1, min(triton.cdiv(_PROGRAMS, count * tiles), tokens // (count * _SPLIT_TOKENS)))
     parts = x.new_empty(count * splits, size, dtype=torch.float32)
     with on_device(x):
-        sketch_kernel[(count * splits, tiles)](
+        sketch_kernel[(count * splits * tiles,)](
             x,
             dy,
             segments.start,
