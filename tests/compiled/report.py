@@ -8,7 +8,8 @@ instructions of the machine code spill (LDL and STL), and how many multiply matr
 UTCHMMA of Blackwell's tcgen05). ``partitions`` are those that Triton gives to warps of their own. How well the loops
 are pipelined is read from the waits: ``grouped`` counts the wgmma that something waits for by themselves (all of them
 where ptxas serialises them, its advice C7515), ``in_flight`` is how many groups of wgmma the most patient wait leaves
-running, ``copies_in_flight`` the same for groups of cp.async. Triton's kernels are compiled in the form in which they
+running, ``copies_in_flight`` the same for groups of cp.async. ``overwritten`` counts the wgmma with an operand in
+registers that are written too early (:func:`overwritten`). Triton's kernels are compiled in the form in which they
 are launched, for each entry of the frozen configs; the CUDA kernels are read from the module ``gradnorm_kernels._C``.
 Triton's package brings the disassembler.
 """
@@ -207,6 +208,7 @@ def inspect_binary(path: str) -> list[dict[str, Any]]:
             "in_flight": _largest(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", code),
             "copies_in_flight": _largest(r"\bDEPBAR\.LE SB0, (\w+)", code),
             "tma": words.count("UTMALDG"),
+            "overwritten": overwritten(code),
         }
     return [{"arch": arch, "function": name, **facts} for (arch, name), facts in sorted(found.items())]
 
@@ -214,6 +216,32 @@ def inspect_binary(path: str) -> list[dict[str, Any]]:
 def _largest(pattern: str, code: str) -> int:
     """The largest number that a pattern finds; 0 if it finds none."""
     return max((int(number, 16) for number in re.findall(pattern, code)), default=0)
+
+
+def overwritten(code: str) -> int:
+    """How many wgmma have an operand in registers that are written before all wgmma are waited for.
+
+    They are read while the product is made. Before CUDA 13.3 ptxas may give them to something else too early (NVIDIA's
+    release notes of 13.3; triton pull request 11781): then the product is wrong now and then. Triton brings 12.8.
+    """
+    lines = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?);", code, re.M)
+    count = 0
+    for place, line in enumerate(lines):
+        if match := re.match(r"HGMMA\S* R\d+, R(\d+)", line):
+            operand = range(int(match[1]), int(match[1]) + 4)
+            ends = (at for at in range(place, len(lines)) if re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", lines[at]))
+            between = lines[place + 1 : next(ends, len(lines))]
+            count += any(register in operand for line in between for register in _written(line))
+    return count
+
+
+def _written(line: str) -> range:
+    """The registers that an instruction of the machine code writes."""
+    match = re.match(r"([A-Z0-9_.]+)\s+(?:U?P\w+, )*R(\d+)", line)
+    if match is None or "SETP" in match[1] or match[1].startswith("HGMMA"):
+        return range(0)
+    wide = 4 if ".128" in match[1] else 2 if re.search(r"64|WIDE|^CS2R$|^D[A-Z]", match[1]) else 1
+    return range(int(match[2]), int(match[2]) + wide)
 
 
 def _machine_code(path: str) -> dict[tuple[str, str], str]:
@@ -267,6 +295,8 @@ def complaints(line: dict[str, Any]) -> list[str]:
     found = [name for name in ("spills", "stack", "local") if line[name]]
     if line["shared"] > CHIPS[int(line["arch"].removeprefix("sm_"))][1]:
         found.append("more shared memory than there is")
+    if line["overwritten"]:
+        found.append("a product's operand that is written too early")
     if line["registers"] * line["warps"] * 32 > 65536:
         found.append("more registers than there are")
     return found

@@ -182,6 +182,35 @@ def test_products_that_are_waited_for_one_by_one_are_noticed(monkeypatch: pytest
     assert found == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("between", "count"),
+    [
+        ("", 0),
+        ("IADD3 R92, R88, 0x1, RZ", 0),
+        ("@P2 STG.E.128 desc[UR46][R88.64], R88", 0),
+        ("ISETP.GE.AND P3, PT, R90, RZ, PT", 0),
+        ("R2UR UR8, R88", 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 0),
+        ("SHFL.BFLY PT, R91, R9, 0x8, 0x1f", 1),
+        ("@!P5 LDS.128 R84, [R112]", 0),
+        ("@!P5 LDS.128 R88, [R112]", 1),
+        ("IMAD.WIDE R90, R121, 0x2, R88", 1),
+    ],
+)
+def test_registers_that_a_product_still_reads(between: str, count: int) -> None:
+    code = [
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8].tnspA.tnspB, R24",
+        "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR8].tnspB, RZ, !UPT, gsb0",
+        *([between] if between else []),
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "FADD R88, R9, R88",
+    ]
+    assert (
+        report.overwritten("\n".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */" for i, line in enumerate(code)))
+        == count
+    )
+
+
 def kernel_names(folder: Path) -> set[str]:
     """The functions named ``..._kernel`` under ``triton.jit`` in the files of a folder."""
     found = set()
@@ -268,6 +297,7 @@ arch = sm_90a
         "in_flight": 0,
         "copies_in_flight": 3,
         "tma": 0,
+        "overwritten": 0,
     }
     assert new["arch"] == "sm_90a" and (new["wgmma"], new["instructions"], new["spills"]) == (2, 5, 0)
     assert (new["grouped"], new["in_flight"], new["copies_in_flight"]) == (1, 1, 0)

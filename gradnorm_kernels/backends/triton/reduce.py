@@ -303,7 +303,7 @@ def row_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # In one dimension: a grid has fewer than 65536 programs in its second, and a sketch may have more columns than that.
+    # In one dimension: a grid's second one has at most 65535 programs, and the widest sketches have more columns.
     blocks = tl.cdiv(columns, COLUMNS)
     index = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)

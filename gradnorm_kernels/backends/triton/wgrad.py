@@ -38,8 +38,8 @@ _SPLIT_K_TILES = 4
 # A ragged descriptor counts rows up to here, and offsets within a tile are 32-bit numbers.
 _MOST_ROWS = 1 << 30
 _MOST_OFFSET = (1 << 31) - 1
-# On Blackwell the driver sets up a tensor map as if the 128 KiB from its address on were mapped, and loads may fault where
-# they are not (known issue of NVIDIA's driver 595.71.05). Triton corrects the map from 3.7 on, for drivers up to CUDA 13.1.
+# On Blackwell the driver makes tensor maps as if 128 KiB from their address on were mapped, and loads may fault where they
+# are not (a known issue of NVIDIA's driver 595.71.05). Triton corrects the maps from 3.7 on, for drivers up to CUDA 13.1.
 _MAPPED = 128 << 10
 
 
