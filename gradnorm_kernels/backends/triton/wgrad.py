@@ -38,8 +38,9 @@ _SPLIT_K_TILES = 4
 # A ragged descriptor counts rows up to here, and offsets within a tile are 32-bit numbers.
 _MOST_ROWS = 1 << 30
 _MOST_OFFSET = (1 << 31) - 1
-# On Blackwell the driver makes tensor maps as if 128 KiB from their address on were mapped, and loads may fault where they
-# are not (a known issue of NVIDIA's driver 595.71.05). Triton corrects the maps from 3.7 on, for drivers up to CUDA 13.1.
+# On Blackwell the driver makes tensor maps as if the first 128 KiB from their address on were mapped. Where they are
+# not, loads may fault (a known issue of NVIDIA's driver 595.71.05). From 3.7 on Triton corrects this for drivers up to
+# CUDA 13.1.
 _MAPPED = 128 << 10
 
 
