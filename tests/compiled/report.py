@@ -59,6 +59,8 @@ KNOWN = {
 }
 
 
+#: Compute capabilities with tensor memory: an operand of fewer bits is widened before the launch there (``widened``).
+WIDENED = (100, 103)
 #: Kernels that are compiled for a config, but multiply nothing.
 NO_PRODUCTS = {
     *("schedule_kernel", "split_fixup_kernel", "finish_kernel", "position_sums_kernel", "row_sums_kernel"),
@@ -127,6 +129,7 @@ def _jobs_of(module: Any, arch: int, element: str, config: KernelConfig | None) 
     return [
         Job(kernel, arch, element, types, constants, options | (more[0] if more else {}), config)
         for kernel, types, constants, *more in module.signatures(config, element)
+        if not (arch in WIDENED and element == "fp32" and types.get("x_ptr") in ("*bf16", "*fp16"))
     ]
 
 
@@ -295,6 +298,8 @@ def complaints(line: dict[str, Any]) -> list[str]:
     found = [name for name in ("spills", "stack", "local") if line[name]]
     if line["shared"] > CHIPS[int(line["arch"].removeprefix("sm_"))][1]:
         found.append("more shared memory than there is")
+    if line["element"] == "fp32" and (line["mma"] or line["wgmma"] or line["tcgen05"]):
+        found.append("float32 multiplied as tf32")
     if line["overwritten"]:
         found.append("a product's operand that is written too early")
     if line["registers"] * line["warps"] * 32 > 65536:

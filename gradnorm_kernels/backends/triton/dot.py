@@ -18,7 +18,7 @@ from torch import Tensor
 from ...segments import Segments
 from ...tuning.tiles import KernelConfig
 from .gram import order
-from .launch import checked, config_for, even_rows, on_device
+from .launch import checked, config_for, even_rows, on_device, widened
 from .reduce import position_sums
 
 #: The kernels of the configs that this module is compiled for.
@@ -83,7 +83,7 @@ def grad_dot(x: Tensor, dy: Tensor, v: Tensor, segments: Segments, config: Kerne
     A ``v`` of another dtype than x's is taken as float32, and x with it: exact, without tensor cores.
     """
     if v.dtype != x.dtype:
-        v = v.float()
+        x, v = widened(x, v.float())
     config = config or config_for("dot", v, v.shape[1], v.shape[0])
     x, dy, v = even_rows(x, config.block_k), even_rows(dy, _EVEN), even_rows(v, config.block_k)
     tokens, d_out = checked(x, dy), dy.shape[1]

@@ -19,6 +19,22 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def has_tensor_memory(tensor: Tensor) -> bool:
+    """Whether its GPU multiplies with tcgen05: B200, B300, Thor."""
+    return tensor.is_cuda and (10, 0) <= torch.cuda.get_device_capability(tensor.device) < (12, 0)
+
+
+def widened(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The operands of a float32 product, as float32 both if a kernel that converts one of them would lose digits.
+
+    With tensor memory Triton takes tf32, whatever precision a kernel asks for, where it converts an operand from fewer
+    bits (its issue 10176). That is exact for both operands of 16 bits, and cuts the other operand's digits otherwise.
+    """
+    if left.dtype == right.dtype or not has_tensor_memory(left):
+        return left, right
+    return left.float(), right.float()
+
+
 def config_for(kernel: str, x: Tensor, d_in: int, d_out: int) -> KernelConfig:
     """The config of a kernel for x's GPU. Under the interpreter, where x is on the CPU, the config of sm_80."""
     chip = costs.chip(x.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...segments import Segments, rows
 from ..torch.numerics import exact_matmuls
 from ..torch.sketch import project
-from .launch import checked, on_device
+from .launch import checked, on_device, widened
 from .reduce import row_sums
 
 #: No config chooses among forms of this kernel.
@@ -80,7 +80,7 @@ def grad_sketch(x: Tensor, dy: Tensor, c_in: Tensor | None, c_out: Tensor | None
     x [T, d_in], dy [T, d_out] with rows of unit stride, c_in [d_in, r_in] and c_out [d_out, r_out] or None.
     """
     with exact_matmuls(x.device):
-        x, dy = rows(project(x, c_in)), rows(project(dy, c_out))
+        x, dy = widened(rows(project(x, c_in)), rows(project(dy, c_out)))
     tokens, r_in, r_out, count = checked(x, dy), x.shape[1], dy.shape[1], len(segments.start)
     size = r_out * r_in
     if not (tokens and size and count and segments.samples):
