@@ -9,7 +9,8 @@ UTCHMMA of Blackwell's tcgen05). ``partitions`` are those that Triton gives to w
 are pipelined is read from the waits: ``grouped`` counts the wgmma that something waits for by themselves (all of them
 where ptxas serialises them, its advice C7515), ``in_flight`` is how many groups of wgmma the most patient wait leaves
 running, ``copies_in_flight`` the same for groups of cp.async. ``overwritten`` counts the wgmma with an operand in
-registers that are written too early (:func:`overwritten`). Triton's kernels are compiled in the form in which they
+registers that are written too early, ``unfenced`` the products that may read memory before copies to it are seen
+(:func:`overwritten`, :func:`unfenced`). Triton's kernels are compiled in the form in which they
 are launched, for each entry of the frozen configs; the CUDA kernels are read from the module ``gradnorm_kernels._C``.
 Triton's package brings the disassembler.
 """
@@ -30,10 +31,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from gradnorm_kernels.tuning import costs as tuning
 from gradnorm_kernels.tuning.tiles import KernelConfig
@@ -152,13 +156,16 @@ def compile_job(job: Job) -> dict[str, Any]:
         constexprs={(names.index(name),): value for name, value in job.constants.items()},
         attrs={place: [["tt.divisibility", 16]] for place in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+    target = GPUTarget("cuda", job.arch, 32)
+    with _on(target):
+        compiled = triton.compile(source, target=target, options=dict(job.options))
     line: dict[str, Any] = {"kernel": job.kernel.fn.__name__, "arch": f"sm_{job.arch}", "element": job.element}
     if job.config is not None:
         line["tile"] = [job.config.block_m, job.config.block_n, job.config.block_k]
     line |= {"warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages}
     line["partitions"] = len(re.findall(r"^\s*partition\d+\(", compiled.asm["ttgir"], re.M))
     line |= {"form": {k: v for k, v in job.constants.items() if isinstance(v, bool)}, "triton": triton.__version__}
+    line["unfenced"] = unfenced(compiled.asm["ptx"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -169,6 +176,16 @@ def compile_job(job: Job) -> dict[str, Any]:
         | {key: value for key, value in measured.items() if key not in ("arch", "function", "shared")}
         | {"shared": compiled.metadata.shared}
     )
+
+
+@contextmanager
+def _on(target: Any) -> Iterator[None]:
+    """What a kernel learns of its GPU while it is compiled is ``target``'s."""
+    import triton
+
+    driver = triton.runtime.driver
+    with patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: target)):
+        yield
 
 
 def tool(name: str) -> str:
@@ -238,6 +255,23 @@ def overwritten(code: str) -> int:
     return count
 
 
+def unfenced(ptx: str) -> int:
+    """How many products of wgmma or tcgen05 have no fence between them and the copies that they wait for.
+
+    cp.async writes shared memory by the generic proxy, those products read it by the async proxy. The copies of a
+    pipelined loop are waited for with some left in flight; a wait for all of them follows its last product.
+    """
+    waits, count = False, 0
+    for line in ptx.splitlines():
+        if re.search(r"cp\.async\.wait_group\s+[1-9]", line):
+            waits = True
+        elif "fence.proxy.async" in line:
+            waits = False
+        elif re.search(r"wgmma\.mma_async|tcgen05\.mma", line):
+            count += waits
+    return count
+
+
 def _written(line: str) -> range:
     """The registers that an instruction of the machine code writes."""
     match = re.match(r"([A-Z0-9_.]+)\s+(?:U?P\w+, )*R(\d+)", line)
@@ -300,6 +334,8 @@ def complaints(line: dict[str, Any]) -> list[str]:
         found.append("more shared memory than there is")
     if line["element"] == "fp32" and (line["mma"] or line["wgmma"] or line["tcgen05"]):
         found.append("float32 multiplied as tf32")
+    if line["unfenced"]:
+        found.append("a product that may not see what it waits for")
     if line["overwritten"]:
         found.append("a product's operand that is written too early")
     if line["registers"] * line["warps"] * 32 > 65536:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from gradnorm_kernels.backends import native
+from gradnorm_kernels.backends.triton import launch
 from gradnorm_kernels.backends.triton.wgrad_sm100 import COMPILES
 from gradnorm_kernels.tuning import tiles
 from gradnorm_kernels.tuning.tiles import KernelConfig
@@ -236,6 +239,36 @@ def test_it_can_fail() -> None:
     large = replace(config, block_m=256, block_n=256, num_warps=4, num_stages=2)
     line = report.compile_job(report._jobs_of(module, 80, "bf16", large)[0])
     assert {"spills", "stack"} <= set(complaints(line)), line
+
+
+@pytest.mark.parametrize(("arch", "fences"), [(80, 0), (90, 1), (100, 0), (120, 0)])
+def test_copies_are_seen_by_products_where_triton_forgets_the_fence(
+    arch: int, fences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before Triton 3.7.1: with a fence of our own on Hopper, and no copies that need one on B200."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # Triton does not know that this makes another kernel
+    monkeypatch.setattr(launch, "UNFENCED", True)
+    compiled: list[Any] = []
+    compile_source = triton.compile
+
+    def kept(*args: Any, **options: Any) -> Any:
+        compiled.append(compile_source(*args, **options))
+        return compiled[-1]
+
+    monkeypatch.setattr(triton, "compile", kept)
+    jobs = [job for job in report.jobs((arch,)) if job.kernel.fn.__name__ == "dot_kernel" and job.element == "bf16"]
+    assert not complaints(report.compile_job(jobs[0]))
+    ptx = compiled[0].asm["ptx"]
+    assert len(re.findall(r"\{ fence\.proxy\.async", ptx)) == fences
+    assert ("cp.async.cg" in ptx) == (arch != 100)
+
+
+def test_a_fence_that_is_missing_is_noticed() -> None:
+    wait, fence, product = "cp.async.wait_group \t2;\n", "fence.proxy.async.shared::cta;\n", "@%p tcgen05.mma.x;\n"
+    good = fence + product + wait + "bar.sync 0;\n" + fence + product * 2 + "cp.async.wait_group 0;\n" + product
+    assert report.unfenced(good) == 0
+    assert report.unfenced(good.replace(wait + "bar.sync 0;\n" + fence, fence + wait)) == 3
+    assert report.unfenced(wait + "wgmma.mma_async.sync.aligned;\n") == 1
 
 
 def test_kernels_of_the_compiled_module() -> None:
