@@ -27,7 +27,7 @@ from ...segments import PlainSegments, Segments
 from ...tuning.tiles import KernelConfig
 from ..base import Results
 from ..torch.numerics import exact_matmuls
-from .launch import config_for, on_device
+from .launch import config_for, has_tensor_memory, on_device
 from .reduce import FIXUP_CHUNK, WARPS, finish, split_fixup_kernel
 from .wgrad_kernels import asynchronous, pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
 from .wgrad_schedule import Schedule, build
@@ -97,7 +97,9 @@ def wgrad(
     groups, store_sums = segments.groups, group_gram and segments.groups > 1
     step = min(tiles, max(1, workspace // (groups * size))) if store_sums else tiles
     splits = launch.splits
-    if splits is None:
+    if not COMPILES and has_tensor_memory(x) and asynchronous(config, x.element_size()):
+        splits = 1  # Triton 3.6 fails to compile the forms for split tokens there
+    elif splits is None:
         splits = max(1, min(launch.programs // step, tokens // (_SPLIT_K_TILES * config.block_k)))
     if config.nested and splits > 1:
         flat = replace(launch, config=flat_config(config))
