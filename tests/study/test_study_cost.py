@@ -45,7 +45,7 @@ study:
 def _config(folder: Path, prompts: int = 16, batches: int = 1) -> list[str]:
     path = folder / "small.yaml"
     path.write_text(SMALL.replace("PROMPTS", str(prompts)).replace("BATCHES", str(batches)))
-    return ["--config", str(path), "--output_dir", str(folder)]
+    return ["--config", str(path), "--output_dir", str(folder / "runs" / "new")]
 
 
 @pytest.fixture
@@ -63,8 +63,9 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_way_measures_the_same_u_of_its_layers(gradients: None, tmp_path: Path) -> None:
     assert cost.cost(_config(tmp_path), Console(quiet=True)) == 0
-    result = json.loads((tmp_path / "seed1.json").read_text())
-    assert result["prompts_per_step"] == 4 and (tmp_path / "cost.svg").stat().st_size > 1000
+    folder = tmp_path / "runs" / "new"
+    result = json.loads((folder / "seed1.json").read_text())
+    assert result["prompts_per_step"] == 4 and (folder / "cost.svg").stat().st_size > 1000
     ways = {way["name"]: way for way in result["ways"]}
     assert len(ways) == len(cost.WAYS) + 3 and all(len(way["seconds"]) == 2 for way in ways.values())
     for layers in cost.LAYERS:
@@ -130,6 +131,15 @@ def test_the_table_is_the_arithmetic_of_the_seconds_and_the_spread() -> None:
     assert row["price"] == pytest.approx(0.2 * row["steps"]) and row["share"] == pytest.approx(0.2)
     assert cost.table([result]).count("\n") == 2 + len(ways)
     assert "takes" not in cost.sentence([result]) and cost.draw([result]) is not None
+
+
+def test_the_page_follows_from_the_stored_results() -> None:
+    folder = ROOT / "docs" / "study" / "cost"
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    page = (ROOT / "docs" / "study" / "cost.md").read_text()
+    assert len(results) == 3 and cost.table(results) in page and cost.sentence(results) in page
+    assert cost.sentence(results) in (folder / "cost.svg").read_text()
+    assert len({result["commit"] for result in results}) == 1 and results[0]["commit"][:12] in page
 
 
 def test_sizes_that_make_no_steps_and_unknown_options_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.parse import parse_lags
 from gradnorm_grpo.study import lags
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     *("--preset", "tiny", "--cache_dir=", "--tiny_hidden_size", "32", "--warm_start_steps", "0"),
     *("--per_device_train_batch_size", "48", "--num_generations", "4", "--eval_prompts", "0", "--num_threads", "1"),
@@ -51,10 +52,11 @@ def test_a_direction_that_stays_may_be_pooled() -> None:
 
 
 def test_the_command_writes_a_file_per_seed_and_a_figure(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--learning_rate", "1e-20", "--output_dir", str(tmp_path)]
+    folder = tmp_path / "runs" / "new"
+    arguments = [*SMALL, "--learning_rate", "1e-20", "--output_dir", str(folder)]
     assert lags.lags(arguments, Console(quiet=True)) == 0
-    results = [json.loads((tmp_path / f"seed{seed}.json").read_text()) for seed in (1, 2)]
-    assert (tmp_path / "lags.svg").stat().st_size > 1000
+    results = [json.loads((folder / f"seed{seed}.json").read_text()) for seed in (1, 2)]
+    assert (folder / "lags.svg").stat().st_size > 1000
     for result in results:
         for found in result["tasks"].values():
             assert len(found["u"]) == 6 and [row["lag"] for row in found["lags"]] == [1, 2, 3]
@@ -98,6 +100,15 @@ def test_the_mean_gradient_is_the_one_that_the_tracker_measures(
     for i, (task, norm) in enumerate(norms):
         logged = lines[i // len(tasks)].get(f"tasks/{task}/plug_in", math.nan)  # a step may have no prompt of a task
         assert norm == pytest.approx(logged, rel=1e-4, abs=1e-12, nan_ok=True)
+
+
+def test_the_page_follows_from_the_stored_results() -> None:
+    folder = ROOT / "docs" / "study" / "lags"
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    page = (ROOT / "docs" / "study" / "lags.md").read_text()
+    assert len(results) == 3 and lags.table(results) in page and lags.sentence(results) in page
+    assert lags.sentence(results) in (folder / "lags.svg").read_text()
+    assert len({result["commit"] for result in results}) == 1 and results[0]["commit"][:12] in page
 
 
 def test_what_lags_cannot_do_is_refused() -> None:

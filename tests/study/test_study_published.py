@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("trl")
 
+from gradnorm_grpo.numbers import fixed, signed, significant
 from gradnorm_grpo.study.figures import draw
 from gradnorm_grpo.study.measurements import Measurements, read_study
 from gradnorm_grpo.study.page import page
@@ -37,7 +39,7 @@ def test_answers_figures_and_page_follow_from_the_measurements(folder: Path, tmp
     measured = Measurements.from_csv(folder / "measurements.csv")
     measured.estimates = [json.loads(path.read_text()) for path in sorted((folder / "estimators").glob("seed*.json"))]
     found, kept = answer(measured), json.loads((folder / "answers.json").read_text())
-    assert measured.missing == [] and len(measured.estimates) >= 1
+    assert measured.missing == [] and bool(measured.estimates) == (folder / "estimators").is_dir()
     # A study that declared no decision keeps its answers: no key, number or word more or less.
     assert _same_but_for_rounding(found, kept)
     for new, old in zip(found["answers"], kept["answers"], strict=True):
@@ -56,6 +58,34 @@ def test_three_seeds_and_four_arms_at_one_budget() -> None:
     kept = json.loads((ROOT / "docs" / "study" / "tiny" / "answers.json").read_text())
     assert len(kept["arms"]) == 4 and len(kept["seeds"]) == 3 and len(kept["runs"]) == 12
     assert len({run["rollouts"] for run in kept["runs"]}) == 1
+
+
+def test_the_readmes_table_has_the_studies_numbers() -> None:
+    """Row by row: the verdict, and the number of each study with its interval."""
+    of_rows = [
+        ("imbalance", "loudest / quietest, training", significant),
+        ("last_block", "Spearman, different steps", fixed),
+        ("gain", "Spearman of U and held-out gain, across tasks", fixed),
+        ("explain", "Spearman of U and reward, across tasks", fixed),
+        ("arms", None, lambda value: signed(value, 3)),
+    ]
+    text = (ROOT / "README.md").read_text()
+    rows = text[text.index("| claim | six tasks") :].splitlines()[2:7]
+    for place, study in ((2, "tiny"), (3, "tiny_decided")):
+        kept = json.loads((ROOT / "docs" / "study" / study / "answers.json").read_text())
+        answers = {entry["id"]: entry for entry in kept["answers"]}
+        margins = kept.get("decision", {}).get("margins", {})
+        for row, (question, name, written) in zip(rows, of_rows, strict=True):
+            found, numbers = answers[question], {entry["name"]: entry for entry in answers[question]["numbers"]}
+            if name is None:  # the primary accuracy: at the end, or the average over training where that was declared
+                when = kept.get("decision", {}).get("primary", "end")
+                name = f"proportional minus uniform, mean over tasks, {when}"
+            value, low, high = (numbers[name][key] for key in ("value", "low", "high"))
+            ends = f"at least {written(low)}" if high is None else f"{written(low)} to {written(high)}"
+            verdict = re.sub(" d$", f" {margins.get(question, math.nan):g}", found["verdict"])
+            assert row.split("|")[place].strip() == f"{verdict}: {written(value)} ({ends})", (study, question)
+        described = json.loads((ROOT / "docs" / "study" / study / "study.json").read_text())
+        assert described["commit"] in text
 
 
 def test_the_readmes_picture_is_a_studys() -> None:

@@ -60,6 +60,7 @@ def lags(arguments: list[str], console: Console) -> int:
             f"their mean; got {settings.loss_type!r} and {settings.gradient_accumulation_steps}"
         )
     folder = Path(settings.output_dir or f"runs/{name}-lags")
+    folder.mkdir(parents=True, exist_ok=True)
     results = [measure(dataclasses.replace(settings, seed=seed), name, folder, console) for seed in seeds]
     console.print(table(results), highlight=False, soft_wrap=True)
     with plots.theme():
