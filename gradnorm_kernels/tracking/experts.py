@@ -92,10 +92,11 @@ class Product:
     def to_host(self) -> None:
         """Bring ``tokens`` and ``experts`` to the host, without waiting for a GPU: they are read in backward."""
         if on_gpu(self.tokens):
+            # Copies go to the stream of their device, which need not be the current one.
+            stream = torch.cuda.current_stream(self.tokens.device)
             self.tokens = self._pinned(self.tokens)
             self.experts = self._pinned(self.experts) if isinstance(self.experts, Tensor) else self.experts
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied = stream.record_event()
 
     def wait(self) -> None:
         """Until what :meth:`to_host` copies is there."""
@@ -105,7 +106,8 @@ class Product:
 
     @staticmethod
     def _pinned(values: Tensor) -> Tensor:
-        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        held = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        return held.copy_(values, non_blocking=True)
 
 
 def experts_input(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -8,7 +8,9 @@ instructions of the machine code spill (LDL and STL), and how many multiply matr
 UTCHMMA of Blackwell's tcgen05). ``partitions`` are those that Triton gives to warps of their own. How well the loops
 are pipelined is read from the waits: ``grouped`` counts the wgmma that something waits for by themselves (all of them
 where ptxas serialises them, its advice C7515), ``in_flight`` is how many groups of wgmma the most patient wait leaves
-running, ``copies_in_flight`` the same for groups of cp.async. Triton's kernels are compiled in the form in which they
+running, ``copies_in_flight`` the same for groups of cp.async. ``overwritten`` counts the wgmma with an operand in
+registers that are written too early, ``unfenced`` the products that may read memory before copies to it are seen
+(:func:`overwritten`, :func:`unfenced`). Triton's kernels are compiled in the form in which they
 are launched, for each entry of the frozen configs; the CUDA kernels are read from the module ``gradnorm_kernels._C``.
 Triton's package brings the disassembler.
 """
@@ -29,10 +31,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from gradnorm_kernels.tuning import costs as tuning
 from gradnorm_kernels.tuning.tiles import KernelConfig
@@ -58,6 +63,8 @@ KNOWN = {
 }
 
 
+#: Compute capabilities with tensor memory: an operand of fewer bits is widened before the launch there (``widened``).
+WIDENED = (100, 103)
 #: Kernels that are compiled for a config, but multiply nothing.
 NO_PRODUCTS = {
     *("schedule_kernel", "split_fixup_kernel", "finish_kernel", "position_sums_kernel", "row_sums_kernel"),
@@ -126,6 +133,7 @@ def _jobs_of(module: Any, arch: int, element: str, config: KernelConfig | None) 
     return [
         Job(kernel, arch, element, types, constants, options | (more[0] if more else {}), config)
         for kernel, types, constants, *more in module.signatures(config, element)
+        if not (arch in WIDENED and element == "fp32" and types.get("x_ptr") in ("*bf16", "*fp16"))
     ]
 
 
@@ -148,13 +156,16 @@ def compile_job(job: Job) -> dict[str, Any]:
         constexprs={(names.index(name),): value for name, value in job.constants.items()},
         attrs={place: [["tt.divisibility", 16]] for place in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=dict(job.options))
+    target = GPUTarget("cuda", job.arch, 32)
+    with _on(target):
+        compiled = triton.compile(source, target=target, options=dict(job.options))
     line: dict[str, Any] = {"kernel": job.kernel.fn.__name__, "arch": f"sm_{job.arch}", "element": job.element}
     if job.config is not None:
         line["tile"] = [job.config.block_m, job.config.block_n, job.config.block_k]
     line |= {"warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages}
     line["partitions"] = len(re.findall(r"^\s*partition\d+\(", compiled.asm["ttgir"], re.M))
     line |= {"form": {k: v for k, v in job.constants.items() if isinstance(v, bool)}, "triton": triton.__version__}
+    line["unfenced"] = unfenced(compiled.asm["ptx"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -165,6 +176,16 @@ def compile_job(job: Job) -> dict[str, Any]:
         | {key: value for key, value in measured.items() if key not in ("arch", "function", "shared")}
         | {"shared": compiled.metadata.shared}
     )
+
+
+@contextmanager
+def _on(target: Any) -> Iterator[None]:
+    """What a kernel learns of its GPU while it is compiled is ``target``'s."""
+    import triton
+
+    driver = triton.runtime.driver
+    with patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: target)):
+        yield
 
 
 def tool(name: str) -> str:
@@ -207,6 +228,7 @@ def inspect_binary(path: str) -> list[dict[str, Any]]:
             "in_flight": _largest(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", code),
             "copies_in_flight": _largest(r"\bDEPBAR\.LE SB0, (\w+)", code),
             "tma": words.count("UTMALDG"),
+            "overwritten": overwritten(code),
         }
     return [{"arch": arch, "function": name, **facts} for (arch, name), facts in sorted(found.items())]
 
@@ -214,6 +236,49 @@ def inspect_binary(path: str) -> list[dict[str, Any]]:
 def _largest(pattern: str, code: str) -> int:
     """The largest number that a pattern finds; 0 if it finds none."""
     return max((int(number, 16) for number in re.findall(pattern, code)), default=0)
+
+
+def overwritten(code: str) -> int:
+    """How many wgmma have an operand in registers that are written before all wgmma are waited for.
+
+    They are read while the product is made. Before CUDA 13.3 ptxas may give them to something else too early (NVIDIA's
+    release notes of 13.3; triton pull request 11781): then the product is wrong now and then. Triton brings 12.8.
+    """
+    lines = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?);", code, re.M)
+    count = 0
+    for place, line in enumerate(lines):
+        if match := re.match(r"HGMMA\S* R\d+, R(\d+)", line):
+            operand = range(int(match[1]), int(match[1]) + 4)
+            ends = (at for at in range(place, len(lines)) if re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", lines[at]))
+            between = lines[place + 1 : next(ends, len(lines))]
+            count += any(register in operand for line in between for register in _written(line))
+    return count
+
+
+def unfenced(ptx: str) -> int:
+    """How many products of wgmma or tcgen05 have no fence between them and the copies that they wait for.
+
+    cp.async writes shared memory by the generic proxy, those products read it by the async proxy. The copies of a
+    pipelined loop are waited for with some left in flight; a wait for all of them follows its last product.
+    """
+    waits, count = False, 0
+    for line in ptx.splitlines():
+        if re.search(r"cp\.async\.wait_group\s+[1-9]", line):
+            waits = True
+        elif "fence.proxy.async" in line:
+            waits = False
+        elif re.search(r"wgmma\.mma_async|tcgen05\.mma", line):
+            count += waits
+    return count
+
+
+def _written(line: str) -> range:
+    """The registers that an instruction of the machine code writes."""
+    match = re.match(r"([A-Z0-9_.]+)\s+(?:U?P\w+, )*R(\d+)", line)
+    if match is None or "SETP" in match[1] or match[1].startswith("HGMMA"):
+        return range(0)
+    wide = 4 if ".128" in match[1] else 2 if re.search(r"64|WIDE|^CS2R$|^D[A-Z]", match[1]) else 1
+    return range(int(match[2]), int(match[2]) + wide)
 
 
 def _machine_code(path: str) -> dict[tuple[str, str], str]:
@@ -267,6 +332,12 @@ def complaints(line: dict[str, Any]) -> list[str]:
     found = [name for name in ("spills", "stack", "local") if line[name]]
     if line["shared"] > CHIPS[int(line["arch"].removeprefix("sm_"))][1]:
         found.append("more shared memory than there is")
+    if line["element"] == "fp32" and (line["mma"] or line["wgmma"] or line["tcgen05"]):
+        found.append("float32 multiplied as tf32")
+    if line["unfenced"]:
+        found.append("a product that may not see what it waits for")
+    if line["overwritten"]:
+        found.append("a product's operand that is written too early")
     if line["registers"] * line["warps"] * 32 > 65536:
         found.append("more registers than there are")
     return found

@@ -9,13 +9,16 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from gradnorm_kernels.backends import native
+from gradnorm_kernels.backends.triton import launch
 from gradnorm_kernels.backends.triton.wgrad_sm100 import COMPILES
 from gradnorm_kernels.tuning import tiles
 from gradnorm_kernels.tuning.tiles import KernelConfig
@@ -182,6 +185,35 @@ def test_products_that_are_waited_for_one_by_one_are_noticed(monkeypatch: pytest
     assert found == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("between", "count"),
+    [
+        ("", 0),
+        ("IADD3 R92, R88, 0x1, RZ", 0),
+        ("@P2 STG.E.128 desc[UR46][R88.64], R88", 0),
+        ("ISETP.GE.AND P3, PT, R90, RZ, PT", 0),
+        ("R2UR UR8, R88", 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 0),
+        ("SHFL.BFLY PT, R91, R9, 0x8, 0x1f", 1),
+        ("@!P5 LDS.128 R84, [R112]", 0),
+        ("@!P5 LDS.128 R88, [R112]", 1),
+        ("IMAD.WIDE R90, R121, 0x2, R88", 1),
+    ],
+)
+def test_registers_that_a_product_still_reads(between: str, count: int) -> None:
+    code = [
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8].tnspA.tnspB, R24",
+        "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR8].tnspB, RZ, !UPT, gsb0",
+        *([between] if between else []),
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "FADD R88, R9, R88",
+    ]
+    assert (
+        report.overwritten("\n".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */" for i, line in enumerate(code)))
+        == count
+    )
+
+
 def kernel_names(folder: Path) -> set[str]:
     """The functions named ``..._kernel`` under ``triton.jit`` in the files of a folder."""
     found = set()
@@ -207,6 +239,36 @@ def test_it_can_fail() -> None:
     large = replace(config, block_m=256, block_n=256, num_warps=4, num_stages=2)
     line = report.compile_job(report._jobs_of(module, 80, "bf16", large)[0])
     assert {"spills", "stack"} <= set(complaints(line)), line
+
+
+@pytest.mark.parametrize(("arch", "fences"), [(80, 0), (90, 1), (100, 0), (120, 0)])
+def test_copies_are_seen_by_products_where_triton_forgets_the_fence(
+    arch: int, fences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before Triton 3.7.1: with a fence of our own on Hopper, and no copies that need one on B200."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # Triton does not know that this makes another kernel
+    monkeypatch.setattr(launch, "UNFENCED", True)
+    compiled: list[Any] = []
+    compile_source = triton.compile
+
+    def kept(*args: Any, **options: Any) -> Any:
+        compiled.append(compile_source(*args, **options))
+        return compiled[-1]
+
+    monkeypatch.setattr(triton, "compile", kept)
+    jobs = [job for job in report.jobs((arch,)) if job.kernel.fn.__name__ == "dot_kernel" and job.element == "bf16"]
+    assert not complaints(report.compile_job(jobs[0]))
+    ptx = compiled[0].asm["ptx"]
+    assert len(re.findall(r"\{ fence\.proxy\.async", ptx)) == fences
+    assert ("cp.async.cg" in ptx) == (arch != 100)
+
+
+def test_a_fence_that_is_missing_is_noticed() -> None:
+    wait, fence, product = "cp.async.wait_group \t2;\n", "fence.proxy.async.shared::cta;\n", "@%p tcgen05.mma.x;\n"
+    good = fence + product + wait + "bar.sync 0;\n" + fence + product * 2 + "cp.async.wait_group 0;\n" + product
+    assert report.unfenced(good) == 0
+    assert report.unfenced(good.replace(wait + "bar.sync 0;\n" + fence, fence + wait)) == 3
+    assert report.unfenced(wait + "wgmma.mma_async.sync.aligned;\n") == 1
 
 
 def test_kernels_of_the_compiled_module() -> None:
@@ -268,6 +330,7 @@ arch = sm_90a
         "in_flight": 0,
         "copies_in_flight": 3,
         "tma": 0,
+        "overwritten": 0,
     }
     assert new["arch"] == "sm_90a" and (new["wgmma"], new["instructions"], new["spills"]) == (2, 5, 0)
     assert (new["grouped"], new["in_flight"], new["copies_in_flight"]) == (1, 1, 0)

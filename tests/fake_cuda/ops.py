@@ -142,6 +142,14 @@ def test_a_sketch_does_not_wait(fake: FakeCuda, name: str, ids: str) -> None:
             ops.grad_sketch(*call, sample_ids=case.sample_ids, backend="triton", **counts)
 
 
+def test_a_sketch_with_more_columns_than_a_grid_has_in_its_second_dimension(fake: FakeCuda) -> None:
+    """2900 x 2900 elements are 65704 blocks of 128."""
+    fake.silent = True
+    x, dy = (fake.put(torch.ones(3, 2900, dtype=FP16)) for _ in range(2))
+    assert ops.grad_sketch(x, dy, None, None, backend="triton").shape == (1, 2900, 2900)
+    assert {"sketch_kernel", "row_sums_kernel"} <= set(fake.operations)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "name", "dtype", "ids"),
     [("wgrad", "mixed", BF16, "cpu"), ("gram", "batch", FP16, "cuda:0"), ("auto", "overlapping", FP16, "cpu")],

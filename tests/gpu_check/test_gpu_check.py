@@ -182,6 +182,14 @@ def test_time_is_reserved_for_later_steps() -> None:
     assert all(step.keep < 60 for step in plan(("check",)))
 
 
+@pytest.mark.parametrize(("gib", "smaller"), [(24, True), (40, True), (80, False), (141, False), (None, False)])
+def test_the_whole_step_fits_the_gpu(gib: int | None, smaller: bool) -> None:
+    """At the default sizes parameters, gradients and moments alone are 23 GiB."""
+    planned = steps.gpu_steps("python3", Path("/folder"), "abc", None if gib is None else gib * 10**9)
+    (step,) = [step for step in planned if step.name == "step"]
+    assert ("qwen2.5-0.5b" in step.command) == smaller
+
+
 def test_the_tools_of_nvidia_run_last_and_do_not_lock_the_clocks() -> None:
     chosen = plan()
     order = [step.name for step in chosen]

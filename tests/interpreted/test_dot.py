@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from gradnorm_kernels import reference
-from gradnorm_kernels.backends.triton import dot
+from gradnorm_kernels.backends.triton import dot, launch
 from gradnorm_kernels.tolerances import NORMS
 from gradnorm_kernels.traps import Case, assert_close, packed, poisoned_memory
 from gradnorm_kernels.tuning.tiles import KernelConfig
@@ -77,3 +80,27 @@ def test_samples_without_tokens() -> None:
     case = packed([0, 0], 4, 5, torch.float32)
     x, dy, segs = prepared(case)
     assert torch.equal(dot.grad_dot(x, dy, matrix(case, torch.float32), segs, SMALL), torch.zeros(2).double())
+
+
+@pytest.mark.parametrize("tensor_memory", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_kernel_widens_beside_float32_where_that_means_tf32(
+    dtype: torch.dtype, tensor_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton multiplies as tf32 on B200 where one operand is converted in the kernel: v would lose digits."""
+    taken: list[tuple[torch.dtype, torch.dtype]] = []
+    kernel = dot.dot_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., object]:
+            def run(*args: Any, **meta: Any) -> object:
+                taken.append((args[0].dtype, args[2].dtype))
+                return kernel[grid](*args, **meta)
+
+            return run
+
+    monkeypatch.setattr(dot, "dot_kernel", Watched())
+    monkeypatch.setattr(launch, "has_tensor_memory", lambda tensor: tensor_memory)
+    case = packed(LENGTHS, 19, 35, dtype, **IDS)
+    check(case, matrix(case, torch.float32))
+    assert set(taken) == {(torch.float32 if tensor_memory else dtype, torch.float32)}

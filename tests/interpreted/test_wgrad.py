@@ -299,6 +299,41 @@ def test_nested_loops_in_other_respects(launched: list[str]) -> None:
     assert set(launched) == {"wgrad_sm100_kernel"}
 
 
+@pytest.mark.parametrize("config", [DESCRIPTORS, NESTED], ids=["sm90", "sm100"])
+@pytest.mark.parametrize("blackwell", [True, False])
+def test_maps_on_blackwell_begin_where_128_kib_begin(
+    config: KernelConfig, blackwell: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver takes them for mapped. A small matrix is copied there, a small part of a large one is not."""
+    mapped: list[Tensor] = []
+    ragged = wgrad._ragged
+    monkeypatch.setattr(wgrad, "_ragged", lambda tensor, *box: mapped.append(tensor) or ragged(tensor, *box))
+    monkeypatch.setattr(wgrad, "_is_blackwell", lambda tensor: blackwell)
+    small, dy, cu_seqlens = inputs(LENGTHS, 40, 8, torch.float16)
+    large = torch.zeros(1 << 17, dtype=torch.float16)[8:].as_strided(small.shape, small.stride())
+    for x in (small, large.copy_(small)):
+        compare(x, dy, cu_seqlens, config=replace(config, element_bytes=2))
+    behind = [tensor.untyped_storage().nbytes() - 2 * tensor.storage_offset() for tensor in mapped]
+    assert [size >= 1 << 17 for size in behind] == [blackwell, blackwell, True, blackwell]
+    assert [mapped[0] is small, mapped[1] is dy, mapped[2] is x] == [not blackwell, not blackwell, True]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize("tensor_memory", [True, False])
+def test_tokens_are_not_split_where_triton_cannot_compile_it(
+    tensor_memory: bool, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.6 on B200."""
+    built: list[int] = []
+    build = wgrad.build
+    monkeypatch.setattr(wgrad, "build", lambda *args: built.append(args[4]) or build(*args))
+    monkeypatch.setattr(wgrad, "has_tensor_memory", lambda tensor: tensor_memory)
+    monkeypatch.setattr(wgrad, "COMPILES", compiles)
+    x, dy, cu_seqlens = inputs([20, 21], 24, 16, torch.float16)
+    compare(x, dy, cu_seqlens, None, [0, 1], config=replace(DESCRIPTORS, arch=90, element_bytes=2), splits=3)
+    assert set(built) == {1 if tensor_memory and not compiles else 3}
+
+
 @KERNELS
 def test_tokens_that_cancel(config: KernelConfig) -> None:
     """The second half takes the first back, but for a thousandth: the digits that token pairs would lose are there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers.integrations import moe
 
 import gradnorm_kernels as gk
-from gradnorm_kernels.tracking import parameter_gram
+from gradnorm_kernels.tracking import experts, parameter_gram
 from gradnorm_kernels.tracking.calls import Call, Placement
 from gradnorm_kernels.tracking.experts import ExpertsTrace, Product, expert_tokens
 from gradnorm_kernels.tracking.formula import Mismatch
@@ -384,6 +385,22 @@ def test_experts_share_calls_of_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     spoiled[2] = float("nan")  # of sample r
     gram = weight_sums([tokens._replace(dy=spoiled)], rows).gram
     assert gram[2, 2].isnan() and torch.equal(gram[:2, :2], weight_sums([tokens], rows).gram[:2, :2])
+
+
+def test_copies_to_the_host_are_waited_for_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may lie on several GPUs: an event of the current one says nothing of the others' copies."""
+    asked, waited = [], []
+    event = SimpleNamespace(synchronize=lambda: waited.append(True))
+    stream = SimpleNamespace(record_event=lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: asked.append(device) or stream)
+    monkeypatch.setattr(experts, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(Product, "_pinned", staticmethod(torch.clone))
+    tokens = torch.arange(3, device="meta")
+    product = Product("weight", tokens, tokens, tokens, False)
+    product.to_host()
+    assert asked == [tokens.device] and not waited
+    product.wait()
+    assert waited
 
 
 def test_tokens_are_sorted_by_expert_and_row() -> None:

@@ -41,6 +41,7 @@ def machine() -> dict[str, Any]:
     gpu = tuning.chip(torch.device("cuda", 0)).gpu if there else "no-gpu"
     return {
         "gpu": gpu,
+        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if there else None,
         "commit": main.commit() or "unknown",
         "torch": torch.__version__,
         "python": sys.version.split()[0],
@@ -118,7 +119,8 @@ def main(arguments: list[str]) -> int:
             steps, minutes = dry_steps(sys.executable, folder, facts["commit"], chosen.short), 90.0
         else:
             wanted = [*chosen.stages, *(["profile"] if chosen.profile else [])]
-            steps = choose(gpu_steps(sys.executable, folder, facts["commit"]), wanted, chosen.only, chosen.skip)
+            steps = gpu_steps(sys.executable, folder, facts["commit"], facts["memory_bytes"])
+            steps = choose(steps, wanted, chosen.only, chosen.skip)
     except ValueError as error:
         parser.error(str(error))
     if chosen.list:

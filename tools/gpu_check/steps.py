@@ -14,7 +14,7 @@ from tools.gpu_check.running import Step
 STAGES = {
     "check": "the build and all tests in tests/gpu",
     "speed": "every provider at the shapes of the performance targets, in up to four minutes",
-    "step": "a whole training step at the sizes of a 3B model",
+    "step": "a whole training step at the sizes of a 3B model, or of a 0.5B one on a GPU with less than 64 GiB",
     "sanitize": "compute-sanitizer on both backends: memcheck, racecheck, synccheck",
     "tune": "the tiles of the Triton and CUDA kernels at four shapes",
     "costs": "the rows that the cost model is fitted to, with the tuned tiles",
@@ -31,6 +31,9 @@ TUNED = ((4096, 4096), (2048, 11008), (576, 576), (1536, 1536))
 _CUDA_TILES = ("--providers", "weight_grad", *(f"cuda_{name}" for name in CUDA_CANDIDATES))
 _CUDA_TILES += ("--lengths", "2048", "256", "--ragged", "--gram", "--shapes")
 _CUDA_TILES += ("llama-3.1-8b.q", "qwen2.5-3b.gate_up", "qwen2.5-1.5b.q", "smollm2-135m.gate_up")
+# The whole step at its default sizes needs about 60 GiB, and at these 12 (both estimated, not measured).
+_STEP_BYTES = 64 << 30
+_SMALLER_STEP = ("--model", "qwen2.5-0.5b", "--length", "256")
 # NVIDIA's profiler locks the clocks by default.
 _NCU = ("ncu", "--clock-control", "none")
 # Errors of API calls are not reported: CUDA's own libraries probe for features.
@@ -63,10 +66,13 @@ def parts_of_the_tests() -> dict[str, str]:
     return found
 
 
-def gpu_steps(python: str, folder: Path, commit: str) -> list[Step]:
-    """All steps: the build and the tests in parallel, then the timed steps, each alone, then the slow tools."""
+def gpu_steps(python: str, folder: Path, commit: str, memory: int | None = None) -> list[Step]:
+    """All steps: the build and the tests in parallel, then the timed steps, each alone, then the slow tools.
+
+    ``memory``: of the GPU, in bytes; None: enough for every step.
+    """
     checks = _checks(python, folder)
-    timed = _timed(python, folder, commit, tuple(step.name for step in checks))
+    timed = _timed(python, folder, commit, tuple(step.name for step in checks), memory)
     return [*checks, *timed, *_tools(python, folder, commit, timed[-1].name)]
 
 
@@ -101,8 +107,9 @@ def _checks(python: str, folder: Path) -> list[Step]:
     return [*steps, Step("tune-once", command, 90, stage="check", environment=apart)]
 
 
-def _timed(python: str, folder: Path, commit: str, checked: tuple[str, ...]) -> list[Step]:
+def _timed(python: str, folder: Path, commit: str, checked: tuple[str, ...], memory: int | None) -> list[Step]:
     """The timed steps, one after another."""
+    sizes = _SMALLER_STEP if memory is not None and memory < _STEP_BYTES else ()
     bench = [python, "-m", "benchmarks"]
     tuned = {"XDG_CACHE_HOME": str(folder / "tuned")}
 
@@ -114,7 +121,7 @@ def _timed(python: str, folder: Path, commit: str, checked: tuple[str, ...]) -> 
         Step("ops", measure("ops", "ops", "--quick", *ops, "--minutes", "3.5"), 240, stage="speed", reserve=165),
         Step(
             "step",
-            measure("step", "step", "--pairs", "12", "--patience", "90", "--minutes", "2"),
+            measure("step", "step", "--pairs", "12", "--patience", "90", "--minutes", "2", *sizes),
             180,
             stage="step",
             reserve=120,

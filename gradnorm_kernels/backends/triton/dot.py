@@ -18,7 +18,7 @@ from torch import Tensor
 from ...segments import Segments
 from ...tuning.tiles import KernelConfig
 from .gram import order
-from .launch import checked, config_for, even_rows, on_device
+from .launch import checked, config_for, copies_ahead, even_rows, fence_copies, on_device, widened
 from .reduce import position_sums
 
 #: The kernels of the configs that this module is compiled for.
@@ -67,9 +67,11 @@ def dot_kernel(
         v_row = tl.minimum(out, v_rows - 1).to(tl.int64)
         v_tile = v_ptr + v_row[None, :] * v_stride + feature[:, None]
         products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for at in range(0, d_in, BLOCK_K):
+        for at in tl.range(0, d_in, BLOCK_K, num_stages=copies_ahead(v_ptr.dtype.element_ty, None)):
             x = tl.load(x_tile + at).to(v_ptr.dtype.element_ty)
-            products = tl.dot(x, tl.load(v_tile + at), products, input_precision="ieee")
+            v = tl.load(v_tile + at)
+            fence_copies(v.dtype)
+            products = tl.dot(x, v, products, input_precision="ieee")
         dy = tl.load(dy_ptr + row[:, None] * dy_stride + out[None, :], mask=present[None, :], other=0.0)
         # Padding is left out, not multiplied: a product may be infinite, and 0 x inf is NaN.
         terms = tl.where((out < v_rows)[None, :], products * dy.to(tl.float32), 0.0)
@@ -83,7 +85,7 @@ def grad_dot(x: Tensor, dy: Tensor, v: Tensor, segments: Segments, config: Kerne
     A ``v`` of another dtype than x's is taken as float32, and x with it: exact, without tensor cores.
     """
     if v.dtype != x.dtype:
-        v = v.float()
+        x, v = widened(x, v.float())
     config = config or config_for("dot", v, v.shape[1], v.shape[0])
     x, dy, v = even_rows(x, config.block_k), even_rows(dy, _EVEN), even_rows(v, config.block_k)
     tokens, d_out = checked(x, dy), dy.shape[1]

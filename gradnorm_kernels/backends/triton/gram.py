@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ...segments import Segments, vectors
 from ...tuning.tiles import KernelConfig
-from .launch import checked, config_for, even_rows, on_device
+from .launch import checked, config_for, copies_ahead, even_rows, fence_copies, on_device
 from .reduce import position_sums, row_sums
 
 #: The kernels of the configs that this module is compiled for.
@@ -149,8 +149,10 @@ def inner(
     left = left_ptr + left_row[:, None] * left_stride + feature[None, :]
     right = right_ptr + right_row[None, :] * right_stride + feature[:, None]
     tile = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for at in range(0, width, BLOCK_K):
-        tile = tl.dot(tl.load(left + at), tl.load(right + at), tile, input_precision="ieee")
+    for at in tl.range(0, width, BLOCK_K, num_stages=copies_ahead(left_ptr.dtype.element_ty, None)):
+        a, b = tl.load(left + at), tl.load(right + at)
+        fence_copies(a.dtype)
+        tile = tl.dot(a, b, tile, input_precision="ieee")
     return tile
 
 

@@ -303,8 +303,10 @@ def row_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # In one dimension: a grid's second one has at most 65535 programs, and the widest sketches have more columns.
+    blocks = tl.cdiv(columns, COLUMNS)
+    index = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     begin = tl.load(span_ptr + 2 * index)
     stop = tl.load(span_ptr + 2 * index + 1)
@@ -363,7 +365,7 @@ def row_sums(
     out = values.new_empty(spans.shape[0], values.shape[1], dtype=dtype)
     if out.numel():
         with on_device(values):
-            row_sums_kernel[(len(out), triton.cdiv(out.shape[1], _COLUMNS))](
+            row_sums_kernel[(len(out) * triton.cdiv(out.shape[1], _COLUMNS),)](
                 values,
                 spans if row is None else row,
                 spans,

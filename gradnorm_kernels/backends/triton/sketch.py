@@ -18,7 +18,7 @@ from torch import Tensor
 from ...segments import Segments, rows
 from ..torch.numerics import exact_matmuls
 from ..torch.sketch import project
-from .launch import checked, on_device
+from .launch import checked, on_device, widened
 from .reduce import row_sums
 
 #: No config chooses among forms of this kernel.
@@ -46,10 +46,12 @@ def sketch_kernel(
     BLOCK_N: tl.constexpr,  # columns of x
     BLOCK_K: tl.constexpr,  # tokens
 ):
-    part = tl.program_id(0).to(tl.int64)
     columns = tl.cdiv(r_in, BLOCK_N)
-    m = tl.program_id(1) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(r_out, BLOCK_M) * columns
+    tile = tl.program_id(0) % tiles
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    m = tile // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.load(start_ptr + part // splits)
     length = (tl.load(end_ptr + part // splits) - start).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, BLOCK_K), splits) * BLOCK_K
@@ -78,7 +80,7 @@ def grad_sketch(x: Tensor, dy: Tensor, c_in: Tensor | None, c_out: Tensor | None
     x [T, d_in], dy [T, d_out] with rows of unit stride, c_in [d_in, r_in] and c_out [d_out, r_out] or None.
     """
     with exact_matmuls(x.device):
-        x, dy = rows(project(x, c_in)), rows(project(dy, c_out))
+        x, dy = widened(rows(project(x, c_in)), rows(project(dy, c_out)))
     tokens, r_in, r_out, count = checked(x, dy), x.shape[1], dy.shape[1], len(segments.start)
     size = r_out * r_in
     if not (tokens and size and count and segments.samples):
@@ -87,7 +89,7 @@ def grad_sketch(x: Tensor, dy: Tensor, c_in: Tensor | None, c_out: Tensor | None
     splits = max(1, min(triton.cdiv(_PROGRAMS, count * tiles), tokens // (count * _SPLIT_TOKENS)))
     parts = x.new_empty(count * splits, size, dtype=torch.float32)
     with on_device(x):
-        sketch_kernel[(count * splits, tiles)](
+        sketch_kernel[(count * splits * tiles,)](
             x,
             dy,
             segments.start,

@@ -27,7 +27,7 @@ from ...segments import PlainSegments, Segments
 from ...tuning.tiles import KernelConfig
 from ..base import Results
 from ..torch.numerics import exact_matmuls
-from .launch import config_for, on_device
+from .launch import config_for, has_tensor_memory, on_device
 from .reduce import FIXUP_CHUNK, WARPS, finish, split_fixup_kernel
 from .wgrad_kernels import asynchronous, pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
 from .wgrad_schedule import Schedule, build
@@ -38,6 +38,10 @@ _SPLIT_K_TILES = 4
 # A ragged descriptor counts rows up to here, and offsets within a tile are 32-bit numbers.
 _MOST_ROWS = 1 << 30
 _MOST_OFFSET = (1 << 31) - 1
+# On Blackwell the driver makes tensor maps as if the first 128 KiB from their address on were mapped. Where they are
+# not, loads may fault (a known issue of NVIDIA's driver 595.71.05). From 3.7 on Triton corrects this for drivers up to
+# CUDA 13.1.
+_MAPPED = 128 << 10
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,15 @@ def wgrad(
         config = fitting_config(launch.config, d_in, d_out) if able else flat_config(launch.config)
         launch = replace(launch, config=config)
     config, size = launch.config, launch.config.block_m * launch.config.block_n
+    if config.descriptors and _is_blackwell(x):
+        x, dy = _roomy(x), _roomy(dy)
     tiles = -(-d_in // config.block_n) * -(-d_out // config.block_m)
     groups, store_sums = segments.groups, group_gram and segments.groups > 1
     step = min(tiles, max(1, workspace // (groups * size))) if store_sums else tiles
     splits = launch.splits
-    if splits is None:
+    if not COMPILES and has_tensor_memory(x) and asynchronous(config, x.element_size()):
+        splits = 1  # Triton 3.6 fails to compile the forms for split tokens there
+    elif splits is None:
         splits = max(1, min(launch.programs // step, tokens // (_SPLIT_K_TILES * config.block_k)))
     if config.nested and splits > 1:
         flat = replace(launch, config=flat_config(config))
@@ -250,6 +258,19 @@ def _describable(tensor: Tensor) -> bool:
     stride, width = tensor.stride(0), tensor.element_size()
     aligned = tensor.data_ptr() % 16 == 0 and stride * width % 16 == 0
     return aligned and stride >= tensor.shape[1] and tensor.shape[0] <= _MOST_ROWS and stride < _MOST_ROWS
+
+
+def _is_blackwell(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (10, 0)
+
+
+def _roomy(tensor: Tensor) -> Tensor:
+    """``tensor`` [T, d] where 128 KiB of memory begin, with the same strides: copied if there is less behind it."""
+    size = tensor.element_size()
+    if tensor.untyped_storage().nbytes() - tensor.storage_offset() * size >= _MAPPED:
+        return tensor
+    held = tensor.new_empty(_MAPPED // size)
+    return held.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def _ragged(tensor: Tensor, rows: int, columns: int) -> object:

@@ -33,6 +33,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import load_ragged
 
 from ...tuning.tiles import KernelConfig
+from .launch import copies_ahead, fence_copies
 from .wgrad_schedule import (
     FLAG_SHIFT,
     GROUP_ENDS,
@@ -337,13 +338,15 @@ def wgrad_sm80_kernel(
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # One K tile ahead: the loads of the next tiles do not wait for the number that says where they are.
         following = tl.load(k_tile_ptr + first)
-        for k_tile in tl.range(first, stop, num_stages=STAGES, disable_licm=True):
+        stages: tl.constexpr = copies_ahead(x_ptr.dtype.element_ty, STAGES)
+        for k_tile in tl.range(first, stop, num_stages=stages, disable_licm=True):
             packed = following
             following = tl.load(k_tile_ptr + k_tile + 1)
             at = packed >> ROW_SHIFT
             live = token < (packed & ROWS_MASK).to(tl.int32)
             a = tl.load(dy_ptr + at * dy_stride + dy_offsets, mask=live[None, :] & rows_inside, other=0.0)
             b = tl.load(x_ptr + at * x_stride + x_offsets, mask=live[:, None] & cols_inside, other=0.0)
+            fence_copies(a.dtype)
             acc = tl.dot(a, b, acc, input_precision="ieee")
             flags = (packed >> FLAG_SHIFT) & 15
             if flags != 0:
