@@ -276,7 +276,6 @@ class GradNormTracker:
         self._unreconciled.update(self._watcher.check_parameters())
         packed = rows.packing is not None
         searching = self._probes and self._unplaced and rows.batch > 1 and not packed
-        # Later on only containers are watched that the caller calls: their arguments say whether to probe again.
         self._watcher.watch_entries(self._model, everywhere=searching or packed or self._watcher.shares_outputs)
         reconciliation, arrivals = self._reconciliation()
         kept = self._accumulation
@@ -308,6 +307,9 @@ class GradNormTracker:
             arrivals.close()
             if reconciliation is not None:
                 reconciliation.close()
+            if not packed and not self._watcher.shares_outputs:
+                # Only hooks of what the caller calls stay: its arguments say whether to probe again.
+                self._watcher.watch_entries(self._model, everywhere=False)
         self._unplaced = self._unplaced and not searching
         self._warn_never_called(recorder)
         self._warn_skipped(4)
