@@ -18,6 +18,16 @@ WORDS = 20
 RowLosses = Callable[[Sequence[int]], Tensor]
 
 
+class TwoLinears(nn.Module):
+    """The layers of many small models, [.., 8] to 8 and to 3, in float64; each model has a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.double()
+
+
 def next_token_losses(model: nn.Module, ids: Tensor) -> RowLosses:
     """``losses(rows)``: [n] mean next-token losses of these rows of ``ids`` [B, L]; the model gives logits."""
 

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
-from tests.tracking.measured import ROWS, TASKS, WORDS, agree, class_losses, features, next_token_losses, token_ids
+from tests.tracking.measured import (
+    ROWS,
+    TASKS,
+    WORDS,
+    TwoLinears,
+    agree,
+    class_losses,
+    features,
+    next_token_losses,
+    token_ids,
+)
 
 SAMPLES = [0, 0, 1, 1, 2, 2]
 
@@ -148,14 +158,8 @@ def test_what_draws_numbers_in_training_mode_is_measured() -> None:
         assert torch.equal(mine.grad, other.grad)
 
 
-class Sorted(nn.Module):
+class Sorted(TwoLinears):
     """Sorts rows by their lengths, as code for recurrent networks does, and puts them back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
-        self.double()
 
     def forward(self, x: Tensor, lengths: Tensor | list[int]) -> Tensor:
         lengths = torch.as_tensor(lengths).long()
@@ -164,14 +168,8 @@ class Sorted(nn.Module):
         return self.b(last.relu())[order.argsort()]
 
 
-class Unpadded(nn.Module):
+class Unpadded(TwoLinears):
     """Gives a layer the tokens that the mask keeps, those of all rows one after another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
-        self.double()
 
     def forward(self, x: Tensor, lengths: Tensor | list[int]) -> Tensor:
         lengths = torch.as_tensor(lengths)
@@ -261,13 +259,7 @@ def test_pieces_with_as_many_rows_as_samples_are_refused(first: bool) -> None:
 def test_a_prefix_runs_once_per_sample_from_the_second_step() -> None:
     """A sample per row at first; then the model that was called with all rows is called with one per sample too."""
 
-    class Prefixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
-            self.double()
-
+    class Prefixed(TwoLinears):
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x).tanh())
 

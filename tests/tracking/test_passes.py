@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradnorm_kernels as gk
-from tests.tracking.measured import ROWS, TASKS, agree, class_losses, features
+from tests.tracking.measured import ROWS, TASKS, TwoLinears, agree, class_losses, features
 
 
 class Model(nn.Sequential):
@@ -122,13 +122,7 @@ def test_a_state_with_the_graph_of_an_earlier_micro_batch_is_refused(fused: bool
 
 
 def test_a_buffer_that_is_filled_again_before_the_micro_batch_ends_is_refused() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
-            self.double()
-
+    class Twice(TwoLinears):
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(self.a(x).tanh())).mean(1)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class SquareSums:
     """Partial sums of one launch, float32: squares of ``sample`` [rows, N] and ``group`` [rows, K], or None.
 
-    ``products`` [rows, K, K], or None: inner products of the groups' sums, above the diagonal alone.
+    ``products`` [slabs, K, K], or None: inner products of the groups' sums, by slabs of the weight. Those above the
+    diagonal count.
     """
 
     sample: Tensor | None
@@ -84,20 +85,17 @@ def finish(
     of_fixup: SquareSums | None = None,
     of_samples: GramPartials | None = None,
     of_groups: GramPartials | None = None,
-    products: Tensor | None = None,
     first: bool = True,
     last: bool = True,
 ) -> None:
     """Add one pass over rows of the weight to the results. After the ``last`` one all are NaN if values were wrong.
 
     ``of_samples`` and ``of_groups``, of all rows, count in the ``first`` pass; ``of_groups`` is pairwise where the Gram
-    is wanted. ``products`` [slabs, K, K] float32: the inner products of the groups' sums, by slabs of the weight, of
-    which those above the diagonal count; default: those of ``of_fixup``. ``first``: the results hold nothing yet. Of
-    weight_grad only the first row becomes NaN.
+    is wanted. ``first``: the results hold nothing yet. Of weight_grad only the first row becomes NaN.
     """
     wgrad, fixup = of_wgrad or SquareSums(None, None, 0), of_fixup or SquareSums(None, None, 0)
     tokens = schedule.tokens
-    products = fixup.products if products is None else products
+    products = fixup.products
     pairwise = of_groups is not None and results.group_gram is not None
     weight_grad = results.weight_grad
     context.launch(

@@ -8,6 +8,8 @@ where there are too few samples for that, it ends anywhere, and the workspace ho
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def run(
     short = gram.partial_sums(context, x, dy, schedule, gram_tokens) if gram_tokens > 0 else None
     for lo in range(0, d_out, rows):
         part = None if weight_grad is None else weight_grad[lo : lo + rows]
-        of_wgrad, of_fixup, products = _pass(context, config, x, dy[:, lo : lo + rows], schedule, part, store_sums)
+        of_wgrad, of_fixup = _pass(context, config, x, dy[:, lo : lo + rows], schedule, part, store_sums)
         finish(
             context,
             results,
@@ -82,7 +84,6 @@ def run(
             of_wgrad=of_wgrad,
             of_fixup=of_fixup,
             of_samples=short,
-            products=products,
             first=lo == 0,
             last=lo + rows >= d_out,
         )
@@ -134,14 +135,14 @@ def _pass(
     schedule: Schedule,
     weight_grad: Tensor | None,
     store_sums: bool,
-) -> tuple[SquareSums, SquareSums | None, Tensor | None]:
-    """One pass over rows of the weight: squares of wgrad, what the fix-up finds, and inner products of stored sums."""
+) -> tuple[SquareSums, SquareSums | None]:
+    """One pass over rows of the weight: squares of wgrad, and what the fix-up finds, inner products included."""
     d_in, d_out = x.shape[1], dy.shape[1]
     if schedule.fixup is None:
         running = None
         if weight_grad is not None and schedule.groups > 1:
             running = torch.empty(weight_grad.shape, dtype=torch.float32, device=x.device)
-        return _launch(context, config, x, dy, schedule, None, weight_grad, running), None, None
+        return _launch(context, config, x, dy, schedule, None, weight_grad, running), None
     assert schedule.wgrad is not None
     elements = d_out * d_in
     held = schedule.wgrad.splits + len(schedule.fixup.outer) - 1
@@ -155,11 +156,11 @@ def _pass(
     of_fixup = split_fixup(
         context, workspace, schedule, weight_grad, native.TYPES[x.dtype], products=products, sums=sums
     )
-    if sums is None:
-        return of_wgrad, of_fixup, None
-    parts = sums.unflatten(1, (slabs, -1)).transpose(0, 1)
-    with exact_matmuls(x.device):
-        return of_wgrad, of_fixup, torch.bmm(parts, parts.mT)
+    if sums is not None:
+        parts = sums.unflatten(1, (slabs, -1)).transpose(0, 1)
+        with exact_matmuls(x.device):
+            of_fixup = replace(of_fixup, products=torch.bmm(parts, parts.mT))
+    return of_wgrad, of_fixup
 
 
 def _launch(

@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import set_seed
 
 from gradnorm_kernels import GradNormTracker, StepStats
 
@@ -41,11 +40,10 @@ from ..folder import describe_run
 from ..loop import Batch, Grpo
 from ..numbers import fixed, percent, significant
 from ..parse import parse_cost
-from ..probe import subset, untrained
+from ..probe import subset
 from ..runlog import write_json
 from ..settings import Settings
-from ..warm_start import warm_start
-from .estimators.comparison import only_what_matters
+from .estimators.comparison import only_what_matters, warm_started
 from .estimators.gradients import prompt_losses
 from .estimators.rollouts import stored_rollouts
 from .spec import CostSettings
@@ -95,19 +93,16 @@ def measure(settings: Settings, name: str, options: CostSettings, folder: Path, 
     started = time.monotonic()
     settings = dataclasses.replace(only_what_matters(settings), track=False)
     n, steps = _sizes(settings, options)
-    grpo = untrained(settings, console)
+    grpo = warm_started(settings, console)
     try:
-        if settings.warm_start_steps:
-            tasks = list(grpo.tasks.values())
-            warm_start(grpo.model, grpo.tokenizer, tasks, grpo.prompter, settings, lambda step, loss: None)
-        set_seed(settings.seed)
         batch, _ = stored_rollouts(grpo, options.prompts, folder / f"rollouts-seed{settings.seed}.safetensors")
         first = [batch.tasks.index(task) for task in grpo.tasks]
         parts = [
             subset(batch, torch.tensor([at + step * n + i for at in first for i in range(n)])) for step in range(steps)
         ]
         console.print(f"seed {settings.seed}: gradients of half steps", highlight=False)
-        grams = {task: half_steps(grpo, batch, at, n, steps) for task, at in zip(grpo.tasks, first, strict=True)}
+        names = measured(grpo)
+        grams = {task: half_steps(grpo, batch, names, at, n, steps) for task, at in zip(grpo.tasks, first, strict=True)}
         result = describe_run(settings, grpo.model, []) | {
             "name": name,
             "seed": settings.seed,
@@ -144,12 +139,14 @@ def _sizes(settings: Settings, options: CostSettings) -> tuple[int, int]:
     return n, steps
 
 
-def half_steps(grpo: Grpo, batch: Batch, first: int, n: int, steps: int) -> dict[str, Array]:
+def half_steps(
+    grpo: Grpo, batch: Batch, names: Mapping[str, Sequence[str]], first: int, n: int, steps: int
+) -> dict[str, Array]:
     """{layers: [2 steps, 2 steps] float64} inner products of one task's mean gradients of n / 2 prompts.
 
+    ``names``: the parameters of each choice of layers, as :func:`measured` gives them.
     Half h has prompts first + h n / 2 ... of ``batch``; two that follow each other make a step.
     """
-    names = measured(grpo)
     parameters = {name: p for name, p in grpo.model.named_parameters() if p.requires_grad}
     vectors: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for half in range(2 * steps):

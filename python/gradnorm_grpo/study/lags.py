@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from transformers import set_seed
 
 from gradnorm_kernels.estimation.metrics import task_key
 
@@ -34,11 +33,11 @@ from ..folder import describe_run
 from ..loop import Batch, Grpo
 from ..numbers import fixed, percent
 from ..parse import parse_lags
-from ..probe import subset, untrained
+from ..probe import subset
 from ..progress import Display
 from ..runlog import write_json
 from ..settings import Settings
-from ..warm_start import warm_start
+from .estimators.comparison import warm_started
 from .stats import Array, Interval, t_interval
 
 #: The lags that are recorded: up to this, and to half of the steps.
@@ -71,15 +70,11 @@ def lags(arguments: list[str], console: Console) -> int:
 def measure(settings: Settings, name: str, folder: Path, console: Console) -> dict[str, Any]:
     """Train with one seed and write the products of its steps' gradients to ``seed<N>.json``, whose content returns."""
     started = time.monotonic()
-    grpo = untrained(settings, console)
+    grpo = warm_started(settings, console)
     vectors: dict[str, list[Array]] = {task: [] for task in grpo.tasks}
     found: dict[str, list[tuple[float, float]]] = {task: [] for task in grpo.tasks}
     assert grpo.tracker is not None
     try:
-        if settings.warm_start_steps:
-            tasks = list(grpo.tasks.values())
-            warm_start(grpo.model, grpo.tokenizer, tasks, grpo.prompter, settings, lambda step, loss: None)
-        set_seed(settings.seed)
         with Display(console, f"seed {settings.seed}", list(grpo.tasks), settings.max_steps) as display:
 
             def look(batch: Batch) -> None:

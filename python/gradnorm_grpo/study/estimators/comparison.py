@@ -147,15 +147,21 @@ def only_what_matters(settings: Settings) -> Settings:
     return dataclasses.replace(settings, **measuring, **training, full_steps=0, gradient_checkpointing=False)
 
 
-def where_grpo_begins(settings: Settings, console: Console) -> Grpo:
+def warm_started(settings: Settings, console: Console) -> Grpo:
     """Model and tasks after the warm start, in the random state from which GRPO starts."""
     grpo = untrained(settings, console)
     if settings.warm_start_steps:
         tasks = list(grpo.tasks.values())
         cached = warm_start(grpo.model, grpo.tokenizer, tasks, grpo.prompter, settings, lambda step, loss: None)
         console.print(f"warm start: {'weights from the cache' if cached else 'done'}", highlight=False)
-    only_tracked(grpo)
     set_seed(settings.seed)
+    return grpo
+
+
+def where_grpo_begins(settings: Settings, console: Console) -> Grpo:
+    """The same, with gradients of the measured layers alone."""
+    grpo = warm_started(settings, console)
+    only_tracked(grpo)
     return grpo
 
 
