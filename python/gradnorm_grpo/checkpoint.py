@@ -143,13 +143,35 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def set_newer_aside(checkpoint: Path) -> list[Path]:
+    """Rename the checkpoints after the one that a run goes on from, to checkpoint-<step>.superseded.
+
+    They belong to steps that are done again: a later resume must not take them for its own, and they would count as
+    the newest that are kept.
+    """
+    moved = []
+    for path in checkpoints(checkpoint.parent):
+        if _step(path) > _step(checkpoint):
+            moved.append(path.with_name(f"{path.name}.superseded"))
+            shutil.rmtree(moved[-1], ignore_errors=True)
+            path.rename(moved[-1])
+    return moved
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
     try:
         files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        entries = [(name, {"bytes": entry["bytes"], **entry}) for name, entry in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        entries = []
+    if not entries:
         return "its manifest.json is missing or not readable"
-    for name, entry in files.items():
+    for name, entry in entries:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"

@@ -44,7 +44,8 @@ COMMANDS = ("train", "probe", "study", "frozen", "estimators", "intervals", "lag
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 the machine failed, 2 a wrong request, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(quiet=_process("RANK") > 0)  # of the processes of a launcher the first one speaks
+    # Of the processes of a launcher the first one speaks. Brackets in a task's name or a path are no markup.
+    console = Console(quiet=_process("RANK") > 0, markup=False)
     try:
         return _run(arguments, console)
     except UserError as error:

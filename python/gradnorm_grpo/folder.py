@@ -17,8 +17,9 @@ import torch
 
 from gradnorm_kernels.__main__ import commit
 
+from .checkpoint import checkpoints
 from .errors import UserError
-from .runlog import RUN_FILE
+from .runlog import LOG_FILE, RUN_FILE
 from .settings import Settings
 from .threads import choose_threads, waiting
 
@@ -36,15 +37,27 @@ def new_folder(settings: Settings, name: str) -> Path:
             raise UserError(
                 f"output_dir {folder} already holds a run: go on with --resume {folder}, or name another folder"
             )
-    else:
-        folder = Path("runs") / name
-        number = 1
-        while folder.exists():
+        log = folder / LOG_FILE
+        if checkpoints(folder) or (log.is_file() and log.stat().st_size):
+            raise UserError(
+                f"output_dir {folder} holds checkpoints or a log of a run whose {RUN_FILE} is missing: name another "
+                "folder, so that two runs do not mix"
+            )
+        return _made(folder, exist_ok=True)
+    number = 1
+    while True:
+        try:
+            return _made(Path("runs") / (name if number == 1 else f"{name}-{number}"), exist_ok=False)
+        except FileExistsError:  # also where another run has just taken the name
             number += 1
-            folder = Path("runs") / f"{name}-{number}"
+
+
+def _made(folder: Path, exist_ok: bool) -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=exist_ok)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not exist_ok:
+            raise
         raise UserError(f"output_dir {folder} cannot be made: {error.strerror}") from error
     return folder
 

@@ -197,10 +197,16 @@ class Grpo:
             # Later iterations have weights that have seen these prompts: only the first is measured.
             full = iteration == 0 and settings.full_steps > 0 and self.step_number % settings.full_steps == 0
             line_loss, stats = self.backward(batch, old, measure=iteration == 0, full=full)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm or math.inf))
+            if not math.isfinite(norm):
+                raise UserError(
+                    f"the gradient of step {self.step_number + 1} is not finite (norm {norm}, loss {line_loss}), and "
+                    "an update by it would spoil the weights: the run ends before it; lower "
+                    f"learning_rate={settings.learning_rate:g}, or take dtype float32, and go on from a checkpoint"
+                )
             if iteration == 0:
                 lr = self.scheduler.get_last_lr()[0]
-                line |= {"loss": line_loss, "grad_norm": float(norm), "lr": lr, **describe(batch, stats)}
+                line |= {"loss": line_loss, "grad_norm": norm, "lr": lr, **describe(batch, stats)}
                 if full and self.full_tracker is not None:
                     line |= _estimates(self.full_tracker.step(), FULL)
                 self.sampler.update(stats)

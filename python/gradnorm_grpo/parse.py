@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .errors import Parser, UserError, all_of, one_of
-from .runlog import RUN_FILE, read_info
+from .runlog import RUN_FILE, check_names, read_info
 from .settings import Settings
 from .study.spec import (
     CostSettings,
@@ -147,7 +147,10 @@ def _saved(given: dict[str, Any]) -> dict[str, Any]:
     path = Path(place)
     if not path.is_dir():
         raise UserError(f"there is nothing to resume from: {path} does not exist")
-    config: dict[str, Any] = read_info(path if (path / RUN_FILE).is_file() else path.parent)["config"]
+    folder = path if (path / RUN_FILE).is_file() else path.parent
+    config = read_info(folder).get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / RUN_FILE} holds no settings of a run, so it cannot be resumed: start a new run")
     known = {spec.name for spec in dataclasses.fields(Settings)} - {"resume_from_checkpoint"}
     return {key: value for key, value in config.items() if key in known}
 
@@ -179,10 +182,23 @@ def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
     return rest, config
 
 
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load, but for a key that a mapping holds twice: an error, where YAML readers take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a sentence saying what is wrong with it."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -193,15 +209,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _select(tasks: Any, only: list[str]) -> list[dict[str, Any]]:
-    if not isinstance(tasks, list) or not all(isinstance(task, dict) and task.get("name") for task in tasks):
+    named = isinstance(tasks, list) and all(isinstance(task, dict) and task.get("name") for task in tasks)
+    if not named:
         raise UserError(
             f"tasks must be a list of mappings that each have a name, got {json.dumps(tasks, default=str)[:200]}"
         )
-    names = [str(task["name"]) for task in tasks]
+    names = [task["name"] for task in tasks]
     if not names:
         raise UserError("tasks is empty: the YAML file must list at least one task under `tasks:`")
+    if other := [name for name in names if not isinstance(name, str) or not name.strip()]:
+        raise UserError(f"a task's name must be text, got {other[0]!r}: put it in quotes")
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"tasks holds the name {name!r} {names.count(name)} times: every task needs its own")
     all_of("only_tasks", only, names)
+    check_names(names)
     return [task for task in tasks if not only or task["name"] in only]

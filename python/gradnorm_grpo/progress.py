@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .numbers import clean
 from .runlog import Line, task_values
 
 
@@ -45,7 +46,7 @@ class Display:
             table.add_column(column, justify="left" if column == "task" else "right")
         for task in self._tasks:
             line = self._latest.get(task, {})
-            table.add_row(task, *(_number(line.get(name), form) for name, form in _COLUMNS))
+            table.add_row(clean(task), *(_number(line.get(name), form) for name, form in _COLUMNS))
         return Group(self._bar, table) if self._latest else Group(self._bar)
 
     def expect(self, total: int) -> None:
@@ -62,7 +63,7 @@ class Display:
             if "reward" in own:
                 self._latest[task] = own
                 gradient = f" (U {_number(own['grad_norm_sq'], '.1e')})" if "grad_norm_sq" in own else ""
-                parts.append(f"{task} {own['reward']:.2f}{gradient}")
+                parts.append(f"{clean(task)} {own['reward']:.2f}{gradient}")
         if not self._live:
             loss = f" loss {_number(line.get('loss'), '.4f')}" if "loss" in line else ""
             text = f"{self._title} {line['step']}/{self._total} {line['time']:6.1f} s{loss} {' '.join(parts)}"

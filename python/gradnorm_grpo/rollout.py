@@ -96,11 +96,20 @@ class Prompter:
             total = f"{len(faults)} of {len(questions)} questions" + ("" if task.questions else " looked at")
             if faults and self.settings.overlong == "error":
                 raise UserError(f"task {task.name!r}: {total} do not fit, the first {faults[0]}")
+            if len(questions) < 2:
+                raise UserError(
+                    f"task {task.name!r} has a single question, {questions[0]!r:.80}: at least 2 are needed"
+                )
             if len(questions) - len(faults) < 2:
                 raise UserError(f"task {task.name!r}: {total} do not fit, too many: the first {faults[0]}")
             if faults:
                 limit = f"max_prompt_length={self.settings.max_prompt_length}"
                 remarks.append(f"task {task.name!r}: {total} are left out, as their prompts do not fit {limit}")
+            if task.unfit:
+                remarks.append(
+                    f"task {task.name!r}: {len(task.unfit)} of its reference answers score 0 by its verifier, such as "
+                    f"{task.unfit[0]!r:.80}: a reply that repeats such an answer counts as wrong"
+                )
             task.leave_out(fits)
         return remarks
 
@@ -209,7 +218,8 @@ def generate(
         ids, mask = pad(prompts[first : first + batch], tokenizer.pad_token_id, "left", device)
         with mixed_precision(settings, device):
             cache = prompt_cache(model, ids, mask, group)
-            output = model.generate(
+            output = _generate(
+                model,
                 input_ids=ids.repeat_interleave(group, 0),
                 attention_mask=mask.repeat_interleave(group, 0),
                 past_key_values=cache,
@@ -230,6 +240,20 @@ def generate(
     lengths = torch.cat([torch.full((part.shape[0],), part.shape[1]) for part in sampled]).to(device)
     mask = mask * (torch.arange(width, device=device)[None] < lengths[:, None])
     return Rollouts(prompt_ids, prompt_mask, completion, mask, is_end.any(1), group)
+
+
+def _generate(model: Any, **arguments: Any) -> Tensor:
+    """The model's ``generate``; UserError where its weights give no probabilities to draw from."""
+    try:
+        output: Tensor = model.generate(**arguments)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(
+            "the model gives probabilities that are not finite, so no completion can be drawn: its weights are "
+            "spoiled, as by too large a learning_rate; go on from an earlier checkpoint, or start with a lower one"
+        ) from error
+    return output
 
 
 @contextmanager

@@ -17,13 +17,15 @@ Every other value is a number, or null where the number is not defined. The name
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +120,17 @@ def _known(name: str, names: Iterable[str]) -> str:
     return name
 
 
+def check_names(tasks: Sequence[str]) -> None:
+    """Raise UserError where two numbers of these tasks would have one key, as names with a slash can make them."""
+    pairs = itertools.combinations(tasks, 2)
+    keys = [(task_key(task, name), (task,)) for task in tasks for name in TASK_METRICS]
+    owners: dict[str, tuple[str, ...]] = {}
+    for key, owner in [*keys, *((pair_key(name, *pair), pair) for pair in pairs for name in PAIR_FIELDS)]:
+        if owners.setdefault(key, owner) != owner:
+            said = " and ".join(", ".join(map(repr, names)) for names in (owners[key], owner))
+            raise UserError(f"the tasks {said} would both log {key!r}: rename one, without a slash")
+
+
 def plain(value: Any) -> Any:
     """A value as strict JSON can hold it: numbers that are not finite become null."""
     if isinstance(value, Mapping):
@@ -156,6 +169,19 @@ def check_log(path: Path, keep_bytes: int) -> None:
         )
 
 
+def only_writer(file: IO[bytes], folder: Path) -> None:
+    """Lock an open file of a folder until it is closed or the process ends; UserError where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"another process is writing into {folder}: wait until it has ended, stop it, or name another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
 class RunLog:
     """Appends lines to metrics.jsonl; ``lines`` holds all of them, including those before a resume."""
 
@@ -164,12 +190,14 @@ class RunLog:
         self.path = folder / LOG_FILE
         self._trackers = list(trackers)
         if keep_bytes is not None:
-            self._cut(keep_bytes)
+            check_log(self.path, keep_bytes)
         self._file = self.path.open("ab")
+        only_writer(self._file, folder)
+        if keep_bytes is not None:
+            self._cut(keep_bytes)
         self.lines: list[Line] = read_log(self.path)[0]
 
     def _cut(self, keep_bytes: int) -> None:
-        check_log(self.path, keep_bytes)
         content = self.path.read_bytes()
         if len(content) > keep_bytes:
             with self.path.with_name("metrics.superseded.jsonl").open("ab") as kept:

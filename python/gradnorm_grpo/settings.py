@@ -5,7 +5,8 @@ Where TRL's GRPOConfig has a setting, ours has its name, its meaning and its def
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -31,16 +32,20 @@ def _setting(
     text: str,
     *,
     least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     choices: Iterable[str] = (),
     aliases: Iterable[str] = (),
     resume: str = "used",
 ) -> Any:
-    """A field with its help text, its smallest value or its choices, and further option names.
+    """A field with its help text, its range (``above`` and ``below`` without the ends) or choices, and further names.
 
     ``resume``: what a resumed run does with another value than it began with. "used": takes it from there on;
     otherwise a clause that says why it cannot, and the resume is refused; "": it has no effect on a resumed run.
     """
-    about = {"help": text, "least": least, "choices": tuple(choices), "aliases": tuple(aliases), "resume": resume}
+    about: dict[str, Any] = {"help": text, "choices": tuple(choices), "aliases": tuple(aliases), "resume": resume}
+    about |= {"least": least, "most": most, "above": above, "below": below}
     if default in (list, dict):
         return field(default_factory=default, metadata=about)
     return field(default=default, metadata=about)
@@ -122,9 +127,9 @@ class Settings:
         1, "Micro-batches in one optimizer step. Pairs of prompts are measured inside each.", least=1
     )
     max_completion_length: int = _setting(32, "Longest completion, end token included.", least=1)
-    temperature: float = _setting(1.0, "Of sampling; log-probabilities are divided by it too.")
-    top_p: float = _setting(1.0, "Nucleus sampling.")
-    top_k: int = _setting(0, "Top-k sampling; 0 is off.")
+    temperature: float = _setting(1.0, "Of sampling; log-probabilities are divided by it too.", above=0.0)
+    top_p: float = _setting(1.0, "Nucleus sampling.", above=0.0, most=1.0)
+    top_k: int = _setting(0, "Top-k sampling; 0 is off.", least=0)
     generation_batch_size: int = _setting(
         0, "Completions generated at a time, a multiple of num_generations; 0: all of a step.", least=0
     )
@@ -133,7 +138,7 @@ class Settings:
     )
     beta: float = _setting(0.0, "Weight of the KL term against the model GRPO started from.", least=0.0)
     epsilon: float = _setting(0.2, "Lower clip range of the ratio.", least=0.0)
-    epsilon_high: float | None = _setting(None, "Upper clip range; default: epsilon.")
+    epsilon_high: float | None = _setting(None, "Upper clip range; default: epsilon.", least=0.0)
     loss_type: str = _setting("dapo", f"One of {', '.join(LOSS_TYPES)}.", choices=LOSS_TYPES)
     scale_rewards: str = _setting("group", "'group', 'batch' or 'none'.", choices=("group", "batch", "none"))
     mask_truncated_completions: bool = _setting(False, "Leave completions without an end token out of the loss.")
@@ -144,20 +149,20 @@ class Settings:
     )
 
     # The optimizer
-    learning_rate: float = _setting(1e-6, "Of AdamW.")
-    weight_decay: float = _setting(0.0, "Of AdamW.")
-    adam_beta1: float = _setting(0.9, "Of AdamW.")
-    adam_beta2: float = _setting(0.999, "Of AdamW.")
-    adam_epsilon: float = _setting(1e-8, "Of AdamW.")
+    learning_rate: float = _setting(1e-6, "Of AdamW.", above=0.0)
+    weight_decay: float = _setting(0.0, "Of AdamW.", least=0.0)
+    adam_beta1: float = _setting(0.9, "Of AdamW.", least=0.0, below=1.0)
+    adam_beta2: float = _setting(0.999, "Of AdamW.", least=0.0, below=1.0)
+    adam_epsilon: float = _setting(1e-8, "Of AdamW.", least=0.0)
     max_grad_norm: float = _setting(1.0, "Clip the gradient's norm; 0 is off.", least=0.0)
     lr_scheduler_type: str = _setting("linear", "A transformers schedule, e.g. linear, constant.")
-    warmup_steps: int = _setting(0, "Of the schedule, in optimizer steps.")
+    warmup_steps: int = _setting(0, "Of the schedule, in optimizer steps.", least=0)
 
     # The supervised warm start
     warm_start_steps: int = _setting(0, "Supervised steps before GRPO; 0 is none.", least=0, resume=_WARM_START)
     warm_start_examples: int = _setting(64, "Different solved examples of each task.", least=1, resume=_WARM_START)
     warm_start_batch_size: int = _setting(32, "Examples per step, over all tasks.", least=1, resume=_WARM_START)
-    warm_start_learning_rate: float = _setting(5e-5, "Peak of a one-cycle cosine.", resume=_WARM_START)
+    warm_start_learning_rate: float = _setting(5e-5, "Peak of a one-cycle cosine.", above=0.0, resume=_WARM_START)
     cache_dir: str = _setting("runs/cache", "Where warm-started weights are kept; '' keeps none.", resume="")
 
     # Measuring the tasks' gradients
@@ -193,7 +198,9 @@ class Settings:
         choices=("none", *STRATEGIES),
         resume=_MEASURED,
     )
-    task_weighting_decay: float = _setting(0.9, "Of the running averages behind task_weighting.", resume=_MEASURED)
+    task_weighting_decay: float = _setting(
+        0.9, "Of the running averages behind task_weighting.", above=0.0, below=1.0, resume=_MEASURED
+    )
 
     # Evaluation, logging, saving
     eval_prompts: int = _setting(32, "Held-out questions of each task; 0 is no evaluation.", least=0, resume=_TASKS)
@@ -208,7 +215,7 @@ class Settings:
     resume_from_checkpoint: str = _setting(
         "", "A checkpoint, a run's folder (its newest), or 'auto' (newest intact).", aliases=("--resume",), resume=""
     )
-    seed: int = _setting(42, "Of everything random.", resume=_TASKS)
+    seed: int = _setting(42, "Of everything random.", least=0, most=2**32 - 1, resume=_TASKS)
 
     # The probes
     final_probe_prompts: int = _setting(
@@ -225,14 +232,10 @@ class Settings:
         for spec in fields(self):
             value = _coerce(spec.name, str(spec.type), getattr(self, spec.name))
             setattr(self, spec.name, value)
-            choices, least = spec.metadata["choices"], spec.metadata["least"]
-            if choices and value not in choices:
+            if (choices := spec.metadata["choices"]) and value not in choices:
                 raise one_of(spec.name, value, choices)
-            if least is not None and value < least:
-                raise UserError(f"{spec.name} must be at least {least}, got {value}")
-        for name in ("temperature", "learning_rate", "warm_start_learning_rate"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+            if isinstance(value, (int, float)):
+                _check_range(spec.name, value, spec.metadata)
         # With engine "trl" the batches of all processes together hold whole groups, which TRL checks.
         together = () if self.engine == "trl" else ("per_device_train_batch_size",)
         for name in (*together, "generation_batch_size"):
@@ -254,8 +257,6 @@ class Settings:
         if self.full_steps and (not self.track or self.tracker_layers == "all"):
             given = "track=false" if not self.track else "tracker_layers='all', which measures them all anyway"
             raise UserError(f"full_steps={self.full_steps} cannot be combined with {given}: set full_steps to 0")
-        if not 0.0 < self.task_weighting_decay < 1.0:
-            raise UserError(f"task_weighting_decay must lie between 0 and 1, got {self.task_weighting_decay}")
         if self.share_prompt == "true" and self.loss_type != "grpo":
             raise UserError(
                 f"share_prompt=true measures with loss_type='grpo' only, got loss_type={self.loss_type!r}: the others "
@@ -292,6 +293,23 @@ class Settings:
     def prompts_per_step(self) -> int:
         """Samples of one optimizer step, on one process."""
         return self.completions_per_step // self.num_generations
+
+
+def _check_range(name: str, value: float, about: Mapping[str, Any]) -> None:
+    """Raise UserError for a number that is not finite or not in its setting's range."""
+    least, most, above, below = (about[key] for key in ("least", "most", "above", "below"))
+    inside = (least is None or value >= least) and (above is None or value > above)
+    if math.isfinite(value) and inside and (most is None or value <= most) and (below is None or value < below):
+        return
+    if above is not None and below is not None:
+        wanted = f"lie between {above:g} and {below:g}"
+    else:
+        ends = [] if least is None else [f"at least {least}"]
+        ends += [] if above is None else [f"a finite number above {above:g}"]
+        ends += [] if most is None else [f"at most {most}"]
+        ends += [] if below is None else [f"below {below:g}"]
+        wanted = f"be {' and '.join(ends) or 'a finite number'}"
+    raise UserError(f"{name} must {wanted}, got {value}")
 
 
 def _coerce(name: str, kind: str, value: Any) -> Any:

@@ -17,7 +17,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
-from .checkpoint import find_checkpoint, load_state, random_state, restore_random_state, save_checkpoint
+from .checkpoint import (
+    find_checkpoint,
+    load_state,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    set_newer_aside,
+)
 from .errors import UserError
 from .folder import describe_run, device_name, new_folder, newest_folder
 from .loop import Grpo
@@ -118,8 +125,11 @@ def check_resume(before: dict[str, Any], settings: Settings, fixed: Mapping[str,
     refused: list[tuple[str, str]] = []
     used: list[str] = []
     unused: list[str] = []
+    saved = before.get("config")
+    if not isinstance(saved, dict):
+        raise UserError("the run's run.json holds no settings, so a resume cannot be held to them: start a new run")
     for spec in dataclasses.fields(settings):
-        old, new = before["config"].get(spec.name, dataclasses.MISSING), getattr(settings, spec.name)
+        old, new = saved.get(spec.name, dataclasses.MISSING), getattr(settings, spec.name)
         if old is dataclasses.MISSING or old == new or spec.name in ("resume_from_checkpoint", "output_dir"):
             continue
         policy, change = (fixed or {}).get(spec.name, spec.metadata["resume"]), f"{spec.name} {old!r} -> {new!r}"
@@ -200,6 +210,10 @@ class Training:
         self.console.print(f"device: {device_name(self.model.device)}", highlight=False, soft_wrap=True)
         trackers = report_trackers(self.settings.report_to, self.folder, dataclasses.asdict(self.settings))
         self.log = RunLog(self.folder, trackers, keep_bytes)
+        if self.checkpoint and (moved := set_newer_aside(self.checkpoint)):
+            self._remark(
+                f"steps after {self.checkpoint.name} are done again: {', '.join(p.name for p in moved)} set aside"
+            )
 
     def _summarize(self) -> None:
         names = [task.name for task in self.tasks]
@@ -248,6 +262,11 @@ class Training:
                 )
             resumed = [*self.before.get("resumed", []), datetime.now(timezone.utc).isoformat(timespec="seconds")]
             run |= {"started": self.before["started"], "command": self.before["command"], "resumed": resumed}
+            if (before := self.before.get("commit")) != (now := run["commit"]):
+                self._remark(f"the run began with the code's commit {before} and goes on with {now}")
+                run["commits"] = [*self.before.get("commits", [before]), now]
+            elif "commits" in self.before:
+                run["commits"] = self.before["commits"]
         write_json(self.folder / RUN_FILE, run)
 
     def _warm_start(self) -> None:

@@ -169,9 +169,9 @@ def _answer_loss(model: Any, pairs: Sequence[Pair], pad_id: int) -> torch.Tensor
 
 def _store(model: Any, path: Path) -> None:
     """Write the trained weights, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as temporary:
             save_file(weights, temporary)
     except (OSError, SafetensorError) as error:

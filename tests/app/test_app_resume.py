@@ -218,3 +218,17 @@ def test_checkpoints_are_written_by_default() -> None:
     for name in ("tiny", "smollm2"):
         assert parse_settings(["--preset", name])[0].save_steps > 0
     assert torch.get_num_threads() >= 1
+
+
+def test_another_commit_is_said_and_kept(again: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info = json.loads((again / "run.json").read_text())
+    (again / "run.json").write_text(json.dumps(info | {"commit": "0123456789ab"}))
+    assert resume(again) == 0
+    now = json.loads((again / "run.json").read_text())
+    assert now["commits"] == ["0123456789ab", info["commit"]] and now["commit"] == info["commit"]
+    assert f"began with the code's commit 0123456789ab and goes on with {info['commit']}" in capsys.readouterr().out
+
+
+def test_an_older_checkpoint_leaves_none_of_the_steps_done_again(again: Path) -> None:
+    assert resume(again / "checkpoint-1", "--save_total_limit", "1", "--max_steps", "2") == 0
+    assert sorted(path.name for path in again.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-2.superseded"]

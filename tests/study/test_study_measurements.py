@@ -76,6 +76,33 @@ def test_runs_that_are_missing_or_unfinished_are_named(tmp_path: Path) -> None:
     assert answer(read)["missing"] == read.missing
 
 
+@pytest.mark.parametrize(
+    ("run", "study_config", "message"),
+    [
+        ({"seed": 7}, {}, "it has seed 7"),
+        ({"sampling_strategy": "inverse"}, {}, "it has sampling_strategy 'inverse'"),
+        ({"learning_rate": 0.5}, {"learning_rate": 0.1}, "it has learning_rate 0.5"),
+    ],
+)
+def test_a_run_of_another_study_is_refused(
+    tmp_path: Path, run: dict[str, object], study_config: dict[str, object], message: str
+) -> None:
+    write_runs(study(), tmp_path)
+    about = json.loads((tmp_path / "study.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps(about | {"config": {"num_threads": 1, **study_config}}))
+    file = tmp_path / "runs" / "proportional-seed2" / "run.json"
+    info = json.loads(file.read_text())
+    own = {"seed": 2, "sampling_strategy": "proportional", "learning_rate": 0.1, "num_threads": 4}
+    file.write_text(json.dumps(info | {"config": info["config"] | own}))
+    assert ("proportional", 2) in Measurements.from_runs(tmp_path).runs
+    file.write_text(json.dumps(info | {"config": info["config"] | own | run}))
+    with pytest.raises(UserError, match=message):
+        Measurements.from_runs(tmp_path)
+    file.write_text(json.dumps(info | {"tasks": [*info["tasks"], "another"]}))
+    with pytest.raises(UserError, match="it has the tasks .*another"):
+        Measurements.from_runs(tmp_path)
+
+
 def test_names_that_need_quoting_survive(tmp_path: Path) -> None:
     planned = study()
     planned.tasks[0] = 'a "b", c\nd\u2028e'

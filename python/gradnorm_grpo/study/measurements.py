@@ -17,7 +17,9 @@ from gradnorm_kernels.estimation.metrics import task_key
 
 from ..errors import UserError
 from ..runlog import EVAL_METRICS, FULL, LOG_FILE, SUMMARY_FILE, column, read_log, read_run, step_lines
+from ..runlog import Run as FinishedRun
 from .decision import Decision, read_decision
+from .spec import ARM_SETTINGS, FREE
 from .stats import Array, pool
 
 Run: TypeAlias = tuple[str, int]  # (arm, seed)
@@ -206,6 +208,7 @@ class Measurements:
                 # summary.json is written last: without it a run has no evaluation at its end.
                 if (place / SUMMARY_FILE).is_file() and (place / LOG_FILE).is_file():
                     found[arm, seed] = read_run(place)
+                    _refuse_foreign(found[arm, seed], study, arm, seed)
                 else:
                     missing.append(place.name)
         steps = max((int(run.steps[-1]) for run in found.values() if len(run.steps)), default=0)
@@ -293,6 +296,34 @@ class Measurements:
 def seeds_of(runs: Sequence[Run]) -> list[int]:
     """The seeds of runs, each once."""
     return list(dict.fromkeys(seed for _, seed in runs))
+
+
+def _refuse_foreign(run: FinishedRun, study: Mapping[str, Any], arm: str, seed: int) -> None:
+    """Raise UserError where a run's folder holds another run than its place in the study says.
+
+    Compared are the tasks, the seed and the settings that both know; at fixed weights a run has some of its own.
+    """
+    common = {} if "frozen" in study else study.get("config", {})
+    wanted = {key: value for key, value in common.items() if key not in (*FREE, *ARM_SETTINGS)}
+    wanted |= {**study["arms"][arm], "seed": seed}
+    other = [
+        f"{key} {run.config[key]!r:.80}"
+        for key, value in wanted.items()
+        if key in run.config and run.config[key] not in (value, _number(value))
+    ]
+    if other or set(run.tasks) - {str(task) for task in study["tasks"]}:
+        raise UserError(
+            f"{run.path} is not the run that its place in the study says: it has "
+            f"{', '.join(other) or 'the tasks ' + ', '.join(run.tasks)}; move it away, or put the study's own run there"
+        )
+
+
+def _number(value: Any) -> Any:
+    """The number that YAML reads as text, as it does 1e-4."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def read_study(folder: Path) -> dict[str, Any]:

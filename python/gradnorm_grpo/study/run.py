@@ -33,24 +33,29 @@ from ..errors import UserError
 from ..folder import command_line, machine, versions
 from ..models import device_of
 from ..parse import parse_study
-from ..runlog import LOG_FILE, RUN_FILE, SUMMARY_FILE, write_json
+from ..runlog import LOG_FILE, RUN_FILE, SUMMARY_FILE, only_writer, write_json
 from ..settings import Settings
 from .measurements import Measurements, read_study
-from .spec import StudySpec
+from .spec import FREE, StudySpec
 
-#: Settings that do not change what a run measures: a study may continue with others.
-_FREE = (
-    *("output_dir", "cache_dir", "num_threads", "report_to", "save_steps", "save_total_limit", "seed", "device"),
-    "commit",
-)
+LOCK_FILE = ".lock"  # locked while a command runs the study
 
 
 def study(arguments: list[str], console: Console) -> int:
     """Run what a study still lacks and write its answers; returns the exit code."""
     settings, spec, name = parse_study(arguments)
     folder = Path(settings.output_dir or Path("runs") / f"{name}-study")
+    for arm, seed in spec.order():  # a setting that does not fit is found before anything is written
+        spec.run_settings(settings, arm, seed, str(folder))
     described = describe(settings, spec, name, folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("ab") as lock:
+        only_writer(lock, folder)
+        return _continue(settings, spec, folder, described, console)
+
+
+def _continue(settings: Settings, spec: StudySpec, folder: Path, described: dict[str, Any], console: Console) -> int:
+    """The study whose folder is ours alone."""
     write_json(folder / "study.json", described)
     console.print(f"study folder: {folder}", highlight=False, soft_wrap=True)
     jobs = _jobs(settings, spec, folder)
@@ -117,10 +122,10 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
     }
     before = read_study(folder) if (folder / "study.json").is_file() else None
     if before is None:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
             raise UserError(f"output_dir {folder} holds something that is no study: name another folder")
         return described
-    new = {key: value for key, value in json.loads(json.dumps(described["config"])).items() if key not in _FREE}
+    new = {key: value for key, value in json.loads(json.dumps(described["config"])).items() if key not in FREE}
     changed = [
         f"{prefix}{key} {old[key]!r} -> {value!r}"
         for prefix, old, given in (("", before.get("config", {}), new), ("arm ", before["arms"], spec.arms))

@@ -44,6 +44,11 @@ ARM_SETTINGS = (
     *("sampling_strategy", "sampling_exponent", "sampling_floor", "sampling_decay", "task_draws"),
     *("task_weighting", "task_weighting_decay"),
 )
+#: Settings that do not change what a run measures: a study may continue with others.
+FREE = (
+    *("output_dir", "cache_dir", "num_threads", "report_to", "save_steps", "save_total_limit", "seed", "device"),
+    *("commit", "resume_from_checkpoint"),
+)
 #: A study sets these itself, for each run.
 _OWN = ("seed", "output_dir", "resume_from_checkpoint", "tasks")
 

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from json.decoder import scanstring  # type: ignore[attr-defined]  # not in the stubs
@@ -55,6 +56,8 @@ def own_text(row: Mapping[str, Any], column: str) -> str:
                 f"holds a {type(value).__name__} in {column}, whose own text is lost: store that column as text, or "
                 "give path= of a JSON or CSV file"
             ) from None
+    if isinstance(value, float) and (math.isnan(value) or text.lstrip("-") == "Infinity"):
+        raise BadRow(f"holds {text} in {column}, which is no number")
     if re.search(r"[\ud800-\udfff]", text):
         raise BadRow(f"holds half of a surrogate pair in {column}, which is no text")
     return text

@@ -23,6 +23,7 @@ from .spec import Example, Question, TaskSpec
 from .synthetic import GENERATORS
 from .verifiers import VERIFIERS, Verifier, exact, reasoning_gym_verifier
 
+ANSWERS_CHECKED = 10_000  # rows whose reference answers are tried on the verifier
 HELD_OUT_SEED = 1_000_003  # added to the seed for the held-out stream: data sets number their examples seed + index
 
 
@@ -35,6 +36,7 @@ class Stream:
     held_out: int
     questions: Sequence[str] | None = None  # all of them, where they are rows; None where they are generated
     solved: bool = True  # whether reference answers are known
+    unfit: Sequence[str] = ()  # reference answers of rows that the verifier scores 0
 
 
 class HeldOutRows:
@@ -71,6 +73,11 @@ def _rows_stream(spec: TaskSpec, questions: list[Question], verifier: Verifier, 
     """A stream over a list of questions, some of them held out."""
     rewrite = spec.rewriter()
     prompts = [rewrite(prompt) for prompt, _, _ in questions]
+    if len(different := set(prompts)) < 2:
+        raise UserError(
+            f"task {spec.name!r} has {len(prompts)} rows with the one question {next(iter(different))!r:.80}: at least "
+            "2 different ones are needed, one to hold out"
+        )
     rows = HeldOutRows(prompts, eval_prompts, seed)
 
     def make(stream: int, index: int) -> Example:
@@ -78,7 +85,16 @@ def _rows_stream(spec: TaskSpec, questions: list[Question], verifier: Verifier, 
         _, answer, data = questions[row]
         return Example(prompts[row], rewrite(answer if isinstance(answer, str) else answer()), data)
 
-    return Stream(make, verifier, len(rows.held_out), prompts, any(answer for _, answer, _ in questions))
+    solved = any(answer for _, answer, _ in questions)
+    return Stream(make, verifier, len(rows.held_out), prompts, solved, _unfit(questions, rewrite, verifier))
+
+
+def _unfit(questions: Sequence[Question], rewrite: Callable[[str], str], verifier: Verifier) -> list[str]:
+    """The written reference answers among the first ANSWERS_CHECKED that a verifier of ours scores 0."""
+    if verifier not in VERIFIERS.values():  # a taskset's own rewards may take long
+        return []
+    written = [(rewrite(answer), data) for _, answer, data in questions[:ANSWERS_CHECKED] if isinstance(answer, str)]
+    return [answer for answer, data in written if not verifier(answer, answer, data)]
 
 
 # reasoning_gym
@@ -172,9 +188,9 @@ def _read_jsonl(path: Path, task: str) -> list[Question]:
             answer, prompt = own_text(row, "answer"), own_text(row, "prompt")
         except BadRow as error:
             raise UserError(f"{path}, line {number} {error}") from error
-        if not isinstance(row["prompt"], str) or not answer.strip():
+        if not isinstance(row["prompt"], str) or not prompt.strip() or not answer.strip():
             raise UserError(
-                f"{path}, line {number}: prompt must be text and answer must not be blank, got prompt "
+                f"{path}, line {number}: prompt must be text and answer must not be blank, nor prompt, got prompt "
                 f"{prompt[:80]!r} and answer {answer[:80]!r}"
             )
         rows.append((prompt, answer, dict(row)))
@@ -215,9 +231,6 @@ def open_datasets(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
 
 def _format(spec: TaskSpec) -> Format:
     """The format that a task asks for, with its own template if it gives one."""
-    for key in ("dataset", "path", "subset", "split", "format", "template"):
-        if not isinstance(getattr(spec, key), str):
-            raise UserError(f"{key} of task {spec.name!r} must be text, got {getattr(spec, key)!r}")
     if bool(spec.format) == bool(spec.columns):
         raise UserError(
             f"task {spec.name!r} needs either format (one of {', '.join(sorted(FORMATS))}) or columns (such as "
@@ -432,7 +445,7 @@ def open_synthetic(spec: TaskSpec, seed: int, eval_prompts: int) -> Stream:
     def make(stream: int, index: int) -> Example:
         try:
             question, answer = GENERATORS[name](random.Random(f"{name} {stream} {index}"), **spec.config)
-        except TypeError as error:
+        except (TypeError, ValueError, IndexError) as error:
             raise UserError(f"config of task {spec.name!r} does not fit {name!r}: {error}") from error
         return Example(rewrite(question), rewrite(answer))
 

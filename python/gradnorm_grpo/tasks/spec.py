@@ -66,12 +66,18 @@ class TaskSpec:
 
     def rewriter(self) -> Callable[[str], str]:
         """The function that applies ``rewrite`` to a question or a reference answer."""
-        try:
-            rules = [(re.compile(pattern), replacement) for pattern, replacement in self.rewrite]
-        except (re.error, ValueError, TypeError) as error:
-            raise UserError(
-                f"rewrite of task {self.name!r} must be a list of [regular expression, replacement] pairs: {error}"
-            ) from error
+        rules = []
+        for pair in self.rewrite:
+            try:
+                if not isinstance(pair, list) or not all(isinstance(text, str) for text in pair):
+                    raise ValueError(f"got {pair!r}")
+                pattern, replacement = pair
+                rules.append((re.compile(pattern), replacement))
+                rules[-1][0].sub(replacement, "")  # a group that the expression has not
+            except (re.error, ValueError, IndexError) as error:
+                raise UserError(
+                    f"rewrite of task {self.name!r} must be a list of [regular expression, replacement] pairs: {error}"
+                ) from error
 
         def rewrite(text: str) -> str:
             for pattern, replacement in rules:
@@ -81,6 +87,13 @@ class TaskSpec:
         return rewrite
 
 
+_TYPES: dict[str, tuple[type, str]] = {
+    "str": (str, "text"),
+    "bool": (bool, "true or false"),
+    "dict": (dict, "a mapping"),
+    "list": (list, "a list of [regular expression, replacement] pairs"),
+}
+_CHECKED_LATER = {"columns", "levels"}  # by the sources that read them
 _EVERY = {"name", "source", "rewrite", "verifier"}
 
 
@@ -102,7 +115,11 @@ def read_spec(
     name, known = str(raw["name"]), {item.name for item in fields(TaskSpec)}
     _refuse_execution(name, raw, known, {*verifiers, *formats})
     all_of(f"a key of task {name!r}", raw, known)
-    spec = TaskSpec(**raw)
+    spec = TaskSpec(**{key: value for key, value in raw.items() if value is not None})
+    for item in fields(TaskSpec):
+        kind, words = _TYPES.get(str(item.type).partition("[")[0], (object, ""))
+        if item.name not in _CHECKED_LATER and not isinstance(value := getattr(spec, item.name), kind):
+            raise UserError(f"{item.name} of task {name!r} must be {words}, got {value!r}")
     if spec.verifier and spec.verifier not in set(verifiers):
         raise one_of(f"verifier of task {name!r}", spec.verifier, verifiers)
     all_of(f"source of task {name!r}", [spec.source], keys_of)

@@ -85,6 +85,8 @@ def shift(rng: random.Random, low: int = 2, high: int = 4) -> tuple[str, str]:
 
 def swap(rng: random.Random, low: int = 2, high: int = 4) -> tuple[str, str]:
     """Exchange the first and the last letter of a word of ``low`` to ``high`` letters, at least 2."""
+    if low < 2:
+        raise ValueError(f"low must be at least 2, got {low}")
     word = _text(rng, "abcdefgh", low, high)
     return f"swap {word}", word[-1] + word[1:-1] + word[0]
 

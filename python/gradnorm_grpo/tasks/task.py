@@ -39,6 +39,11 @@ class Task:
         """All questions of a task made of rows; None where they are generated."""
         return self._stream.questions
 
+    @property
+    def unfit(self) -> Sequence[str]:
+        """Reference answers of a task made of rows that its own verifier scores 0."""
+        return self._stream.unfit
+
     def preview(self, count: int) -> list[str]:
         """The held-out questions and the first ``count`` of the training stream, which stays where it is."""
         stream = (self._stream.make(self._seed, index).question for index in range(count))
