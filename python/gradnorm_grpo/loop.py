@@ -115,8 +115,10 @@ class Grpo:
             )
             together = min(settings.per_device_train_batch_size // settings.num_generations, settings.prompts_per_step)
             plan = StepPlan(settings.prompts_per_step, together, whole=True, tasks=len(tasks))
+            # Decoders have the rows first. Of a single prompt, or of few rows, shapes are not enough to tell.
+            dim = 0 if settings.tracker_layers == "last_attention" else None
             self.tracker = (
-                GradNormTracker(model, settings.tracker_layers, settings.tracker_fused, plan=plan)
+                GradNormTracker(model, settings.tracker_layers, settings.tracker_fused, plan=plan, batch_dim=dim)
                 if settings.track
                 else None
             )
@@ -151,7 +153,7 @@ class Grpo:
                 self.accumulate(self.few_tokens(device), [], watching)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise UserError(f"tracker_layers {self.settings.tracker_layers!r} cannot be measured: {error}") from error
         finally:
             self.optimizer.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ from gradnorm_grpo.runlog import RunLog, check_names, only_writer
 from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.tasks import build_tasks
 from gradnorm_grpo.tiny import tiny_tokenizer
-from tests.app.test_app_objective import _loop, _settings
+from tests.app.test_app_objective import _batch, _loop, _rewards, _settings
 
 
 def _rows(path: Path, *answers: Any) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def test_an_answer_that_is_no_number_is_refused(tmp_path: Path, value: str) -> N
 
 
 def test_reference_answers_that_nothing_can_match_are_counted(tmp_path: Path) -> None:
-    tasks = build_tasks([_rows(tmp_path / "d.jsonl", *range(60), "n/a", *range(60, 90), "unknown")], 0, 1)
+    tasks = build_tasks([_rows(tmp_path / "d.jsonl", *range(60), "n/a", *range(60, 90), "unknown")], 3, 1)
     assert tasks[0].unfit == ["n/a", "unknown"]
     settings = _settings(tasks=[{"name": "t"}])
     (remark,) = Prompter(tiny_tokenizer(), tasks, settings).check(tasks)
@@ -172,6 +172,26 @@ def test_a_name_with_brackets_is_no_markup(tmp_path: Path, capsys: pytest.Captur
 
 
 # Weights
+
+
+@pytest.mark.parametrize("share_prompt", ["auto", "false"])
+def test_micro_batches_of_a_single_prompt_measure_what_a_whole_one_does(share_prompt: str) -> None:
+    found = []
+    for rows in (18, 3):
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 18 // rows}
+        loop = _loop(_settings(loss_type="grpo", share_prompt=share_prompt, **sizes))
+        found.append(loop.backward(_batch(loop, _rewards(6, 3)), [], measure=True)[1])
+    for task in ("copy", "sort"):
+        assert found[1][task].sq_norm == pytest.approx(found[0][task].sq_norm, rel=1e-4)
+        assert found[1][task].n == 3
+
+
+@pytest.mark.parametrize(("group", "rows"), [(2, 2), (2, 4)])
+@pytest.mark.parametrize("share_prompt", ["auto", "false"])
+def test_few_rows_can_be_measured(share_prompt: str, group: int, rows: int) -> None:
+    sizes = {"num_generations": group, "per_device_train_batch_size": rows}
+    line = _loop(_settings(loss_type="grpo", share_prompt=share_prompt, **sizes)).step()
+    assert sum(line.get(f"tasks/{task}/prompts", 0) for task in ("copy", "sort")) == rows // group
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

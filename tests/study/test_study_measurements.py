@@ -121,6 +121,10 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         Measurements.from_runs(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         Measurements.from_csv(tmp_path / "none.csv")
+    for wrong in ('{"arms": 5, "seeds": [], "tasks": [], "gain_window": 1}', '{"arms": {}, "seeds": null, "tasks": []'):
+        (tmp_path / "study.json").write_text(wrong)
+        with pytest.raises(UserError, match="arms is 5|not a study's folder"):
+            Measurements.from_runs(tmp_path)
     planned = study()
     planned.write_csv(tmp_path / "m.csv")
     text = (tmp_path / "m.csv").read_text()

@@ -331,9 +331,15 @@ def read_study(folder: Path) -> dict[str, Any]:
     path = folder / "study.json"
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("arms", "seeds", "tasks", "gain_window") if key not in study]
+        kinds = {"arms": dict, "seeds": list, "tasks": list, "gain_window": int}
+        missing = [key for key in kinds if key not in study]
+        wrong = [key for key, kind in kinds.items() if key in study and not isinstance(study[key], kind)]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} is not a study's folder: its study.json is missing or not readable") from error
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: start the study again, it continues where it stopped")
+    if wrong:
+        raise UserError(
+            f"{path} is not a study's: {wrong[0]} is {study[wrong[0]]!r:.80}; put the study's own file back"
+        )
     return dict(study)

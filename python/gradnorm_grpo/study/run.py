@@ -161,7 +161,7 @@ def conclude(folder: Path, console: Console) -> dict[str, Any]:
     else:
         raise UserError(f"{folder} holds neither runs/ nor measurements.csv: there is nothing to answer from")
     files = sorted((folder / "estimators").glob("seed*.json"))
-    measured.estimates = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    measured.estimates = [_estimates(path) for path in files]
     answers = answer(measured)
     write_json(folder / "answers.json", answers)
     draw(answers, folder / "figures")
@@ -174,6 +174,19 @@ def conclude(folder: Path, console: Console) -> dict[str, Any]:
     console.print(table, highlight=False, markup=False)
     console.print(f"answers: {folder / 'README.md'}", highlight=False, soft_wrap=True)
     return answers
+
+
+def _estimates(path: Path) -> dict[str, Any]:
+    """The content of estimators/seed<seed>.json."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "tasks" not in found or "sketches" not in found:
+            raise ValueError("it lacks tasks or sketches")
+    except ValueError as error:
+        raise UserError(
+            f"{path} is no comparison of estimators ({error}): delete it, and the study makes it again"
+        ) from error
+    return found
 
 
 # Runs as processes
