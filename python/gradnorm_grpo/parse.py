@@ -18,9 +18,6 @@ from .study.spec import (
     FrozenSettings,
     IntervalSettings,
     StudySpec,
-    read_cost_options,
-    read_frozen,
-    read_interval_options,
     read_spec,
     take_options,
 )
@@ -90,14 +87,14 @@ def parse_frozen(arguments: list[str]) -> tuple[Settings, FrozenSettings]:
     settings, spec, _ = _shared(arguments, {}, "frozen")
     if not settings.output_dir:
         raise UserError("frozen needs output_dir, the folder of its run; `study --frozen` names one")
-    return settings, read_frozen(spec.frozen or {})
+    return settings, FrozenSettings.read(spec.frozen or {})
 
 
 def parse_intervals(arguments: list[str]) -> tuple[Settings, IntervalSettings, list[int], str]:
     """The settings whose rollouts are stored, the block `study: intervals:`, the seeds, and the name."""
     given, rest = take_options(arguments)
     settings, spec, name = _shared(rest, given, "intervals")
-    return settings, read_interval_options(spec.intervals), spec.seeds, name
+    return settings, IntervalSettings.read(spec.intervals), spec.seeds, name
 
 
 def parse_lags(arguments: list[str]) -> tuple[Settings, list[int], str]:
@@ -111,7 +108,7 @@ def parse_cost(arguments: list[str]) -> tuple[Settings, CostSettings, list[int],
     """The settings whose steps are measured, the block `study: cost:`, the seeds, and the name."""
     given, rest = take_options(arguments)
     settings, spec, name = _shared(rest, given, "cost")
-    return settings, read_cost_options(spec.cost), spec.seeds, name
+    return settings, CostSettings.read(spec.cost), spec.seeds, name
 
 
 def _shared(arguments: list[str], given: dict[str, Any], who: str) -> tuple[Settings, StudySpec, str]:

@@ -16,7 +16,7 @@ pytest.importorskip("trl")
 from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.parse import parse_cost
 from gradnorm_grpo.study import cost
-from gradnorm_grpo.study.spec import CostSettings, read_cost_options
+from gradnorm_grpo.study.spec import CostSettings
 
 SMALL = """
 model: tiny
@@ -138,6 +138,6 @@ def test_sizes_that_make_no_steps_and_unknown_options_are_refused(tmp_path: Path
     with pytest.raises(UserError, match="scale_rewards 'batch'"):
         cost.cost([*_config(tmp_path), "--scale_rewards", "batch"], Console(quiet=True))
     with pytest.raises(UserError, match="a key of the study's cost"):
-        read_cost_options({"prompt": 8})
+        CostSettings.read({"prompt": 8})
     with pytest.raises(UserError, match="rounds of the study's cost"):
         CostSettings(rounds=0)

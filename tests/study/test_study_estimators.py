@@ -25,7 +25,7 @@ from gradnorm_grpo.study import stats as statistics
 from gradnorm_grpo.study.estimators import compare, estimators
 from gradnorm_grpo.study.estimators.gradients import capture, gram
 from gradnorm_grpo.study.estimators.rollouts import load, made_with, sample, store, stored_rollouts
-from gradnorm_grpo.study.spec import EstimatorSettings, read_options
+from gradnorm_grpo.study.spec import EstimatorSettings
 from gradnorm_grpo.tasks import Task, build_tasks
 from gradnorm_grpo.tiny import tiny_model, tiny_tokenizer
 
@@ -264,11 +264,11 @@ def test_tasks_that_nobody_solves(tmp_path: Path) -> None:
 def test_requests_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="scale_rewards 'batch' makes all prompts depend on each other"):
         compare(_settings(scale_rewards="batch"), "x", Console(quiet=True), tmp_path)
-    assert read_options({"prompts": 96}).prompts == 96 and read_options({}) == EstimatorSettings()
+    assert EstimatorSettings.read({"prompts": 96}).prompts == 96 and EstimatorSettings.read({}) == EstimatorSettings()
     with pytest.raises(UserError, match="did you mean 'prompts'"):
-        read_options({"prompt": 96})
+        EstimatorSettings.read({"prompt": 96})
     with pytest.raises(UserError, match="prompts of the study's estimators must be a whole number from 8, got 2"):
-        read_options({"prompts": 2})
+        EstimatorSettings.read({"prompts": 2})
     for widths in ([8, 8], [0], 8, [1.5]):
         with pytest.raises(UserError, match="widths of the study's estimators must be a list of different whole"):
-            read_options({"widths": widths})
+            EstimatorSettings.read({"widths": widths})

@@ -23,7 +23,7 @@ from gradnorm_grpo.study.estimators.gradients import capture, gram
 from gradnorm_grpo.study.measurements import FIELDS, Measurements, _Run
 from gradnorm_grpo.study.page import page
 from gradnorm_grpo.study.questions import FROZEN, answer, proxy
-from gradnorm_grpo.study.spec import FrozenSettings, read_frozen
+from gradnorm_grpo.study.spec import FrozenSettings
 from gradnorm_grpo.study.stats import cross_product
 
 BLOCK = {"steps": 2, "prompts": 4, "full_steps": 1, "proxies": {"first": r"layers\.0\.self_attn", "mlp": r"1\.mlp"}}
@@ -168,7 +168,7 @@ def test_the_command_takes_its_jobs_from_the_block(tmp_path: Path) -> None:
     jobs = run._jobs(settings, spec, tmp_path)
     assert [job.arguments[0] for job in jobs] == ["frozen"] * 3
     again = parse_frozen(list(jobs[0].arguments[1:]))
-    assert again[0].seed == 1 and again[1] == read_frozen(spec.frozen)
+    assert again[0].seed == 1 and again[1] == FrozenSettings.read(spec.frozen)
     plain = parse_study(["--preset", "tiny", "--frozen"])[1]
     assert plain.frozen == {} and list(plain.arms) == ["uniform"]
 
@@ -186,7 +186,7 @@ def test_the_command_takes_its_jobs_from_the_block(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_is_refused(block: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        read_frozen(block)
+        FrozenSettings.read(block)
 
 
 def test_a_mean_that_is_not_known_is_nan() -> None:

@@ -16,7 +16,7 @@ import gradnorm_kernels as gk
 from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.parse import parse_intervals
 from gradnorm_grpo.study import intervals
-from gradnorm_grpo.study.spec import IntervalSettings, read_interval_options
+from gradnorm_grpo.study.spec import IntervalSettings
 from gradnorm_grpo.study.stats import cross_product
 from gradnorm_kernels.estimation.estimator import MIN_INFORMATIVE
 
@@ -100,6 +100,6 @@ def test_options_of_the_command() -> None:
     settings, options, seeds, name = parse_intervals(["--preset", "tiny", "--seeds", "4"])
     assert (settings.warm_start_steps, options, seeds, name) == (120, IntervalSettings(), [4], "tiny")
     with pytest.raises(UserError, match="draws of the study's intervals must be a whole number from 1"):
-        read_interval_options({"draws": 0})
+        IntervalSettings.read({"draws": 0})
     with pytest.raises(UserError, match="a key of the study's intervals"):
-        read_interval_options({"level": 0.9})
+        IntervalSettings.read({"level": 0.9})

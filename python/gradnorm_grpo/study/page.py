@@ -19,7 +19,7 @@ from ..numbers import MISSING, clean, count, duration, significant
 from .questions import asked
 from .questions.common import VERDICTS, count_of
 from .questions.reading import Answers, Reading, Row, reading
-from .spec import read_frozen
+from .spec import FrozenSettings
 
 _GENERATED = ("reasoning_gym", "synthetic")  # sources of tasks that are made by a program
 #: What means something in Markdown, in HTML, or to GitHub; an underscore does at a word's end only.
@@ -127,7 +127,7 @@ def _training(config: Mapping[str, Any]) -> str:
 
 def _rounds(block: Mapping[str, Any]) -> str:
     """What a run measures at fixed weights."""
-    options = read_frozen(block)
+    options = FrozenSettings.read(block)
     layers = ["the last attention block", *map(str, options.proxies)]
     text = f"{options.steps} a run at fixed weights, {options.prompts} prompts of every task in each; "
     whole = f"; all parameters in the first {options.full_steps}" if options.full_steps else ""

@@ -26,11 +26,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import Parser, UserError, all_of
 from ..settings import Settings
 from .decision import read_decision
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: The paper's interventions. "uniform" is what the others are compared with.
 ARMS: dict[str, dict[str, Any]] = {
@@ -93,7 +97,7 @@ class StudySpec:
         all_of("a setting of the study", self.settings, known)
         self._check_stages()
         if self.frozen is not None:
-            read_frozen(self.frozen)
+            FrozenSettings.read(self.frozen)
             if list(self.arms) != ["uniform"]:
                 raise UserError(f"a frozen study has the one arm uniform, got {', '.join(self.arms)}")
         read_decision(self.decision)
@@ -141,9 +145,32 @@ def read_spec(block: Any, given: dict[str, Any]) -> StudySpec:
     return dataclasses.replace(spec, arms={arm: spec.arms[arm] for arm in chosen}, stages=[s for s in stages if s])
 
 
+class Block:
+    """An entry of the block that is a mapping of its own: a dataclass of whole numbers, and what else it checks."""
+
+    NAME: ClassVar[str]  # in messages
+    LEAST: ClassVar[Mapping[str, int]]  # the smallest value of each of its whole numbers
+
+    def __post_init__(self) -> None:
+        """Hold every whole number to its range."""
+        for name, lowest in self.LEAST.items():
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(
+                    f"{name} of {self.NAME} must be a whole number from {lowest}, got {getattr(self, name)!r}"
+                )
+
+    @classmethod
+    def read(cls, block: Any) -> Self:
+        """The entry from a mapping, as YAML has it. Raises UserError for anything else and for other keys."""
+        if not isinstance(block, Mapping):
+            raise UserError(f"the settings of {cls.NAME} must be a mapping, got {block!r}")
+        all_of(f"a key of {cls.NAME}", block, [spec.name for spec in dataclasses.fields(cls)])  # type: ignore[arg-type]
+        return cls(**block)
+
+
 @dataclass
-class EstimatorSettings:
-    """The entry `estimators` of the block: how much is sampled, drawn and timed.
+class EstimatorSettings(Block):
+    """The entry `estimators`: how much is sampled, drawn and timed.
 
     Args:
         prompts: N, of every task, each with its whole group; at least 8.
@@ -153,6 +180,9 @@ class EstimatorSettings:
         repeats: times that each measurement is timed.
     """
 
+    NAME = "the study's estimators"
+    LEAST = MappingProxyType({"prompts": 8, "subsets": 2, "sketches": 2, "repeats": 1})
+
     prompts: int = 256
     subsets: int = 2000
     sketches: int = 16
@@ -161,23 +191,17 @@ class EstimatorSettings:
 
     def __post_init__(self) -> None:
         """Hold every entry to its type and range."""
-        for name, lowest in (("prompts", 8), ("subsets", 2), ("sketches", 2), ("repeats", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
-                raise UserError(
-                    f"{name} of the study's estimators must be a whole number from {lowest}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        super().__post_init__()
         whole = isinstance(self.widths, list) and all(type(width) is int and width > 0 for width in self.widths)
         if not whole or len(set(self.widths)) != len(self.widths):
             raise UserError(
-                "widths of the study's estimators must be a list of different whole numbers above 0, "
-                f"got {self.widths!r}"
+                f"widths of {self.NAME} must be a list of different whole numbers above 0, got {self.widths!r}"
             )
 
 
 @dataclass(frozen=True)
-class FrozenSettings:
-    """The entry `frozen` of a study.
+class FrozenSettings(Block):
+    """The entry `frozen`.
 
     Args:
         steps: rounds, at least 2: the questions compare different rounds.
@@ -187,6 +211,9 @@ class FrozenSettings:
             attention block.
     """
 
+    NAME = "a frozen study"
+    LEAST = MappingProxyType({"steps": 2, "prompts": 3, "full_steps": 0})
+
     steps: int = 2
     prompts: int = 32
     full_steps: int = 1
@@ -194,33 +221,21 @@ class FrozenSettings:
 
     def __post_init__(self) -> None:
         """Hold every entry to its type and range."""
-        for name, lowest in (("steps", 2), ("prompts", 3), ("full_steps", 0)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
-                raise UserError(
-                    f"{name} of a frozen study must be a whole number from {lowest}, got {getattr(self, name)!r}"
-                )
+        super().__post_init__()
         known = isinstance(self.proxies, Mapping) and all(
             isinstance(name, str) and name.isidentifier() and name not in ("full", "last") and isinstance(layers, str)
             for name, layers in self.proxies.items()
         )
         if not known:
             raise UserError(
-                "proxies of a frozen study must map names (letters, digits, underscores; not full or last) to layers, "
+                f"proxies of {self.NAME} must map names (letters, digits, underscores; not full or last) to layers, "
                 f"got {self.proxies!r}"
             )
 
 
-def read_frozen(block: Any) -> FrozenSettings:
-    """:class:`FrozenSettings` from a mapping, as YAML has it."""
-    if not isinstance(block, Mapping):
-        raise UserError(f"frozen of a study must be a mapping, got {block!r}")
-    all_of("a key of a frozen study", block, [spec.name for spec in dataclasses.fields(FrozenSettings)])
-    return FrozenSettings(**block)
-
-
 @dataclass
-class IntervalSettings:
-    """The entry `intervals` of the block: how the intervals of U are compared.
+class IntervalSettings(Block):
+    """The entry `intervals`: how the intervals of U are compared.
 
     Args:
         prompts: N, of every task, each with its whole group; at least 32.
@@ -228,57 +243,28 @@ class IntervalSettings:
         resamples: of the bootstrap, at least 99.
     """
 
+    NAME = "the study's intervals"
+    LEAST = MappingProxyType({"prompts": 32, "draws": 1, "resamples": 99})
+
     prompts: int = 512
     draws: int = 200
     resamples: int = 299
 
-    def __post_init__(self) -> None:
-        """Hold every entry to its type and range."""
-        for name, lowest in (("prompts", 32), ("draws", 1), ("resamples", 99)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
-                raise UserError(
-                    f"{name} of the study's intervals must be a whole number from {lowest}, got {getattr(self, name)!r}"
-                )
-
-
-def read_interval_options(block: Mapping[str, Any]) -> IntervalSettings:
-    """:class:`IntervalSettings` from a mapping, as YAML has it."""
-    all_of("a key of the study's intervals", block, [spec.name for spec in dataclasses.fields(IntervalSettings)])
-    return IntervalSettings(**block)
-
 
 @dataclass(frozen=True)
-class CostSettings:
-    """The entry `cost` of the block: how the extra seconds of a step are measured.
+class CostSettings(Block):
+    """The entry `cost`: how the extra seconds of a step are measured.
 
     Args:
         prompts: N, of every task, each with its whole group: as many steps as that makes.
         rounds: in which the ways take turns; the number of steps is a multiple of it, at least twice.
     """
 
+    NAME = "the study's cost"
+    LEAST = MappingProxyType({"prompts": 8, "rounds": 1})
+
     prompts: int = 256
     rounds: int = 8
-
-    def __post_init__(self) -> None:
-        """Hold every entry to its type and range."""
-        for name, lowest in (("prompts", 8), ("rounds", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
-                raise UserError(
-                    f"{name} of the study's cost must be a whole number from {lowest}, got {getattr(self, name)!r}"
-                )
-
-
-def read_cost_options(block: Mapping[str, Any]) -> CostSettings:
-    """:class:`CostSettings` from a mapping, as YAML has it."""
-    all_of("a key of the study's cost", block, [spec.name for spec in dataclasses.fields(CostSettings)])
-    return CostSettings(**block)
-
-
-def read_options(block: Mapping[str, Any]) -> EstimatorSettings:
-    """:class:`EstimatorSettings` from a mapping, as YAML has it."""
-    known = [spec.name for spec in dataclasses.fields(EstimatorSettings)]
-    all_of("a key of the study's estimators", block, known)
-    return EstimatorSettings(**block)
 
 
 def take_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -31,7 +31,7 @@ from ...runlog import write_json
 from ...settings import Settings
 from ...warm_start import warm_start
 from .. import stats
-from ..spec import EstimatorSettings, read_options
+from ..spec import EstimatorSettings
 from .cost import cost
 from .gradients import Layer, capture, gram
 from .rollouts import stored_rollouts
@@ -50,7 +50,7 @@ NOTES = (
 def estimators(arguments: list[str], console: Console) -> int:
     """The command: options and YAML to :func:`compare`; returns the exit code."""
     settings, block, name = parse_estimators(arguments)
-    compare(settings, name, console, options=read_options(block))
+    compare(settings, name, console, options=EstimatorSettings.read(block))
     return 0
 
 
