@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib
 import os
 import sys
 import warnings
@@ -39,6 +40,8 @@ usage: train_grpo.py train  --preset NAME [--setting value ...]   train; NAME: {
 settings, as options or as keys of the YAML file:
 """
 COMMANDS = ("train", "probe", "study", "frozen", "estimators", "intervals", "lags", "cost", "report")
+#: The study's commands, each a function of its module with the command's name.
+_OF_STUDY = {"study": "run", **{name: name for name in ("estimators", "intervals", "lags", "cost")}}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,11 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
             _complain("interrupted; `train --resume RUN_DIR` goes on from the run's last checkpoint, if it has one")
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        if not denied and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
+        where = f" while {'opening' if denied else 'writing'} {error.filename}" if error.filename else ""
+        advice = "allow this user to write there, or name another folder" if denied else "free some space"
         _complain(
-            f"{error.strerror}{where}: everything logged before is intact; free some space, then go on with "
+            f"{error.strerror}{where}: everything logged before is intact; {advice}, then go on with "
             "`train --resume RUN_DIR` if the run has a checkpoint, or start it again"
         )
         return 1
@@ -89,14 +94,9 @@ def _run(arguments: list[str], console: Console) -> int:
     if command == "report":
         return _report(arguments, console)
     _quiet()
-    if command == "study":
-        from .study.run import study
-
-        return study(arguments, console)
-    if command == "estimators":
-        from .study.estimators import estimators
-
-        return estimators(arguments, console)
+    if command in _OF_STUDY:
+        module = importlib.import_module(f".study.{_OF_STUDY[command]}", __package__)
+        return int(getattr(module, command)(arguments, console))
     if command == "frozen":
         from .parse import parse_frozen
         from .study.frozen import measure
@@ -104,18 +104,6 @@ def _run(arguments: list[str], console: Console) -> int:
         folder = measure(*parse_frozen(arguments), console)
         console.print(f"measured: {folder}", highlight=False, soft_wrap=True)
         return 0
-    if command == "intervals":
-        from .study.intervals import intervals
-
-        return intervals(arguments, console)
-    if command == "lags":
-        from .study.lags import lags
-
-        return lags(arguments, console)
-    if command == "cost":
-        from .study.cost import cost
-
-        return cost(arguments, console)
     from .parse import parse_settings
 
     try:

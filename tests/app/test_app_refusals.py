@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -248,6 +249,19 @@ def test_the_lock_ends_with_the_process_that_has_it(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     with (tmp_path / "log").open("ab") as file:
         only_writer(file, tmp_path)
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr(cli, "_run", denied)
+    assert cli.main(["train"]) == 1
+    said = capsys.readouterr().err
+    assert "Permission denied while opening runs/x/metrics.jsonl" in said and "name another folder" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoint-30"])

@@ -77,10 +77,7 @@ WAYS = tuple(
 def cost(arguments: list[str], console: Console) -> int:
     """The command: one file per seed, and the table and figure of all of them; returns the exit code."""
     settings, options, seeds, name = parse_cost(arguments)
-    if settings.scale_rewards == "batch":
-        raise UserError("scale_rewards 'batch' makes all prompts depend on each other: use 'group' or 'none'")
     folder = Path(settings.output_dir or f"runs/{name}-cost")
-    folder.mkdir(parents=True, exist_ok=True)
     results = [measure(dataclasses.replace(settings, seed=seed), name, options, folder, console) for seed in seeds]
     console.print(table(results), highlight=False, soft_wrap=True)
     with plots.theme():

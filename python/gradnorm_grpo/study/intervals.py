@@ -33,7 +33,6 @@ from scipy import special
 import gradnorm_kernels as gk
 from gradnorm_kernels.estimation.estimator import MIN_INFORMATIVE
 
-from ..errors import UserError
 from ..folder import describe_run
 from ..numbers import fixed, percent
 from ..parse import parse_intervals
@@ -62,8 +61,6 @@ def intervals(arguments: list[str], console: Console) -> int:
 
 def compare(settings: Settings, name: str, options: IntervalSettings, folder: Path, console: Console) -> Path:
     """Compare the intervals for one seed; returns the JSON file."""
-    if settings.scale_rewards == "batch":
-        raise UserError("scale_rewards 'batch' makes all prompts depend on each other: use 'group' or 'none'")
     started = time.monotonic()
     settings = only_what_matters(settings)
     grpo = where_grpo_begins(settings, console)

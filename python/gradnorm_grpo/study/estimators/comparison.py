@@ -74,15 +74,10 @@ def compare(
         UserError: a setting that makes prompts depend on each other, or stored rollouts that do not fit.
     """
     options = options or EstimatorSettings()
-    if settings.scale_rewards == "batch":
-        raise UserError(
-            "scale_rewards 'batch' makes all prompts depend on each other, and estimators of independent prompts "
-            "cannot be compared on them: use 'group' or 'none'"
-        )
+    settings = only_what_matters(settings)
     seconds: dict[str, float] = {}
     started = time.monotonic()
     folder = folder or Path(settings.output_dir or f"runs/{name}-estimators")
-    settings = only_what_matters(settings)
     grpo = where_grpo_begins(settings, console)
     try:
         with _timed(seconds, "rollouts"):
@@ -141,7 +136,16 @@ def _in_words(result: dict[str, Any]) -> list[str]:
 
 
 def only_what_matters(settings: Settings) -> Settings:
-    """Without what training adds. Every loss type measures the same gradient; grpo's lets a group share its prompt."""
+    """Without what training adds. Every loss type measures the same gradient; grpo's lets a group share its prompt.
+
+    Raises:
+        UserError: the settings make prompts depend on each other.
+    """
+    if settings.scale_rewards == "batch":
+        raise UserError(
+            "scale_rewards 'batch' makes all prompts depend on each other, and estimators of independent prompts "
+            "cannot be compared on them: use 'group' or 'none'"
+        )
     measuring: dict[str, Any] = {"track": True, "tracker_layers": "last_attention", "tracker_fused": False}
     training: dict[str, Any] = {"sampling_strategy": "uniform", "task_weighting": "none", "loss_type": "grpo"}
     return dataclasses.replace(settings, **measuring, **training, full_steps=0, gradient_checkpointing=False)
