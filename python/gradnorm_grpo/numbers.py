@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 MISSING = "–"
 MINUS = "\u2212"  # the true minus sign: as wide as a digit, and never a place to break a line
@@ -90,6 +90,12 @@ def with_error(value: float, error: float) -> str:
     decimals = min(max(1 - _exponent(e), 0), 4) if e else 2
     text = _signed(f"{a:.{decimals}f}") + f" ± {e:.{decimals}f}"
     return f"({text}){power(shift)}" if shift else text
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, a line per row of cells."""
+    lines = [f"| {' | '.join(cells)} |\n" for cells in (heads, *rows)]
+    return "".join([lines[0], "|---" * len(heads) + "|\n", *lines[1:]])
 
 
 def duration(seconds: float) -> str:

@@ -38,7 +38,7 @@ from ..checkpoint import same_random_state
 from ..errors import UserError
 from ..folder import describe_run
 from ..loop import Batch, Grpo
-from ..numbers import fixed, percent, significant
+from ..numbers import fixed, markdown_table, percent, significant
 from ..parse import parse_cost
 from ..probe import subset
 from ..runlog import write_json
@@ -332,19 +332,15 @@ def seconds(value: float) -> str:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per way."""
-    lines = [
-        "| layers | how | extra seconds of a step (quartiles) | share of a plain step | relative error of one step "
-        f"| steps for {DIGIT:g} | extra seconds for {DIGIT:g} (quartiles) |",
-        "|---" * 7 + "|",
-    ]
+    heads = ["layers", "how", "extra seconds of a step (quartiles)", "share of a plain step"]
+    heads += ["relative error of one step", f"steps for {DIGIT:g}", f"extra seconds for {DIGIT:g} (quartiles)"]
+    cells = []
     for row in rows(results):
         own = f"{fixed(row['extra'], 3)} ({fixed(row['low'], 3)} to {fixed(row['high'], 3)})"
         price = f"{significant(row['price'])} ({significant(row['price_low'])} to {significant(row['price_high'])})"
-        lines.append(
-            f"| {_LAYERS[row['layers']]} | {_KINDS[row['kind']]} | {own} | {percent(row['share'])} | "
-            f"{significant(row['error'])} | {significant(row['steps'])} | {price} |"
-        )
-    return "\n".join(lines) + "\n"
+        found = [_LAYERS[row["layers"]], _KINDS[row["kind"]], own, percent(row["share"])]
+        cells.append([*found, significant(row["error"]), significant(row["steps"]), price])
+    return markdown_table(heads, cells)
 
 
 def draw(results: Sequence[dict[str, Any]]) -> Figure:

@@ -34,7 +34,7 @@ import gradnorm_kernels as gk
 from gradnorm_kernels.estimation.estimator import MIN_INFORMATIVE
 
 from ..folder import describe_run
-from ..numbers import fixed, percent
+from ..numbers import fixed, markdown_table, percent
 from ..parse import parse_intervals
 from ..runlog import write_json
 from ..settings import Settings
@@ -210,15 +210,14 @@ def coverage(
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The page's two tables in Markdown: by method, where enough prompts are informative, and by their number."""
-    lines = ["| interval | holds U | lowest of a task and n | width by the normal one's |", "|---|---|---|---|"]
-    for row in coverage(results, (MIN_INFORMATIVE, math.inf)):
-        lines.append(f"| {row['method']} | {percent(row['held'])} | {percent(row['lowest'])} | {fixed(row['width'])} |")
+    by_method = [
+        [row["method"], percent(row["held"]), percent(row["lowest"]), fixed(row["width"])]
+        for row in coverage(results, (MIN_INFORMATIVE, math.inf))
+    ]
     bounds = [*INFORMATIVE, math.inf]
     names = [str(a) if b == a + 1 else f"from {a}" if math.isinf(b) else f"{a} to {b - 1}" for a, b in pairwise(bounds)]
-    lines += ["", f"| informative prompts | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     groups = [coverage(results, group) for group in pairwise(bounds)]
-    lines.append(f"| draws | {' | '.join(str(group[0]['draws']) for group in groups)} |")
-    for place, method in enumerate(METHODS):
-        shares = " | ".join(percent(group[place]["held"]) for group in groups)
-        lines.append(f"| {method} | {shares} |")
-    return "\n".join(lines) + "\n"
+    by_number = [["draws", *(str(group[0]["draws"]) for group in groups)]]
+    by_number += [[m, *(percent(group[place]["held"]) for group in groups)] for place, m in enumerate(METHODS)]
+    first = markdown_table(["interval", "holds U", "lowest of a task and n", "width by the normal one's"], by_method)
+    return first + "\n" + markdown_table(["informative prompts", *names], by_number)

@@ -31,7 +31,7 @@ from .. import plots
 from ..errors import UserError
 from ..folder import describe_run
 from ..loop import Batch, Grpo
-from ..numbers import fixed, percent
+from ..numbers import fixed, markdown_table, percent
 from ..parse import parse_lags
 from ..probe import subset
 from ..progress import Display
@@ -176,16 +176,14 @@ def sentence(results: Sequence[dict[str, Any]]) -> str:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: for each lag of SHOWN the share of all tasks and of each, and the bias of pooling up to it."""
     tasks = list(results[0]["tasks"])
-    lines = [
-        f"| steps apart | share of U | 95% interval over seeds | bias of pooling | {' | '.join(tasks)} |",
-        "|---" * (4 + len(tasks)) + "|",
-    ]
+    cells = []
     for lag in (lag for lag in SHOWN if lag <= _last(results)):
         found = shares(results, lag)
-        each = " | ".join(fixed(shares(results, lag, [task]).value) for task in tasks)
+        each = [fixed(shares(results, lag, [task]).value) for task in tasks]
         ends = f"{fixed(found.low)} to {fixed(found.high)}" if math.isfinite(found.low) else "–"
-        lines.append(f"| {lag} | {fixed(found.value)} | {ends} | {percent(bias(results, lag))} | {each} |")
-    return "\n".join(lines) + "\n"
+        cells.append([str(lag), fixed(found.value), ends, percent(bias(results, lag)), *each])
+    heads = ["steps apart", "share of U", "95% interval over seeds", "bias of pooling", *tasks]
+    return markdown_table(heads, cells)
 
 
 def draw(results: Sequence[dict[str, Any]]) -> Figure:
