@@ -476,6 +476,10 @@ def read_run(run_dir: Path | str) -> Run:
         notes.append(f"The last line of metrics.jsonl ({torn}) is torn, as a killed run leaves it, and left out.")
     if again := sum(line["kind"] in STEP_KINDS for line in lines) - len(steps):
         notes.append(f"The run was resumed: {again} logged steps were done again, and only the later ones are used.")
+    end = "/sampling_prob"  # every line of a step has it for every task
+    logged = dict.fromkeys(key[len("tasks/") : -len(end)] for line in steps for key in line if key.endswith(end))
+    if others := [task for task in logged if task not in run.tasks]:
+        notes.append(f"The log holds tasks that run.json does not name, and they are left out: {', '.join(others)}.")
     summary = _read_summary(path / SUMMARY_FILE, notes)
     limit, wanted = run.config.get("max_minutes"), run.config.get("max_steps")
     if summary is not None and limit and steps and isinstance(wanted, int) and steps[-1]["step"] < wanted:

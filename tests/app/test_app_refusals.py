@@ -23,7 +23,7 @@ from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.folder import new_folder
 from gradnorm_grpo.parse import parse_settings, read_yaml
 from gradnorm_grpo.rollout import Prompter
-from gradnorm_grpo.runlog import RunLog, check_names, only_writer
+from gradnorm_grpo.runlog import RunLog, check_names, only_writer, read_run
 from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.tasks import build_tasks
 from gradnorm_grpo.tiny import tiny_tokenizer
@@ -296,6 +296,14 @@ def test_checkpoints_of_steps_that_are_done_again_are_set_aside(tmp_path: Path) 
 def test_a_manifest_that_says_nothing_is_no_intact_checkpoint(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     assert fault(tmp_path) == "its manifest.json is missing or not readable"
+
+
+def test_a_log_of_other_tasks_is_said(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"tasks": ["a", "x"]}))
+    line = {"kind": "train", "step": 1, "tasks/a/sampling_prob": 0.5, "tasks/b/c/sampling_prob": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    notes = read_run(tmp_path).notes
+    assert "The log holds tasks that run.json does not name, and they are left out: b/c." in notes
 
 
 @pytest.mark.parametrize("info", [{"tasks": ["a"]}, {"tasks": ["a"], "config": 5}])
