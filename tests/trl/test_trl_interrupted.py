@@ -162,6 +162,16 @@ def test_a_loss_put_into_trls_own_class_is_a_loss_of_its_own(tmp_path, monkeypat
     attach(trainer)
 
 
+def test_ligers_loss_in_older_versions_is_a_loss_of_its_own(tmp_path):
+    """TRL 1.9 has it beside its own, and does not tell it how many tokens the generation has, which dapo divides by."""
+    trainer = tiny.grpo(tmp_path)
+    trainer.use_liger_kernel, trainer.compute_liger_loss = True, lambda *_: None
+    with pytest.raises(ValueError, match="use_liger_kernel=True computes Liger's GRPO loss"):
+        attach(trainer)
+    trainer.use_liger_kernel = False
+    attach(trainer)
+
+
 def scaled_step(base: Any) -> Any:
     class Scaled(base):
         scale = 0.5

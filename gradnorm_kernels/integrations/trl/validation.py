@@ -236,6 +236,11 @@ def refuse_grpo(
             f"{kind} computes a loss of its own (in {own}), and how it averages over rows and tokens is not known: "
             f"pass {advice}"
         )
+    if not own_row_scale and getattr(trainer, "use_liger_kernel", False) and hasattr(trainer, "compute_liger_loss"):
+        raise ValueError(
+            "use_liger_kernel=True computes Liger's GRPO loss in this version of TRL, and how it averages over rows "
+            f"and tokens is not known: set it to False, or pass {advice}"
+        )
     if args.remove_unused_columns:
         raise ValueError(
             f"remove_unused_columns=True drops the column {task_column!r} before training sees it: set it to False in "
