@@ -398,7 +398,7 @@ class Attachment:
             return
 
         def verify(gradient: Tensor) -> None:
-            found = float(gradient.double().sum())
+            found = float(gradient.float().sum())
             if math.isfinite(found) and abs(found - expected) > FACTOR_TOLERANCE * abs(expected):
                 raise RuntimeError(
                     f"training_step of {type(self.trainer).__name__} differentiates {found:.6g} times what "
