@@ -63,8 +63,9 @@ KNOWN = {
 }
 
 
-#: Compute capabilities with tensor memory: an operand of fewer bits is widened before the launch there (``widened``).
-WIDENED = (100, 103)
+#: Compute capabilities with tensor memory: an operand of fewer bits is widened before the launch there (``widened``),
+#: and torch multiplies the sums of groups.
+TENSOR_MEMORY = (100, 103)
 #: Kernels that are compiled for a config, but multiply nothing.
 NO_PRODUCTS = {
     *("schedule_kernel", "split_fixup_kernel", "finish_kernel", "position_sums_kernel", "row_sums_kernel"),
@@ -133,7 +134,8 @@ def _jobs_of(module: Any, arch: int, element: str, config: KernelConfig | None) 
     return [
         Job(kernel, arch, element, types, constants, options | (more[0] if more else {}), config)
         for kernel, types, constants, *more in module.signatures(config, element)
-        if not (arch in WIDENED and element == "fp32" and types.get("x_ptr") in ("*bf16", "*fp16"))
+        if arch not in TENSOR_MEMORY
+        or not (constants.get("LANES") or (element == "fp32" and types.get("x_ptr") in ("*bf16", "*fp16")))
     ]
 
 

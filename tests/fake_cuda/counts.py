@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradnorm_kernels import ops
+from gradnorm_kernels.backends.triton import wgrad
 from tests.fake_cuda.device import FakeCuda
 
 TOKENS = 16384
@@ -32,10 +33,10 @@ SHAPES = {
 #: With cu_seqlens and ids on the host, as the tracker has them: the first operation is their copy.
 HOST = {
     "triton": {
-        "wide, long": {"dW": 4, "groups, dW": 4, "group Gram": 14},
-        "narrow, long": {"dW": 5, "groups, dW": 5, "group Gram": 6},
-        "wide, short": {"dW": 15, "groups, dW": 15, "group Gram": 25},
-        "narrow, short": {"dW": 16, "groups, dW": 16, "group Gram": 17},
+        "wide, long": {"dW": 4, "groups, dW": 4, "group Gram": 4},
+        "narrow, long": {"dW": 5, "groups, dW": 5, "group Gram": 5},
+        "wide, short": {"dW": 15, "groups, dW": 15, "group Gram": 15},
+        "narrow, short": {"dW": 16, "groups, dW": 16, "group Gram": 16},
     },
     "cuda": {
         "wide, long": {"dW": 4, "groups, dW": 4, "group Gram": 5},
@@ -47,10 +48,10 @@ HOST = {
 #: With all of them on the device. One launch checks and sorts ids.
 DEVICE = {
     "triton": {
-        "wide, long": {"dW": 3, "groups, dW": 4, "group Gram": 14},
-        "narrow, long": {"dW": 4, "groups, dW": 5, "group Gram": 6},
-        "wide, short": {"dW": 17, "groups, dW": 17, "group Gram": 27},
-        "narrow, short": {"dW": 18, "groups, dW": 18, "group Gram": 19},
+        "wide, long": {"dW": 3, "groups, dW": 4, "group Gram": 4},
+        "narrow, long": {"dW": 4, "groups, dW": 5, "group Gram": 5},
+        "wide, short": {"dW": 17, "groups, dW": 17, "group Gram": 17},
+        "narrow, short": {"dW": 18, "groups, dW": 18, "group Gram": 18},
     },
     "cuda": {
         "wide, long": {"dW": 3, "groups, dW": 4, "group Gram": 5},
@@ -96,14 +97,20 @@ def test_a_call_takes_so_many_operations(fake: FakeCuda, where: str, backend: st
     assert counts == table, found
 
 
-def test_three_launches_and_nothing_else(fake: FakeCuda) -> None:
+def test_three_launches_and_nothing_else(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prologue, main kernel, finaliser; where the tokens are split, the fix-up of what the splits cut."""
     three = ["schedule_kernel", "wgrad_sm90_kernel", "finish_kernel"]
     assert operations(fake, "wide, long", "device", "triton", weight_grad=True) == three
     split = operations(fake, "narrow, long", "device", "triton", weight_grad=True)
     assert split == [*three[:2], "split_fixup_kernel", three[2]]
     of_tracker = operations(fake, "narrow, long", "host", "triton", groups=4, group_gram=True)
-    assert of_tracker == ["_to_copy", *split[:3], "bmm", three[2]]
+    assert of_tracker == ["_to_copy", *split]
+    # The kernels multiply the sums of up to 16 groups; those of more are stored, and multiplied by torch.
+    many = operations(fake, "narrow, long", "host", "triton", tokens=2048 * 17, groups=17, group_gram=True)
+    assert many == ["_to_copy", *split[:3], "bmm", three[2]]
+    # Where accumulators are in tensor memory, torch multiplies those of few groups too.
+    monkeypatch.setattr(wgrad, "has_tensor_memory", lambda x: True)
+    assert operations(fake, "narrow, long", "host", "triton", groups=4, group_gram=True) == many
 
 
 def test_three_launches_of_the_cuda_backend(fake: FakeCuda) -> None:

@@ -168,10 +168,26 @@ def test_any_number_of_programs(programs: int, splits: int) -> None:
 
 @pytest.mark.parametrize("workspace", [1, 3 * 512 * 2, 1 << 20])
 @pytest.mark.parametrize("splits", [1, 3])
-def test_the_gram_of_groups_with_a_small_workspace(workspace: int, splits: int) -> None:
-    """One tile at a time, two, all."""
+def test_the_gram_of_groups_by_torch(workspace: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels may not hold the sums: one tile at a time, two, all."""
+    monkeypatch.setattr(wgrad, "_SUMS_HELD", 0)
     x, dy, cu_seqlens = inputs([20, 50, 3, 41], 70, 40)
     compare(x, dy, cu_seqlens, None, [2, 0, 2, 1], workspace=workspace, splits=splits)
+
+
+@KERNELS
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("groups", [2, 16, 17])
+def test_who_multiplies_the_sums_of_groups(
+    config: KernelConfig, splits: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 16 groups the kernels, whose programs take several tiles here; more groups torch, with the same result."""
+    products = []
+    monkeypatch.setattr(torch, "bmm", lambda a, b, bmm=torch.bmm: products.append(1) or bmm(a, b))
+    x, dy, cu_seqlens = inputs([3, 20, *[1] * groups], 40, 24)
+    ids = [*range(groups), 0, groups - 1]
+    compare(x, dy, cu_seqlens, None, ids, config=config, splits=splits, programs=2, weight_grad=groups == 2)
+    assert bool(products) == (groups == 17)
 
 
 def test_every_sample_a_group() -> None:

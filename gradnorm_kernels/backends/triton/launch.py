@@ -53,6 +53,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def asynchronous(config: KernelConfig, element_bytes: int) -> bool:
+    """Whether products are asynchronous, that is wgmma (ASYNC)."""
+    return config.arch >= 90 and element_bytes == 2
+
+
 def has_tensor_memory(tensor: Tensor) -> bool:
     """Whether its GPU multiplies with tcgen05: B200, B300, Thor."""
     return tensor.is_cuda and (10, 0) <= torch.cuda.get_device_capability(tensor.device) < (12, 0)

@@ -1,6 +1,7 @@
 """The second kernels: partial results become results, in float64 and in a fixed order.
 
-- :func:`split_fixup_kernel` adds the workspace tiles of what the splits of wgrad cut, before they are squared.
+- :func:`split_fixup_kernel` adds the workspace tiles of what the splits of wgrad cut, before they are squared, and then
+  takes the inner products of the groups' sums.
 - :func:`finish` adds the partial sums of squares of segmented wgrad, and the inner products of the groups' sums.
 - :func:`position_sums` and :func:`row_sums` add values over spans. A *span* is a pair (begin, stop) of positions.
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ...tuning.tiles import KernelConfig
 from ..base import Results
 from .launch import on_device
+from .products import PRODUCT_GROUPS, group_products
 from .wgrad_kernels import GROUP_IN, GROUP_OUT, SAMPLE_IN, SAMPLE_OUT, workspace_tiles
 from .wgrad_schedule import FLAG_SHIFT, GROUP_ENDS, IN_FIXUP, IN_PARTIALS, split_start, tile_position
 
@@ -45,6 +47,7 @@ def split_fixup_kernel(
     workspace_ptr,  # [splits, tiles, TILES, SIZE] float32
     fixup_ptr,  # [splits, 2, programs] float64, out: sums of squares of what ends in a split: sample, group
     sum_ptr,  # [tiles, K, SIZE] float32, out if STORE_SUMS
+    product_ptr,  # [programs, K, K] float32, out if LANES: the inner products of the groups' sums
     weight_ptr,  # [d_out, d_in], out if WEIGHT_GRAD
     d_in,
     d_out,
@@ -54,6 +57,7 @@ def split_fixup_kernel(
     ONE_GROUP: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     STORE_SUMS: tl.constexpr,
+    LANES: tl.constexpr,  # of group_products; 0: they are not wanted, or for torch
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,6 +125,11 @@ def split_fixup_kernel(
         at_column = column * BLOCK_N + element % BLOCK_N
         element_ptr = weight_ptr + at_row.to(tl.int64) * d_in + at_column
         tl.store(element_ptr, weight.to(weight_ptr.dtype.element_ty), mask=(at_row < d_out) & (at_column < d_in))
+    if LANES > 0:
+        # The sums that no split cut are wgrad's, the others this program's.
+        own_sum = sum_ptr + local.to(tl.int64) * groups * size + program % chunks * CHUNK
+        own_products = product_ptr + program.to(tl.int64) * groups * groups
+        group_products(own_sum, own_products, groups, CHUNK, size, LANES)
 
 
 def finish(
@@ -138,9 +147,9 @@ def finish(
 
     ``state`` [N + K] int32 says where each norm is found, ``count`` [2] int32 whether they were in range
     (:mod:`.wgrad_schedule`). ``partials`` [rows, N + K] float64. ``fixup`` [splits, 2, programs] float64: those of what
-    the splits cut. ``products`` [tiles, K, K] float32: the inner products of the groups' sums per tile; None where
-    there is one group, or the Gram is not wanted. ``first``: the results hold nothing yet. Of weight_grad only the
-    first row becomes NaN.
+    the splits cut. ``products`` [parts, K, K] float32: the inner products of the groups' sums by parts of the weight;
+    None where there is one group, or the Gram is not wanted. ``first``: the results hold nothing yet. Of weight_grad
+    only the first row becomes NaN.
     """
     samples, groups = len(results.sample_sq), len(results.group_sq)
     columns = samples + groups
@@ -177,13 +186,13 @@ def finish(
         )
 
 
-@triton.jit(do_not_specialize=["samples", "groups", "rows", "programs", "tiles", "d_in", "norm_programs"])
+@triton.jit(do_not_specialize=["samples", "groups", "rows", "programs", "parts", "d_in", "norm_programs"])
 def finish_kernel(
     state_ptr,  # [N + K] int32
     count_ptr,  # [2] int32: the second one is 1 if all values were in range
     partial_ptr,  # [rows, N + K] float64
     fixup_ptr,  # [splits, 2, programs] float64; read if SPLIT
-    product_ptr,  # [tiles, K, K] float32; read by the programs from norm_programs on
+    product_ptr,  # [parts, K, K] float32; read by the programs from norm_programs on
     sample_ptr,  # [N] float64, out
     group_ptr,  # [K] float64, out
     gram_ptr,  # [K, K] float64, out if GRAM
@@ -192,7 +201,7 @@ def finish_kernel(
     groups,  # K
     rows,
     programs,
-    tiles,
+    parts,
     d_in,
     norm_programs,
     ACCUMULATE: tl.constexpr,
@@ -248,10 +257,10 @@ def finish_kernel(
         present = beside & (tl.load(state_ptr + samples + a, mask=beside, other=0) != 0)
         present = present & (tl.load(state_ptr + samples + b, mask=beside, other=0) != 0)
         size = groups.to(tl.int64) * groups
-        for base in range(0, tiles, ROWS):
-            tile = base + tl.arange(0, ROWS)
-            there = (tile < tiles)[:, None] & present[None, :]
-            matrix = product_ptr + tile.to(tl.int64)[:, None] * size
+        for base in range(0, parts, ROWS):
+            part = base + tl.arange(0, ROWS)
+            there = (part < parts)[:, None] & present[None, :]
+            matrix = product_ptr + part.to(tl.int64)[:, None] * size
             # <S_a, S_b> and <S_b, S_a> may differ in their last digits; the Gram is symmetric to the bit.
             found = tl.load(matrix + entry[None, :], mask=there, other=0.0).to(tl.float64)
             found += tl.load(matrix + (b * groups + a)[None, :], mask=there, other=0.0).to(tl.float64)
@@ -389,6 +398,7 @@ def signatures(
     options = {"num_warps": WARPS, "num_stages": 3}  # the stages are Triton's default, as at every launch
     types = {"k_tile_ptr": "*i64", "k_sample_ptr": "*i32", "k_group_ptr": "*i32", "count_ptr": "*i32"}
     types |= {"workspace_ptr": "*fp32", "fixup_ptr": "*fp64", "sum_ptr": "*fp32", "weight_ptr": f"*{element}"}
+    types["product_ptr"] = "*fp32"
     types |= dict.fromkeys(("d_in", "d_out", "groups", "tile_first", "splits"), "i32")
     tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "GROUP_M": config.group_m}
     tile["CHUNK"] = min(FIXUP_CHUNK, config.block_m * config.block_n)
@@ -398,10 +408,11 @@ def signatures(
             continue
         form: dict[str, Any] = {"ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad, "STORE_SUMS": store_sums}
         form["TILES"] = workspace_tiles(True, one_group, weight_grad)
-        found.append((split_fixup_kernel, types, form | tile, options))
+        for lanes in (0, PRODUCT_GROUPS) if store_sums else (0,):
+            found.append((split_fixup_kernel, types, form | {"LANES": lanes} | tile, options))
     types = {"state_ptr": "*i32", "count_ptr": "*i32", "product_ptr": "*fp32", "weight_ptr": f"*{element}"}
     types |= dict.fromkeys(("partial_ptr", "fixup_ptr", "sample_ptr", "group_ptr", "gram_ptr"), "*fp64")
-    types |= dict.fromkeys(("samples", "groups", "rows", "programs", "tiles", "d_in", "norm_programs"), "i32")
+    types |= dict.fromkeys(("samples", "groups", "rows", "programs", "parts", "d_in", "norm_programs"), "i32")
     # The only pass of a call, with dW or the Gram; and the first, a middle and the last one of several.
     for accumulate, last, split, gram, weight_grad in (
         (False, True, False, False, True),

@@ -12,7 +12,9 @@ tensor descriptor and Triton is 3.7 or newer, and the flat kernels everywhere el
 Memory besides the results: 8 (N + K) bytes per program (per tile with nested loops), 16 per K tile, and a float32 tile
 per program if dW is wanted with several groups: 0.1 and 8.3 MiB for 64 samples at 4096 x 4096 and 65536 tokens on 132
 multiprocessors. A split schedule takes a workspace of three to five tiles per program (25 MiB for three).
-``group_gram`` holds the groups' sums of several tiles.
+``group_gram`` holds the sums of up to 16 groups per program, 66 MiB for four groups there, and takes their inner
+products in the kernel, in one pass. Where that would be more than 256 MiB, and for more groups, it holds the sums of
+several tiles, which torch multiplies, and takes as many passes as that needs; so do B200, B300 and Thor.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from ...segments import PlainSegments, Segments
 from ...tuning.tiles import KernelConfig
 from ..base import Results
 from ..torch.numerics import exact_matmuls
-from .launch import config_for, has_tensor_memory, on_device
+from .launch import asynchronous, config_for, has_tensor_memory, on_device
+from .products import product_lanes
 from .reduce import FIXUP_CHUNK, WARPS, finish, split_fixup_kernel
-from .wgrad_kernels import asynchronous, pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
+from .wgrad_kernels import pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
 from .wgrad_schedule import Schedule, build
 from .wgrad_sm100 import COMPILES, fitting_config, flat_config, wgrad_sm100_kernel
 
@@ -42,6 +45,8 @@ _MOST_OFFSET = (1 << 31) - 1
 # not, loads may fault (a known issue of NVIDIA's driver 595.71.05). From 3.7 on Triton corrects this for drivers up to
 # CUDA 13.1.
 _MAPPED = 128 << 10
+# The most elements of groups' sums (256 MiB) that are held for kernels that take the inner products themselves.
+_SUMS_HELD = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,13 @@ def wgrad(
         x, dy = _roomy(x), _roomy(dy)
     tiles = -(-d_in // config.block_n) * -(-d_out // config.block_m)
     groups, store_sums = segments.groups, group_gram and segments.groups > 1
-    step = min(tiles, max(1, workspace // (groups * size))) if store_sums else tiles
     splits = launch.splits
+    # Sums of every tile where the tokens are split, which are fewer than programs unless splits were asked for.
+    held = min(tiles, launch.programs) if splits in (None, 1) else tiles
+    # Not where accumulators are in tensor memory: the loop of products makes the kernel spill there.
+    own_products = store_sums and held * groups * size <= _SUMS_HELD and not has_tensor_memory(x)
+    lanes = product_lanes(groups) if own_products else 0
+    step = min(tiles, max(1, workspace // (groups * size))) if store_sums and not lanes else tiles
     if not COMPILES and has_tensor_memory(x) and asynchronous(config, x.element_size()):
         splits = 1  # Triton 3.6 fails to compile the forms for split tokens there
     elif splits is None:
@@ -105,16 +115,17 @@ def wgrad(
         flat = replace(launch, config=flat_config(config))
         return wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, workspace, flat)
     schedule = build(segments, tokens, gram_tokens, config.block_k, splits, x.device)
-    sums = x.new_empty(step, groups, size, dtype=torch.float32) if store_sums else None
+    sums = x.new_empty(held if lanes else step, groups, size, dtype=torch.float32) if store_sums else None
     results = Results.empty(x, segments.samples, groups, x.new_empty(d_out, d_in) if weight_grad else None, group_gram)
     for first in range(0, tiles, step):
         stop = min(tiles, first + step)
         if config.nested:
-            partials, fixup = _nested(x, dy, schedule, segments, results.weight_grad, launch), None
+            partials, fixup, products = _nested(x, dy, schedule, segments, results.weight_grad, launch), None, None
         else:
-            partials, fixup = _pass(x, dy, schedule, segments, first, stop, results.weight_grad, sums, launch)
-        products: Tensor | None = None
-        if sums is not None:
+            partials, fixup, products = _pass(
+                x, dy, schedule, segments, first, stop, results.weight_grad, sums, lanes, launch
+            )
+        if sums is not None and products is None:
             with exact_matmuls(x.device):
                 part = sums[: stop - first]
                 products = torch.bmm(part, part.mT)
@@ -131,9 +142,13 @@ def _pass(
     stop: int,
     weight_grad: Tensor | None,
     sums: Tensor | None,
+    lanes: int,
     launch: Launch,
-) -> tuple[Tensor, Tensor | None]:
-    """One launch over the tiles ``first`` to ``stop``: (partial sums, those of the fix-up or None)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One launch over the tiles ``first`` to ``stop``: (partial sums, those of the fix-up or None, products or None).
+
+    The products [parts, K, K] float32 are those of the groups' sums, with ``lanes`` (:func:`.product_lanes`) if not 0.
+    """
     config, tiles = launch.config, stop - first
     size, d_in, d_out = config.block_m * config.block_n, x.shape[1], dy.shape[1]
     columns = segments.samples + segments.groups
@@ -148,6 +163,7 @@ def _pass(
         "ONE_GROUP": one_group,
         "WEIGHT_GRAD": weight_grad is not None,
         "STORE_SUMS": sums is not None,
+        "LANES": lanes,
         "TILES": tiles_held,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -157,6 +173,10 @@ def _pass(
     shared = (schedule.k_tiles, schedule.sample, schedule.group, schedule.count)
     out = x if weight_grad is None else weight_grad
     group_sums = workspace if sums is None else sums
+    chunk = min(FIXUP_CHUNK, size)
+    parts = tiles * (size // chunk) if split else tiles
+    products = x.new_empty(parts, segments.groups, segments.groups, dtype=torch.float32) if lanes else None
+    group_products = workspace if products is None else products
     kernel: Any
     operands: tuple[Any, Any]
     strides: tuple[int, ...] = ()
@@ -174,6 +194,7 @@ def _pass(
             partials,
             workspace,
             group_sums,
+            group_products,
             out,
             d_in,
             d_out,
@@ -194,14 +215,14 @@ def _pass(
             **meta,
         )
         if not split:
-            return partials, None
-        chunk = min(FIXUP_CHUNK, size)
-        fixup = partials.new_empty(schedule.splits, 2, tiles * (size // chunk))
-        split_fixup_kernel[(fixup.shape[2],)](
+            return partials, None, products
+        fixup = partials.new_empty(schedule.splits, 2, parts)
+        split_fixup_kernel[(parts,)](
             *shared,
             workspace,
             fixup,
             group_sums,
+            group_products,
             out,
             d_in,
             d_out,
@@ -212,7 +233,7 @@ def _pass(
             num_warps=WARPS,
             **meta,
         )
-    return partials, fixup
+    return partials, fixup, products
 
 
 def _nested(

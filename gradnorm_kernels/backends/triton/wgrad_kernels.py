@@ -6,14 +6,14 @@ accumulators: the current sample's gradient and the group's running sum.
 - :func:`prologue` finds the tile, the range of K tiles and the program's part of every output.
 - :func:`segment_epilogue` runs where a sample or a group ends. It adds the sum of squares of the sample's gradient to
   a partial sum and the gradient to the group's sum. At a group's end it does the same with the group's sum and dW.
-- :func:`tile_epilogue` runs after the last K tile and writes dW.
+- :func:`tile_epilogue` runs after the last K tile. It writes dW and the inner products of few groups' sums
+  (:mod:`.products`), whose place the program's next tile takes. With SPLIT the fix-up completes and multiplies them.
 
 Only ends of groups, and ends of samples that a split of the token axis cuts, write tiles to memory.
 
 On Hopper products are asynchronous. If anything but a product writes to their accumulator, ptxas may wait for every
-product of the loop separately (its advice C7515, seen with Triton 3.6), so a product of zeros clears the accumulator
-there (:func:`cleared`). The cross-thread part of a sample's sum of squares is deferred until the next products run
-(:func:`add_pending_squares`).
+product of the loop separately (its advice C7515, seen with Triton 3.6), so a product of zeros clears it there
+(:func:`cleared`). The cross-thread part of a sample's sum of squares waits for the next products (add_pending_squares).
 
 With SPLIT a program has one of several even parts of the schedule. What the edges of the part cut, it stores in the
 workspace as float32 tiles: SAMPLE_IN of a sample carried in from an earlier split, SAMPLE_OUT of one carried out to the
@@ -33,7 +33,8 @@ import triton.language as tl
 from triton.tools.ragged_tma import load_ragged
 
 from ...tuning.tiles import KernelConfig
-from .launch import copies_ahead, fence_copies
+from .launch import asynchronous, copies_ahead, fence_copies
+from .products import PRODUCT_GROUPS, add_pending_squares, add_sum, group_products, thread_squares
 from .wgrad_schedule import (
     FLAG_SHIFT,
     GROUP_ENDS,
@@ -58,27 +59,6 @@ GROUP_OUT = tl.constexpr(3)
 @triton.jit
 def _tile_offsets(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-
-
-@triton.jit
-def add_sum(terms, partial_ptr, fresh):
-    """Add the sum of ``terms`` to a partial sum that only this program writes; if ``fresh``, it holds nothing yet."""
-    # The load is issued before the sum, which hides its latency.
-    before = tl.load(partial_ptr, mask=fresh == 0, other=0.0)
-    tl.store(partial_ptr, before + tl.sum(terms).to(tl.float64))
-
-
-@triton.jit
-def thread_squares(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile's squares, added up as far as one thread holds them: [BLOCK_M, 8]. No thread waits for another."""
-    return tl.sum(tl.reshape(tile * tile, [BLOCK_M, BLOCK_N // 8, 8]), 1)
-
-
-@triton.jit
-def add_pending_squares(squares, sample, partial_ptr, fresh):
-    """Add the squares of the sample that ended last to its partial sum; ``sample`` below 0: there is none."""
-    if sample >= 0:
-        add_sum(squares, partial_ptr + sample, fresh)
 
 
 @triton.jit
@@ -110,6 +90,7 @@ def prologue(
     SPLIT: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
+    LANES: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -135,7 +116,8 @@ def prologue(
         own_partial = partial_ptr + local.to(tl.int64) * columns
         own_workspace = workspace_ptr + work.to(tl.int64) * (TILES * size)
         fresh = work >= 0
-    own_sum = sum_ptr + local.to(tl.int64) * groups * size
+    # The sums of a program's next tile take the place of this one's, unless all are kept.
+    own_sum = sum_ptr + (program if LANES > 0 and not SPLIT else local).to(tl.int64) * groups * size
     tl.debug_barrier()
     if WEIGHT_GRAD and not ONE_GROUP:
         inner = own_workspace + (TILES - 1) * BLOCK_M * BLOCK_N + _tile_offsets(BLOCK_M, BLOCK_N)
@@ -214,20 +196,24 @@ def tile_epilogue(
     fresh,
     partial_ptr,
     workspace_ptr,
+    sum_ptr,  # [K, BLOCK_M * BLOCK_N] float32: this tile's
+    product_ptr,  # [K, K] float32, out if LANES: this tile's
     weight_ptr,  # [d_out, d_in], out
     k_tile_ptr,
     k_sample_ptr,
     samples,
+    groups,
     d_in,
     d_out,
     SPLIT: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     EDGES: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """After the last K tile: what the end of the split cuts, or the single group's norm and the tile of dW."""
+    """After the last K tile: what the end of the split cuts, or the single group's norm, dW and the products."""
     size: tl.constexpr = BLOCK_M * BLOCK_N
     offsets = _tile_offsets(BLOCK_M, BLOCK_N)
     if SPLIT:
@@ -254,6 +240,8 @@ def tile_epilogue(
             inside = (rows < d_out)[:, None] & (columns < d_in)[None, :]
             elements = weight_ptr + rows.to(tl.int64)[:, None] * d_in + columns[None, :]
             tl.store(elements, total.to(weight_ptr.dtype.element_ty), mask=inside)
+        if LANES > 0:
+            group_products(sum_ptr, product_ptr, groups, size, size, LANES)
 
 
 @triton.jit(do_not_specialize=["samples", "columns", "groups", "tile_first", "tile_stop", "splits"])
@@ -266,7 +254,8 @@ def wgrad_sm80_kernel(
     count_ptr,  # [1] int32: K tiles
     partial_ptr,  # [programs or tiles, N + K] float64, out: each written by one program
     workspace_ptr,  # [splits, tiles, TILES, BLOCK_M * BLOCK_N] float32, out; without SPLIT [programs, 1, ...] for dW
-    sum_ptr,  # [tiles, K, BLOCK_M * BLOCK_N] float32, out if STORE_SUMS: the groups' sums
+    sum_ptr,  # [tiles, K, BLOCK_M * BLOCK_N] float32, out if STORE_SUMS: the groups' sums; per program if LANES
+    product_ptr,  # [tiles, K, K] float32, out if LANES and not SPLIT: the inner products of the groups' sums
     weight_ptr,  # [d_out, d_in], out if WEIGHT_GRAD; with SPLIT the fix-up writes it
     d_in,
     d_out,
@@ -283,6 +272,7 @@ def wgrad_sm80_kernel(
     WEIGHT_GRAD: tl.constexpr,
     EDGES: tl.constexpr,  # some tiles have a part outside the matrix
     STORE_SUMS: tl.constexpr,
+    LANES: tl.constexpr,  # of group_products; 0: they are not wanted, or for torch
     TILES: tl.constexpr,
     ASYNC: tl.constexpr,  # products are asynchronous (wgmma)
     BLOCK_M: tl.constexpr,
@@ -293,8 +283,8 @@ def wgrad_sm80_kernel(
 ):
     """Operands by pointer loads, which Triton makes into pipelined asynchronous copies: for Ampere and newer.
 
-    Any strides and widths. On Hopper it serves what tensor descriptors cannot: rows that overlap or are not aligned to
-    16 bytes, and float32, whose exact products run on no tensor core.
+    Any strides and widths. On Hopper for what descriptors cannot hold: rows that overlap or are not aligned to 16
+    bytes, and float32, whose exact products run on no tensor core.
     """
     program = tl.program_id(0)
     count = tl.load(count_ptr)
@@ -320,6 +310,7 @@ def wgrad_sm80_kernel(
             SPLIT,
             ONE_GROUP,
             WEIGHT_GRAD,
+            LANES,
             TILES,
             BLOCK_M,
             BLOCK_N,
@@ -386,16 +377,20 @@ def wgrad_sm80_kernel(
             fresh,
             own_partial,
             own_workspace,
+            own_sum,
+            product_ptr + (work % tiles).to(tl.int64) * groups * groups,
             weight_ptr,
             k_tile_ptr,
             k_sample_ptr,
             samples,
+            groups,
             d_in,
             d_out,
             SPLIT,
             ONE_GROUP,
             WEIGHT_GRAD,
             EDGES,
+            LANES,
             BLOCK_M,
             BLOCK_N,
         )
@@ -411,7 +406,8 @@ def wgrad_sm90_kernel(
     count_ptr,  # [1] int32: K tiles
     partial_ptr,  # [programs or tiles, N + K] float64, out: each written by one program
     workspace_ptr,  # [splits, tiles, TILES, BLOCK_M * BLOCK_N] float32, out; without SPLIT [programs, 1, ...] for dW
-    sum_ptr,  # [tiles, K, BLOCK_M * BLOCK_N] float32, out if STORE_SUMS: the groups' sums
+    sum_ptr,  # [tiles, K, BLOCK_M * BLOCK_N] float32, out if STORE_SUMS: the groups' sums; per program if LANES
+    product_ptr,  # [tiles, K, K] float32, out if LANES and not SPLIT: the inner products of the groups' sums
     weight_ptr,  # [d_out, d_in], out if WEIGHT_GRAD; with SPLIT the fix-up writes it
     d_in,
     d_out,
@@ -426,6 +422,7 @@ def wgrad_sm90_kernel(
     WEIGHT_GRAD: tl.constexpr,
     EDGES: tl.constexpr,  # some tiles have a part outside the matrix
     STORE_SUMS: tl.constexpr,
+    LANES: tl.constexpr,  # of group_products; 0: they are not wanted, or for torch
     TILES: tl.constexpr,
     ASYNC: tl.constexpr,  # products are asynchronous (wgmma)
     BLOCK_M: tl.constexpr,
@@ -464,6 +461,7 @@ def wgrad_sm90_kernel(
             SPLIT,
             ONE_GROUP,
             WEIGHT_GRAD,
+            LANES,
             TILES,
             BLOCK_M,
             BLOCK_N,
@@ -528,16 +526,20 @@ def wgrad_sm90_kernel(
             fresh,
             own_partial,
             own_workspace,
+            own_sum,
+            product_ptr + (work % tiles).to(tl.int64) * groups * groups,
             weight_ptr,
             k_tile_ptr,
             k_sample_ptr,
             samples,
+            groups,
             d_in,
             d_out,
             SPLIT,
             ONE_GROUP,
             WEIGHT_GRAD,
             EDGES,
+            LANES,
             BLOCK_M,
             BLOCK_N,
         )
@@ -545,14 +547,8 @@ def wgrad_sm90_kernel(
 
 def pointer_config(config: KernelConfig) -> KernelConfig:
     """The config for pointer loads: a descriptor config's width leaves no registers for addresses."""
-    if not config.descriptors:
-        return config
-    return replace(config, block_n=max(16, config.block_n // 2), num_stages=3, descriptors=False)
-
-
-def asynchronous(config: KernelConfig, element_bytes: int) -> bool:
-    """Whether products are asynchronous, that is wgmma (ASYNC)."""
-    return config.arch >= 90 and element_bytes == 2
+    pointers = replace(config, block_n=max(16, config.block_n // 2), num_stages=3, descriptors=False)
+    return pointers if config.descriptors else config
 
 
 def workspace_tiles(split: bool, one_group: bool, weight_grad: bool) -> int:
@@ -582,7 +578,8 @@ def _forms(
 ) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Every form in which a kernel is launched. ``inputs``: the types of the arguments in which the kernels differ."""
     pointers = {"k_tile_ptr": "*i64", "k_sample_ptr": "*i32", "k_group_ptr": "*i32", "count_ptr": "*i32"}
-    pointers |= {"partial_ptr": "*fp64", "workspace_ptr": "*fp32", "sum_ptr": "*fp32", "weight_ptr": f"*{element}"}
+    pointers |= {"partial_ptr": "*fp64", "weight_ptr": f"*{element}"}
+    pointers |= dict.fromkeys(("workspace_ptr", "sum_ptr", "product_ptr"), "*fp32")
     sizes = ("d_in", "d_out", "samples", "columns", "groups", "tile_first", "tile_stop", "splits")
     types = inputs | pointers | dict.fromkeys(sizes, "i32")
     tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
@@ -592,7 +589,9 @@ def _forms(
     for edges, split, one_group, weight_grad, store_sums in product((True, False), *[(False, True)] * 4):
         if one_group and store_sums:
             continue
-        form = {"SPLIT": split, "ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad, "STORE_SUMS": store_sums}
-        form["EDGES"] = edges
-        found.append((kernel, types, form | {"TILES": workspace_tiles(split, one_group, weight_grad)} | tile))
+        form: dict[str, Any] = {"SPLIT": split, "ONE_GROUP": one_group, "WEIGHT_GRAD": weight_grad}
+        form |= {"STORE_SUMS": store_sums, "EDGES": edges, "TILES": workspace_tiles(split, one_group, weight_grad)}
+        # Where the tokens are split, LANES only say that sums are kept per tile, as without them.
+        for lanes in (0, PRODUCT_GROUPS) if store_sums and not split else (0,):
+            found.append((kernel, types, form | {"LANES": lanes} | tile))
     return found
