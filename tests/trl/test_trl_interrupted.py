@@ -209,6 +209,12 @@ def test_label_tokens_given_by_position_count(tmp_path):
     assert [int(num_items) for _, _, num_items in given] == [tokens, tokens]
 
 
+def test_terms_that_a_correction_does_not_weight_are_warned_about(tmp_path):
+    trainer = tiny.grpo(tmp_path, entropy_coef=0.1)
+    with pytest.warns(UserWarning, match="entropy_coef .* with a correction: the weights scale advantages"):
+        attach(trainer, correction="equal_pull")
+
+
 # Runs that stop and go on
 
 

@@ -344,6 +344,15 @@ def grpo_remarks(trainer: Any, keep_groups_together: bool, correction: bool) -> 
             f"beta={trainer.beta} with a correction: the weights scale advantages and not the KL term, and U counts "
             "the KL term's gradient divided by the task's weight"
         )
+    for setting, term, on in (
+        ("entropy_coef or use_adaptive_entropy", "entropy", "_entropy_bonus_enabled"),
+        ("router_aux_loss_coef", "load-balancing", "aux_loss_enabled"),
+    ):
+        if correction and getattr(trainer, on, False):
+            remarks.append(
+                f"{setting} with a correction: the weights scale advantages and not the {term} term, and U counts that "
+                "term's gradient divided by the task's weight, so it depends on the weights"
+            )
     return remarks
 
 
