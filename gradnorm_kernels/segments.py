@@ -103,8 +103,13 @@ class Segments:
         return self._lengths
 
     @cached_property
+    def sizes(self) -> Tensor:
+        """The tokens of each segment: [S] int64."""
+        return self.end - self.start
+
+    @cached_property
     def _lengths(self) -> Tensor:
-        return self.start.new_zeros(self.samples).index_add_(0, self.sample, self.end - self.start)
+        return self.start.new_zeros(self.samples).index_add_(0, self.sample, self.sizes)
 
     def each_alone(self) -> Segments:
         """The same segments with every sample as a group of its own, in the order of the samples."""
@@ -121,7 +126,7 @@ class Segments:
         if not len(of_segment):
             return of_segment.new_zeros(tokens)
         order = torch.argsort(self.start, stable=True)
-        lengths = (self.end - self.start)[order]
+        lengths = self.sizes[order]
         return torch.repeat_interleave(of_segment[order], lengths, output_size=tokens)
 
 

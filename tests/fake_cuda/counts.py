@@ -35,8 +35,8 @@ HOST = {
     "triton": {
         "wide, long": {"dW": 4, "groups, dW": 4, "group Gram": 4},
         "narrow, long": {"dW": 5, "groups, dW": 5, "group Gram": 5},
-        "wide, short": {"dW": 15, "groups, dW": 15, "group Gram": 15},
-        "narrow, short": {"dW": 16, "groups, dW": 16, "group Gram": 16},
+        "wide, short": {"dW": 12, "groups, dW": 12, "group Gram": 12},
+        "narrow, short": {"dW": 13, "groups, dW": 13, "group Gram": 13},
     },
     "cuda": {
         "wide, long": {"dW": 4, "groups, dW": 4, "group Gram": 5},
@@ -50,8 +50,8 @@ DEVICE = {
     "triton": {
         "wide, long": {"dW": 3, "groups, dW": 4, "group Gram": 4},
         "narrow, long": {"dW": 4, "groups, dW": 5, "group Gram": 5},
-        "wide, short": {"dW": 17, "groups, dW": 17, "group Gram": 17},
-        "narrow, short": {"dW": 18, "groups, dW": 18, "group Gram": 18},
+        "wide, short": {"dW": 12, "groups, dW": 12, "group Gram": 12},
+        "narrow, short": {"dW": 13, "groups, dW": 13, "group Gram": 13},
     },
     "cuda": {
         "wide, long": {"dW": 3, "groups, dW": 4, "group Gram": 5},

@@ -67,17 +67,21 @@ def test_norms_take_what_is_there_and_nothing_else(samples: int) -> None:
     for column, split, kind in ((samples - 1, 2, 0), (samples + 2, 3, 1)):
         fixup[split, kind] = torch.rand(70, generator=generator, dtype=torch.float64)
         state[column], wanted[column] = 2 + split, fixup[split, kind].sum()
+    # Norms that another kernel took come in once, with the first pass.
+    other = torch.rand(samples, generator=generator, dtype=torch.float64)
+    once = wanted.clone()
+    once[:samples] += other
     for valid in (1, 0):
         results = results_of(samples, 3)
         call = (results, state, torch.tensor([0, valid], dtype=torch.int32), partials, fixup, None)
-        reduce.finish(*call, first=True, last=False)
+        reduce.finish(*call, first=True, last=False, of_samples=other)
         found = torch.cat([results.sample_sq, results.group_sq])
-        torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+        torch.testing.assert_close(found, once, rtol=1e-14, atol=0)
         assert results.weight_grad is not None and not results.weight_grad.isnan().any(), "not the last pass"
-        reduce.finish(*call, first=False, last=True)
+        reduce.finish(*call, first=False, last=True, of_samples=other)
         found = torch.cat([results.sample_sq, results.group_sq])
         if valid:
-            torch.testing.assert_close(found, 2 * wanted, rtol=1e-14, atol=0)
+            torch.testing.assert_close(found, once + wanted, rtol=1e-14, atol=0)
             assert not results.weight_grad.isnan().any()
         else:
             assert found.isnan().all() and results.weight_grad[0].isnan().all()

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from gradnorm_grpo.study.measurements import FIELDS, Measurements
-from gradnorm_grpo.study.questions import QUESTIONS, answer, gain
+from gradnorm_grpo.study.questions import QUESTIONS, answer, gain, imbalance
 from gradnorm_grpo.study.questions.common import over_seeds
+from gradnorm_grpo.study.stats import Ratio
 from tests.study.study_planted import planted
 
 U = (4.0, 2.0, 1.0, 0.5, 0.25, 0.15)
@@ -30,6 +31,20 @@ def one(m: Measurements, name: str) -> dict[str, Any]:
 def value(found: dict[str, Any], name: str) -> dict[str, Any]:
     """The entry of an answer's numbers whose name starts so."""
     return next(row for row in found["numbers"] if row["name"].startswith(name))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "says"),
+    [
+        ((18.0, 9.1, 36.0), "18 (95% interval 9.1 to 36)"),
+        ((33.0, 16.0, math.inf), "33 (at least 16, 97.5% sure; the quietest is not told apart from zero)"),
+        ((math.nan, 4.8, math.inf), "at least 4.8 (97.5% sure; the quietest is not distinguishable from zero)"),
+        ((math.nan, 0.0, math.inf), "an unknown number of (the quietest is not distinguishable from zero)"),
+    ],
+)
+def test_a_ratio_says_what_is_known_of_it(ratio: tuple[float, float, float], says: str) -> None:
+    """Where the quietest task's U is not positive there is a bound at most."""
+    assert imbalance._times(Ratio(*ratio, "", [])) == says
 
 
 def test_planted_truths_are_found() -> None:

@@ -114,12 +114,10 @@ def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tenso
     elif by_pairs:
         samples, groups, pairs = gram.pair_sums(x, dy, segments, batch.group_gram)
     else:
-        found = wgrad.wgrad(x, dy, segments, short, batch.weight_grad, batch.group_gram, plan.workspace)
-        samples = found.sample_sq
-        if short:
-            of_short = segments.guard(gram.sample_norms(x, dy, segments, short))
-            samples = torch.where(segments.lengths() <= short, of_short, samples)
-        return samples, found.group_sq, found.weight_grad, found.group_gram
+        of_short = gram.sample_norms(x, dy, segments, short) if short else None
+        wanted = batch.weight_grad, batch.group_gram
+        found = wgrad.wgrad(x, dy, segments, short, *wanted, plan.workspace, of_samples=of_short)
+        return found.sample_sq, found.group_sq, found.weight_grad, found.group_gram
     guard = segments.guard
     return (
         guard(samples),

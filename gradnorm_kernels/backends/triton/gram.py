@@ -277,7 +277,7 @@ def order(segments: Segments, tokens: int) -> TokenOrder:
     sample_span, group_span = spans[: segments.samples], spans[room:]
     count = segments.start.shape[0]
     if tokens and count:
-        length = segments.end - segments.start
+        length = segments.sizes
         with on_device(row):
             token_order_kernel[(triton.cdiv(tokens, _ORDER_BLOCK),)](
                 segments.start,

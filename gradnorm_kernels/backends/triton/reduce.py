@@ -142,14 +142,16 @@ def finish(
     *,
     first: bool,
     last: bool,
+    of_samples: Tensor | None = None,
 ) -> None:
     """Add one pass of segmented wgrad to the results. After the ``last`` one all are NaN if values were out of range.
 
     ``state`` [N + K] int32 says where each norm is found, ``count`` [2] int32 whether they were in range
     (:mod:`.wgrad_schedule`). ``partials`` [rows, N + K] float64. ``fixup`` [splits, 2, programs] float64: those of what
     the splits cut. ``products`` [parts, K, K] float32: the inner products of the groups' sums by parts of the weight;
-    None where there is one group, or the Gram is not wanted. ``first``: the results hold nothing yet. Of weight_grad
-    only the first row becomes NaN.
+    None where there is one group, or the Gram is not wanted. ``first``: the results hold nothing yet.
+    ``of_samples`` [N] float64: norms that wgrad did not measure, 0 of the others; added by the first pass. Of
+    weight_grad only the first row becomes NaN.
     """
     samples, groups = len(results.sample_sq), len(results.group_sq)
     columns = samples + groups
@@ -163,6 +165,7 @@ def finish(
             partials,
             partials if fixup is None else fixup,
             partials if products is None else products,
+            partials if of_samples is None else of_samples,
             results.sample_sq,
             results.group_sq,
             partials if results.group_gram is None else results.group_gram,
@@ -175,6 +178,7 @@ def finish(
             d_in,
             norm_programs,
             ACCUMULATE=not first,
+            OF_SAMPLES=first and of_samples is not None,
             LAST=last,
             SPLIT=fixup is not None,
             GRAM=results.group_gram is not None,
@@ -193,6 +197,7 @@ def finish_kernel(
     partial_ptr,  # [rows, N + K] float64
     fixup_ptr,  # [splits, 2, programs] float64; read if SPLIT
     product_ptr,  # [parts, K, K] float32; read by the programs from norm_programs on
+    of_sample_ptr,  # [N] float64; read if OF_SAMPLES
     sample_ptr,  # [N] float64, out
     group_ptr,  # [K] float64, out
     gram_ptr,  # [K, K] float64, out if GRAM
@@ -205,6 +210,7 @@ def finish_kernel(
     d_in,
     norm_programs,
     ACCUMULATE: tl.constexpr,
+    OF_SAMPLES: tl.constexpr,
     LAST: tl.constexpr,
     SPLIT: tl.constexpr,
     GRAM: tl.constexpr,
@@ -240,6 +246,8 @@ def finish_kernel(
         if ACCUMULATE:
             total += tl.load(sample_ptr + column, mask=of_sample, other=0.0)
             total += tl.load(group_ptr + group, mask=of_group, other=0.0)
+        if OF_SAMPLES:
+            total += tl.load(of_sample_ptr + column, mask=of_sample, other=0.0)
         if LAST:
             total = tl.where(valid, total, nan)
             if WEIGHT_GRAD and (program == 0) & (valid == 0):
@@ -411,7 +419,9 @@ def signatures(
         for lanes in (0, PRODUCT_GROUPS) if store_sums else (0,):
             found.append((split_fixup_kernel, types, form | {"LANES": lanes} | tile, options))
     types = {"state_ptr": "*i32", "count_ptr": "*i32", "product_ptr": "*fp32", "weight_ptr": f"*{element}"}
-    types |= dict.fromkeys(("partial_ptr", "fixup_ptr", "sample_ptr", "group_ptr", "gram_ptr"), "*fp64")
+    types |= dict.fromkeys(
+        ("partial_ptr", "fixup_ptr", "of_sample_ptr", "sample_ptr", "group_ptr", "gram_ptr"), "*fp64"
+    )
     types |= dict.fromkeys(("samples", "groups", "rows", "programs", "parts", "d_in", "norm_programs"), "i32")
     # The only pass of a call, with dW or the Gram; and the first, a middle and the last one of several.
     for accumulate, last, split, gram, weight_grad in (
@@ -424,6 +434,7 @@ def signatures(
         (True, True, True, True, True),
     ):
         form = {"ACCUMULATE": accumulate, "LAST": last, "SPLIT": split, "GRAM": gram, "WEIGHT_GRAD": weight_grad}
+        form["OF_SAMPLES"] = not accumulate
         form |= {"COLUMNS": _NORM_COLUMNS, "ROWS": _SPLIT_NORM_ROWS if split else _NORM_ROWS}
         found.append((finish_kernel, types, form, options))
     types = {"part_ptr": "*fp64", "row_ptr": "*i32", "span_ptr": "*i32", "out_ptr": "*fp64"}

@@ -79,13 +79,14 @@ def wgrad(
     group_gram: bool,
     workspace: int,
     launch: Launch | None = None,
+    of_samples: Tensor | None = None,
 ) -> Results:
     """Norms from the weight-gradient GEMM, with an epilogue at the end of each sample of over ``gram_tokens`` tokens.
 
     x [T, d_in], dy [T, d_out] with rows of unit stride, no size 0, and at least one segment. ``workspace``: the most
-    elements of the groups' sums held at a time (one tile of each group where that is more). Norms of samples that were
-    not measured are 0. Where the values of index tensors on the GPU were out of range, every result is NaN (dW in its
-    first row).
+    elements of the groups' sums held at a time where torch multiplies them (one tile of each group where that is more).
+    Norms of samples that were not measured are ``of_samples`` [N] float64, or 0 without it. Where the values of index
+    tensors on the GPU were out of range, every result is NaN (dW in its first row).
     """
     tokens, d_in, d_out = x.shape[0], x.shape[1], dy.shape[1]
     launch = launch_for(x, d_in, d_out) if launch is None else launch
@@ -113,7 +114,7 @@ def wgrad(
         splits = max(1, min(launch.programs // step, tokens // (_SPLIT_K_TILES * config.block_k)))
     if config.nested and splits > 1:
         flat = replace(launch, config=flat_config(config))
-        return wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, workspace, flat)
+        return wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, workspace, flat, of_samples)
     schedule = build(segments, tokens, gram_tokens, config.block_k, splits, x.device)
     sums = x.new_empty(held if lanes else step, groups, size, dtype=torch.float32) if store_sums else None
     results = Results.empty(x, segments.samples, groups, x.new_empty(d_out, d_in) if weight_grad else None, group_gram)
@@ -129,7 +130,17 @@ def wgrad(
             with exact_matmuls(x.device):
                 part = sums[: stop - first]
                 products = torch.bmm(part, part.mT)
-        finish(results, schedule.state, schedule.count, partials, fixup, products, first=first == 0, last=stop == tiles)
+        finish(
+            results,
+            schedule.state,
+            schedule.count,
+            partials,
+            fixup,
+            products,
+            first=first == 0,
+            last=stop == tiles,
+            of_samples=of_samples,
+        )
     return results
 
 

@@ -119,9 +119,12 @@ def _times(found: Ratio) -> str:
     """A ratio for a sentence: 18 (95% interval 9.1 to 36), or what is known of it."""
     if math.isnan(found.low) or math.isfinite(found.high):
         return with_interval(found, significant)
-    bound = f"at least {significant(found.low)}, {1 - ALPHA / 2:.1%} sure" if found.low > 0 else "no bound"
-    text = f"{bound}; the quietest is not told apart from zero"
-    return f"an unknown number of ({text})" if math.isnan(found.value) else f"{significant(found.value)} ({text})"
+    least, sure = f"at least {significant(found.low)}", f"{1 - ALPHA / 2:.1%} sure"
+    if math.isnan(found.value):
+        why = "the quietest is not distinguishable from zero"
+        return f"{least} ({sure}; {why})" if found.low > 0 else f"an unknown number of ({why})"
+    bound = f"{least}, {sure}" if found.low > 0 else "no bound"
+    return f"{significant(found.value)} ({bound}; the quietest is not told apart from zero)"
 
 
 def unit(m: Measurements) -> str:
