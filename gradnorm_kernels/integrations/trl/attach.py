@@ -116,6 +116,8 @@ def attach(
         TypeError: not a trainer this works on.
         ValueError: settings that cannot be measured or do not fit together, or a version of TRL that is not known, by
             name; the trainer is unchanged.
+        During training, ValueError: rows that are not those of their prompts or have lost their tasks. RuntimeError: a
+            loss that is differentiated with another factor than accelerate's.
     """
     import trl
     from trl import GRPOTrainer, SFTTrainer

@@ -99,7 +99,7 @@ def own_loss(trainer: Any, base: type, methods: tuple[str, ...]) -> str | None:
         # A package that replaces TRL's class or method leaves no subclass to see.
         method = getattr(base, name, None)
         if method is not None and not _of_trl(method):
-            return f"{method.__module__}.{method.__qualname__}"
+            return f"{getattr(method, '__module__', None)}.{getattr(method, '__qualname__', name)}"
     return None
 
 
@@ -107,9 +107,10 @@ def _of_trl(function: Any) -> bool:
     """Whether a function, and every one that it wraps, is defined in TRL's own files."""
     import trl
 
-    folder = os.path.dirname(os.path.abspath(trl.__file__)) + os.sep
+    folder = os.path.join(os.path.dirname(os.path.realpath(trl.__file__)), "")
     while function is not None:
-        if not os.path.abspath(function.__code__.co_filename).startswith(folder):
+        code = getattr(function, "__code__", None)
+        if code is None or not os.path.realpath(code.co_filename).startswith(folder):
             return False
         function = getattr(function, "__wrapped__", None)
     return True
