@@ -183,7 +183,7 @@ class TaskBalancer:
             weight of zero could not be divided out of the measurement, so the task could never be measured again.
         psd: project the Gram matrix onto the positive semidefinite ones first. The unbiased estimate need not be one,
             and the Gram methods assume it.
-        reward_max: the reward at which a task's loss is zero.
+        reward_max: the highest reward, at which a task's loss is zero. A mean reward above it is warned about.
         seed: of the order in which "pcgrad" visits the tasks; the global random state is unchanged.
         options: of the strategy.
 
@@ -224,7 +224,7 @@ class TaskBalancer:
         self._first: dict[Hashable, float] = {}
         self._xi = dict.fromkeys(self.tasks, 0.0)
         self._updates = 0
-        self._warned = False
+        self._warned = self._warned_above = False
         self._weights: dict[Hashable, float] | None = None
         if strategy not in OWN:
             weigh(strategy, torch.eye(len(self.tasks), dtype=torch.float64), seed, self.options)
@@ -264,6 +264,7 @@ class TaskBalancer:
         before = dict(self._losses)
         for task, reward in (rewards or {}).items():
             if task in self._counts and math.isfinite(reward):
+                self._warn_above(task, float(reward))
                 loss = max(self.reward_max - float(reward), LOWEST_LOSS)
                 self._first.setdefault(task, loss)
                 past = self._losses.get(task, loss)
@@ -272,6 +273,17 @@ class TaskBalancer:
             self._descend(before)
         self._updates += 1
         self._weights = None
+
+    def _warn_above(self, task: Hashable, reward: float) -> None:
+        """A reward above reward_max has no loss: clamped, the task looks solved."""
+        if self.strategy in NEED_REWARDS and reward > self.reward_max and not self._warned_above:
+            self._warned_above = True
+            warnings.warn(
+                f"task {task!r} has a mean reward of {reward:.6g}, above reward_max={self.reward_max:g}, so its loss "
+                f"reward_max - reward is {LOWEST_LOSS:g} and strategy {self.strategy!r} takes it for solved; pass "
+                f"TaskBalancer(tasks, {self.strategy!r}, reward_max=...) with the highest reward that a task can have",
+                stacklevel=3,
+            )
 
     def _descend(self, before: Mapping[Hashable, float]) -> None:
         """FAMO's step on xi: it moves weight to the tasks whose log-loss fell least."""
@@ -341,11 +353,19 @@ class TaskBalancer:
             raw = torch.ones_like(raw)
         return dict(zip(measured, (raw / raw.sum()).tolist(), strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue with the same weights, as lists and numbers that JSON can hold."""
+    def _settings(self) -> dict[str, Any]:
+        """What the running averages and the tasks' first losses were made with."""
         return {
             "tasks": list(self.tasks),
             "strategy": self.strategy,
+            "decay": self.decay,
+            "reward_max": self.reward_max,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue with the same weights, as lists and numbers that JSON can hold."""
+        return {
+            **self._settings(),
             "gram": self.gram.state_dict(),
             "counts": list(self._counts.values()),
             "losses": [[task, loss] for task, loss in self._losses.items()],
@@ -358,11 +378,18 @@ class TaskBalancer:
         """Continue from :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is that of other tasks or another strategy; the balancer is unchanged.
+            ValueError: entries are missing, or the state is that of other tasks or another strategy, decay or
+                reward_max; the balancer is unchanged.
         """
-        for name, own in (("tasks", list(self.tasks)), ("strategy", self.strategy)):
-            if state[name] != own:
-                raise ValueError(f"state was saved with {name}={state[name]!r} and this balancer has {own!r}")
+        missing = set(self.state_dict()) - set(state) - {"decay", "reward_max"}  # older states lack these two
+        if missing:
+            raise ValueError(f"state must be what TaskBalancer.state_dict() returned; it lacks {sorted(missing)}")
+        for name, own in self._settings().items():
+            if state.get(name, own) != own:
+                raise ValueError(
+                    f"state was saved with {name}={state[name]!r} and this balancer has {own!r}: build the balancer as "
+                    "it was when the state was saved"
+                )
         self.gram.load_state_dict(state["gram"])
         self._counts = dict(zip(self.tasks, state["counts"], strict=True))
         self._losses, self._first = dict(state["losses"]), dict(state["first"])

@@ -46,9 +46,8 @@ class TaskDraws:
         rows, used = self._rows[task], self._used[task]
         number, position = divmod(used, len(rows))
         if self._passes.get(task, (-1, []))[0] != number:
-            generator = torch.Generator().manual_seed(
-                (self._seed * 1_000_003 + list(self._rows).index(task)) * 1_000_003 + number
-            )
+            seed = (self._seed * 1_000_003 + list(self._rows).index(task)) * 1_000_003 + number
+            generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger seed
             self._passes[task] = (number, torch.randperm(len(rows), generator=generator).tolist())
         self._used[task] = used + 1
         return rows[self._passes[task][1][position]]

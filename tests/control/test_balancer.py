@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 
 import pytest
 import torch
@@ -237,6 +238,40 @@ def test_a_saved_balancer_goes_on_alike(strategy):
     assert other.state_dict() == balancer.state_dict()
     with pytest.raises(ValueError, match="saved with tasks="):
         TaskBalancer([*"abd"], strategy).load_state_dict(balancer.state_dict())
+
+
+def test_a_state_of_other_losses_or_averages_is_refused():
+    """The first losses were made with reward_max, so a rate of two of them would be neither's."""
+    saved = TaskBalancer([*"ab"], "gradnorm")
+    saved.update(step([[1.0, 0.0], [0.0, 2.0]]), {"a": 0.1, "b": 0.5})
+    for changes, message in (
+        ({"reward_max": 4.0}, r"saved with reward_max=1.0 and this balancer has 4.0"),
+        ({"decay": None}, "saved with decay=0.9 and this balancer has None"),
+    ):
+        other = TaskBalancer([*"ab"], "gradnorm", **changes)
+        before = other.state_dict()
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(saved.state_dict())
+        assert other.state_dict() == before
+    older = {name: value for name, value in saved.state_dict().items() if name not in ("reward_max", "decay")}
+    (again := TaskBalancer([*"ab"], "gradnorm")).load_state_dict(older)
+    assert again.weights == saved.weights
+    del older["gram"]
+    with pytest.raises(ValueError, match=r"it lacks \['gram'\]"):
+        TaskBalancer([*"ab"], "gradnorm").load_state_dict(older)
+
+
+@pytest.mark.parametrize("strategy", ["famo", "gradnorm", "equal_pull"])
+def test_rewards_above_the_highest_one_are_warned_about(strategy):
+    """Their tasks look solved; strategies that go by no reward have nothing to say."""
+    balancer = TaskBalancer([*"ab"], strategy)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for reward in (1.0, 3.0, 4.0):
+            balancer.update(step([[1.0, 0.0], [0.0, 2.0]]), {"a": reward, "b": 0.5})
+    found = [str(one.message) for one in said]
+    assert len(found) == (strategy != "equal_pull")
+    assert all("task 'a' has a mean reward of 3, above reward_max=1" in text for text in found)
 
 
 @pytest.mark.parametrize(

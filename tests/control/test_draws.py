@@ -41,3 +41,11 @@ def test_a_saved_state_goes_on_draw_for_draw():
     other.load_state_dict(json.loads(json.dumps(draws.state_dict())))
     assert other.draw(40) == draws.draw(40)
     assert other.state_dict() == draws.state_dict()
+
+
+def test_any_seed_that_a_trainer_takes_shuffles_rows():
+    """Dates are popular seeds, and the numbers made of them are larger than torch's."""
+    found = [TaskDraws(ROWS, TaskSampler(["a", "b"], "uniform"), seed=seed).draw(40) for seed in (20261130, 2**32 - 1)]
+    assert found[0] != found[1]
+    again = TaskDraws(ROWS, TaskSampler(["a", "b"], "uniform"), seed=20261130)
+    assert again.draw(40) == found[0]

@@ -188,6 +188,29 @@ def test_only_the_first_mini_batch_of_an_update_is_measured(folder: Path) -> Non
     assert attachment.tracker.running["sums"].n == 2, "later mini-batches and epochs must not be measured"
 
 
+def test_an_update_that_failed_leaves_nothing_for_the_next_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As out of memory in the second micro-batch, after which the caller tries other data."""
+    data = cpu.rollouts(prompts=12)
+    _, expected = measured(folder, data, remove_padding=True, accumulate="exact")
+    worker = cpu.training_worker(folder, remove_padding=True, engine={"micro_batch_size_per_gpu": 12})
+    worker.set_loss_fn(cpu.actor_loss())
+    attachment = attach(worker, accumulate="exact")
+    forward, calls = worker.engine.forward_step, itertools.count()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1:
+            raise MemoryError("planted")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(worker.engine, "forward_step", failing)
+    with pytest.raises(MemoryError, match="planted"):
+        cpu.update(worker, data)
+    worker.engine.optimizer.zero_grad()
+    cpu.update(worker, data)
+    for task, gradient in expected.last.items():
+        assert attachment.last[task].sq_norm == pytest.approx(gradient.sq_norm, rel=1e-4), task
+
+
 def test_one_in_every_updates(folder: Path) -> None:
     worker = cpu.training_worker(folder)
     worker.set_loss_fn(cpu.actor_loss())

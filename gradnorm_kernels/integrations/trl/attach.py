@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+
 from ...control.balancer import RunningGram, TaskBalancer
 from ...control.sampler import TaskSampler
 from ...estimation.estimator import RunningEstimate
@@ -41,6 +43,8 @@ from .validation import (
 _LOGGER = logging.getLogger(__name__)
 #: The file in a checkpoint's folder.
 STATE_FILE = "gradnorm_state.json"
+#: How far the factor of a loss may lie from the expected one, relative to it: the rounding of a scalar in bfloat16.
+FACTOR_TOLERANCE = 2e-2
 
 
 def attach(
@@ -112,6 +116,8 @@ def attach(
         TypeError: not a trainer this works on.
         ValueError: settings that cannot be measured or do not fit together, or a version of TRL that is not known, by
             name; the trainer is unchanged.
+        During training, ValueError: rows that are not those of their prompts or have lost their tasks. RuntimeError: a
+            loss that is differentiated with another factor than accelerate's.
     """
     import trl
     from trl import GRPOTrainer, SFTTrainer
@@ -124,7 +130,7 @@ def attach(
         )
     grpo = isinstance(trainer, GRPOTrainer)
     check_trainer(trainer, (*Attachment.NEEDS, *(GrpoHooks.NEEDS if grpo else SftHooks.NEEDS)))
-    refuse_common(trainer)
+    refuse_common(trainer, own_group="process_group" in tracker_options)
     check_count("every", every, 1, "1 measures each step that can be measured")
     if max_cosines is not None:
         check_count("max_cosines", max_cosines, 0, "it is how many pairs of tasks a log line holds; None logs all")
@@ -293,12 +299,14 @@ class Attachment:
         self._stack: ExitStack | None = None  # what is open around the present training step
         self._due: bool | None = None  # whether this optimizer step is one of every `every`; None before it is known
         self._opened = False  # whether this optimizer step has a measured micro-batch
+        self._run: Any = None  # the trainer's state: a new object in each train()
         self._measurable_steps = 0
         self._has_news = False  # since the last log, as the two below
         self._window: dict[Hashable, RunningEstimate] = {}
         self._window_gram: RunningGram | None = None
         self._window_modes: Counter[str] = Counter()
         self._warned_of_cosines = False
+        self._verified_factors: set[float] = set()
         self._before: dict[str, Any] = {}  # what the instance had under the names put on it
         for name, wrapper in {
             "training_step": self._training_step,
@@ -337,6 +345,9 @@ class Attachment:
     # One micro-batch, one optimizer step
 
     def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._run is not self.trainer.state:
+            self._run = self.trainer.state
+            self._discard()  # of a train() that ended inside a step, whose gradients Trainer clears
         try:
             with ExitStack() as self._stack:
                 loss = inner(*args, **kwargs)
@@ -350,18 +361,57 @@ class Attachment:
                     _LOGGER.info("accumulate=%s", self.tracker.accumulation)
                 self._take_in(self.last)
             self._due, self._opened, self._has_news = None, False, True
+            self._hooks.end_step()
         self._hooks.end_micro_batch()
         return loss
+
+    def _discard(self) -> bool:
+        """Forget the micro-batches of a step that is not finished; whether there were any."""
+        waiting = self._opened
+        if waiting:
+            self.tracker.discard()
+        self._due, self._opened = None, False
+        return waiting
 
     def _compute_loss(self, inner: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss, with the tracker's micro-batch open around it and its backward where it is measured."""
         entries = {name: inputs[name] for name in self._hooks.ENTRIES if name in inputs}
         inputs = {name: value for name, value in inputs.items() if name not in entries}
-        if self._stack is not None and entries and self._hooks.measurable() and self._is_due():
-            rows = self._hooks.microbatch(inputs, entries, kwargs.get("num_items_in_batch"))
-            self._stack.enter_context(self.tracker.microbatch(**rows))
-            self._opened = True
-        return inner(model, inputs, *args, **kwargs)
+        if self._stack is None or not self._hooks.measurable() or not self._is_due():
+            return inner(model, inputs, *args, **kwargs)
+        missing = [name for name in self._hooks.REQUIRED if name not in entries]
+        if missing:
+            raise ValueError(self._hooks.explain_missing())
+        # compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        num_items = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
+        self._stack.enter_context(self.tracker.microbatch(**self._hooks.microbatch(inputs, entries, num_items)))
+        self._opened = True
+        loss = inner(model, inputs, *args, **kwargs)
+        self._verify_factor(loss, self._hooks.loss_factor(num_items))
+        return loss
+
+    def _verify_factor(self, loss: Any, expected: float | None) -> None:
+        """Have backward compare the factor that the loss is differentiated with to the one that row scales divide out.
+
+        On a GPU reading it waits, so it is read once per expected value. ``expected`` is None for a row_scale= of the
+        caller's own, which may account for anything.
+        """
+        if expected is None or expected in self._verified_factors or not isinstance(loss, Tensor):
+            return
+
+        def verify(gradient: Tensor) -> None:
+            found = float(gradient.float().sum())
+            if math.isfinite(found) and abs(found - expected) > FACTOR_TOLERANCE * abs(expected):
+                raise RuntimeError(
+                    f"training_step of {type(self.trainer).__name__} differentiates {found:.6g} times what "
+                    f"compute_loss returned, and {expected:.6g} times was expected: U would be off by the square of "
+                    "their ratio. Scale the loss inside compute_loss and say so with attach(..., row_scale=), or leave "
+                    "training_step's loss as it is"
+                )
+            self._verified_factors.add(expected)
+
+        if loss.requires_grad:
+            loss.register_hook(verify)
 
     def _is_due(self) -> bool:
         """Counts the optimizer steps that can be measured; True in one of ``every``."""
@@ -391,10 +441,11 @@ class Attachment:
             self._has_news = False
             logs.update({key: value for key, value in self.metrics().items() if math.isfinite(value)})
             self._window, self._window_gram, self._window_modes = {}, None, Counter()
+            self._hooks.end_line()
         return inner(logs, *args, **kwargs)
 
     def metrics(self) -> dict[str, float]:
-        """What the next log line gets: pooled over the optimizer steps since the last one."""
+        """What the next log line gets, pooled over the optimizer steps since the last one. A call changes nothing."""
         metrics: dict[str, float] = {}
         for task, estimate in self._window.items():
             metrics |= pooled_metrics(task, estimate)
@@ -449,6 +500,12 @@ class Attachment:
 
     def _save(self, inner: Callable[..., Any], output_dir: str, *args: Any, **kwargs: Any) -> Any:
         result = inner(output_dir, *args, **kwargs)
+        if self._discard():
+            warnings.warn(
+                "training stopped, or a stream ended, inside an optimizer step: its micro-batches are not counted, so "
+                "that the checkpoint can be saved",
+                stacklevel=3,
+            )
         if self.trainer.args.should_save:
             with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump(self.state_dict(), file)

@@ -20,7 +20,7 @@ from ...control.draws import TaskDraws
 from ...control.sampler import TaskSampler
 from ...estimation.metrics import task_key
 from ...tracking.tracker import StepStats
-from .loss_scale import grpo_row_scale
+from .loss_scale import grpo_row_scale, loss_factor
 from .validation import grpo_remarks, refuse_grpo
 
 PROMPT, TASK, WEIGHT = "_gradnorm_prompt", "_gradnorm_task", "_gradnorm_weight"
@@ -68,6 +68,7 @@ class GrpoHooks:
         "num_generations",
     )
     ENTRIES = (PROMPT, TASK, WEIGHT)
+    REQUIRED = (PROMPT, TASK)
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class GrpoHooks:
         self.trainer, self.task_column = trainer, task_column
         self.sampler, self.balancer = sampler, balancer
         self._row_scale = grpo_row_scale if row_scale is None else row_scale
+        self._row_tasks = row_tasks
         self._gain_window = gain_window
         self._draws = None if sampler is None or row_tasks is None else TaskDraws(row_tasks, sampler, seed)
         self._shares = {task: n / len(row_tasks) for task, n in Counter(row_tasks).items()} if row_tasks else {}
@@ -109,7 +111,9 @@ class GrpoHooks:
         self._chunk_again = False  # a resumed run begins with a generation that was not used up
         self._micro_batches = 0  # since the generation
         self._generations = 0
-        self._generated_at: int | None = None  # optimizer steps before the current generation
+        self._trained = True  # the weights were trained on the current generation's prompts, or there is none
+        self._unfinished = False  # a resumed run generates again for prompts that the weights were trained on
+        self._completions: list[list[list[int]]] | None = None  # by call of _generate, while a generation runs
         self._lengths: list[float] = []  # model tokens of this process's completions, in the current generation
         self._scores: list[float] = []  # rewards of all processes' completions, in the current generation
         self._totals: dict[Hashable, Totals] = {}  # since the last log
@@ -131,10 +135,11 @@ class GrpoHooks:
         if self._draws is not None:
             inputs = self._drawn_rows(self._draws, len(inputs))
         tasks = [self._task_of(row) for row in inputs]
-        self._lengths, self._scores = [], []
+        self._lengths, self._scores, self._completions = [], [], []
         output = inner(inputs)
         rows, group = len(inputs), trainer.num_generations
         first = trainer.accelerator.process_index * rows
+        self._check_rows(output, [(first + row) // group for row in range(rows)])
         prompts = rows * trainer.accelerator.num_processes // group
         output[PROMPT] = torch.arange(first, first + rows) // group + self._generations * prompts
         output[TASK] = torch.tensor([self._tasks.setdefault(task, len(self._tasks)) for task in tasks])
@@ -146,8 +151,39 @@ class GrpoHooks:
             shaped = factor.to(advantages).reshape(-1, *[1] * (advantages.dim() - 1))
             output["advantages"], output[WEIGHT] = advantages * shaped, factor
         self._generations += 1
-        self._generated_at, self._micro_batches = trainer.state.global_step, 0
+        self._trained, self._unfinished, self._micro_batches = self._unfinished, False, 0
         return output
+
+    def _check_rows(self, output: Mapping[str, Any], groups: Sequence[int]) -> None:
+        """That the rows which came back are those of the prompts that went in, whose tasks they get.
+
+        Raises:
+            ValueError: a subclass dropped, replaced or moved rows.
+        """
+        kind = type(self.trainer).__name__
+        advice = (
+            "so which task a row belongs to is not known: attach(...) to a trainer that keeps every row beside its "
+            "prompt, or measure with GradNormTracker in a loop of your own"
+        )
+        rows = len(output["advantages"])
+        if rows != len(groups):
+            raise ValueError(
+                f"_generate_and_score_completions of {kind} returned {rows} rows for {len(groups)}, {advice}"
+            )
+        calls = [call for call in self._completions or () if len(call) == rows]
+        self._completions = None
+        if not calls:  # a subclass may generate in another way
+            return
+        generated: dict[int, set[tuple[int, ...]]] = {}
+        for call in calls:
+            for group, ids in zip(groups, call, strict=True):
+                generated.setdefault(group, set()).add(tuple(ids))
+        for row, (group, ids) in enumerate(zip(groups, output["completion_ids"].tolist(), strict=True)):
+            if not any(tuple(ids[: len(own)]) == own for own in generated[group]):
+                raise ValueError(
+                    f"_generate_and_score_completions of {kind} returned a completion in row {row} that was not "
+                    f"generated for its prompt, {advice}"
+                )
 
     def _drawn_rows(self, draws: TaskDraws, rows: int) -> list[dict[str, Any]]:
         """The rows that this process generates for, instead of those the loader brought.
@@ -156,11 +192,31 @@ class GrpoHooks:
         """
         trainer = self.trainer
         group = trainer.num_generations
-        if not self._chunk_again:
-            self._chunk = draws.draw(rows * trainer.accelerator.num_processes // group)
+        count = rows * trainer.accelerator.num_processes // group
+        again = self._chunk[:count] if self._chunk_again else []  # of another number if the batch sizes have changed
+        self._chunk = again + draws.draw(count - len(again))
         self._chunk_again = False
         first = trainer.accelerator.process_index * rows
-        return [trainer.train_dataset[self._chunk[i // group]] for i in range(first, first + rows)]
+        return [self._data_row(self._chunk[i // group]) for i in range(first, first + rows)]
+
+    def _data_row(self, index: int) -> dict[str, Any]:
+        """A row of the training data, of the task that was drawn.
+
+        Raises:
+            ValueError: the data is another than when the tasks of its rows were listed.
+        """
+        data, known = self.trainer.train_dataset, self._row_tasks or ()
+        if index < min(len(data), len(known)):
+            row: dict[str, Any] = data[index]
+            if (task := self._task_of(row)) == known[index]:
+                return row
+            found = f"is of the task {task!r}, and was of {known[index]!r} when attach(...) was called"
+        else:
+            found = f"was drawn, and there are {len(data)} rows"
+        raise ValueError(
+            f"row {index} of trainer.train_dataset {found}, so tasks would not be drawn as asked for: replace the data "
+            "before attach(...), and resume a run with the data that it began with"
+        )
 
     def _task_of(self, row: dict[str, Any]) -> Hashable:
         if self.task_column not in row:
@@ -175,6 +231,8 @@ class GrpoHooks:
         """Note how many tokens of each completion the model wrote, as TRL counts them for its own log."""
         result = inner(*args, **kwargs)
         _, completion_ids, tool_mask = result[:3]
+        if self._completions is not None:
+            self._completions.append([list(ids) for ids in completion_ids])
         counts = map(len, completion_ids) if tool_mask is None else map(sum, tool_mask)
         self._lengths = [float(count) for count in counts]
         return result
@@ -204,8 +262,22 @@ class GrpoHooks:
 
         A step that is longer than a generation repeats its rows (num_iterations) before the weights change.
         """
-        first_pass = self._micro_batches < self.trainer.args.steps_per_generation
-        return first_pass and self._generated_at == self.trainer.state.global_step
+        args = self.trainer.args
+        if not self._generations:  # of a buffer that was filled before attach, or no generation ever comes this way
+            return self._micro_batches >= args.steps_per_generation * self.trainer.num_iterations
+        return not self._trained and self._micro_batches < args.steps_per_generation
+
+    def explain_missing(self) -> str:
+        """Why a micro-batch without its ids cannot be measured."""
+        return (
+            f"a micro-batch of {type(self.trainer).__name__} lacks the entries {', '.join(self.REQUIRED)}, which "
+            "attach(...) adds to what self._generate_and_score_completions(...) returns, so which task a row belongs "
+            "to is not known: let _prepare_inputs call that, keep every entry, and select or sort all of them alike"
+        )
+
+    def loss_factor(self, num_items: Any) -> float | None:
+        """What the loss is multiplied by before backward; None where row_scale= is the caller's own."""
+        return loss_factor(self.trainer) if self._row_scale is grpo_row_scale else None
 
     def microbatch(self, inputs: dict[str, Any], entries: Mapping[str, Tensor], num_items: Any) -> dict[str, Any]:
         """The arguments of :meth:`GradNormTracker.microbatch`."""
@@ -224,6 +296,10 @@ class GrpoHooks:
     def end_micro_batch(self) -> None:
         """A training step of the trainer is over."""
         self._micro_batches += 1
+
+    def end_step(self) -> None:
+        """The weights are about to be trained on what was generated so far."""
+        self._trained = True
 
     def update(self, stats: StepStats) -> None:
         """A measured optimizer step is over: pass its estimates on to the sampler and the balancer."""
@@ -261,12 +337,15 @@ class GrpoHooks:
             metrics[task_key(task, "abs_advantage")] = totals.abs_advantage / totals.rows
             metrics[task_key(task, "response_length")] = totals.length / totals.rows
             metrics[task_key(task, "learning_gain")] = self._gain(task)
-        self._totals = {}
         shares = self._shares if self.sampler is None else self.sampler.probabilities
         metrics |= {task_key(task, "sampling_prob"): share for task, share in shares.items()}
         if self.balancer is not None:
             metrics |= {task_key(task, "weight"): weight for task, weight in self.balancer.weights.items()}
         return metrics
+
+    def end_line(self) -> None:
+        """A log line has the metrics: the next one begins afresh."""
+        self._totals = {}
 
     def _gain(self, task: Hashable) -> float:
         """Mean reward of the latest ``gain_window`` generations minus that of as many before; NaN while too few."""
@@ -282,9 +361,11 @@ class GrpoHooks:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON can hold it."""
         cycle = self.trainer.args.steps_per_generation * self.trainer.num_iterations
+        unfinished = 0 < self._micro_batches < cycle
         return {
             "draws": None if self._draws is None else self._draws.state_dict(),
-            "chunk": self._chunk if 0 < self._micro_batches < cycle else [],
+            "chunk": self._chunk if unfinished else [],
+            "unfinished": unfinished,
             "balancer": None if self.balancer is None else self.balancer.state_dict(),
             "history": [[[task, reward] for task, reward in means.items()] for means in self._history],
         }
@@ -307,6 +388,7 @@ class GrpoHooks:
         if self.balancer is not None:
             self.balancer.load_state_dict(state["balancer"])
         self._history = [dict(map(tuple, means)) for means in state["history"]]
+        self._unfinished = bool(state.get("unfinished", state["chunk"]))  # older states tell it by the chunk alone
 
 
 def shuffle_groups(rows: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ To add a loss type of GRPOTrainer, add a line to ``LOSS_TYPES``; for an average 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -86,13 +87,33 @@ SFT_LOSSES = ("trl.experimental.gkd.gkd_trainer.GKDTrainer", "trl.experimental.g
 
 
 def own_loss(trainer: Any, base: type, methods: tuple[str, ...]) -> str | None:
-    """The qualified name of the class below ``base`` that overrides one of the loss ``methods``; None: none does."""
+    """The qualified name of what replaces one of TRL's loss ``methods``: a class below ``base``, or a function that was
+    put into ``base`` itself; None: nothing does.
+    """
     for kind in type(trainer).__mro__:
         if kind is base:
             break
         if any(name in vars(kind) for name in methods):
             return f"{kind.__module__}.{kind.__qualname__}"
+    for name in methods:
+        # A package that replaces TRL's class or method leaves no subclass to see.
+        method = getattr(base, name, None)
+        if method is not None and not _of_trl(method):
+            return f"{getattr(method, '__module__', None)}.{getattr(method, '__qualname__', name)}"
     return None
+
+
+def _of_trl(function: Any) -> bool:
+    """Whether a function, and every one that it wraps, is defined in TRL's own files."""
+    import trl
+
+    folder = os.path.join(os.path.dirname(os.path.realpath(trl.__file__)), "")
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not os.path.realpath(code.co_filename).startswith(folder):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def own_grpo_loss(trainer: Any) -> str | None:
@@ -163,5 +184,6 @@ def sft_row_scale(
     else:
         total = max(float(num_items_in_batch), 1.0)
         if trainer.args.average_tokens_across_devices and own_sft_loss(trainer) not in SFT_LOSSES:
-            total /= trainer.accelerator.num_processes
+            # Ranks of one tensor-parallel group share their rows; Trainer's N and TRL's W count them once.
+            total /= trainer.accelerator.num_processes // trainer.get_tp_size()
     return total / lengths / loss_factor(trainer)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ...tracking.skipped import some
 from ...tracking.tracker import StepStats
-from .loss_scale import sft_row_scale
+from .loss_scale import loss_factor, sft_row_scale
 from .validation import refuse_sft, sft_remarks
 
 TASK = "_gradnorm_task"  # the underscore keeps GOLDTrainer from passing it on to model.generate
@@ -25,6 +26,7 @@ class SftHooks:
 
     NEEDS = ("data_collator", "_set_signature_columns_if_needed")
     ENTRIES = (TASK, OFFSETS)
+    REQUIRED = (TASK,)
     sampler = balancer = None
 
     def __init__(
@@ -67,6 +69,23 @@ class SftHooks:
         """Every training step is."""
         return True
 
+    def explain_missing(self) -> str:
+        """Why a micro-batch without its tasks cannot be measured."""
+        return (
+            f"a training micro-batch came without its tasks: column {self.task_column!r} is missing in it or holds "
+            f"another task than those of the training data when attach(...) was called ({some(map(repr, self._tasks))})"
+            ", or data_collator was replaced since. Set trainer.train_dataset and trainer.data_collator first, then "
+            "call attach(...)"
+        )
+
+    def loss_factor(self, num_items: Any) -> float | None:
+        """What the loss is multiplied by before backward; None where row_scale= is the caller's own."""
+        if self._row_scale is not sft_row_scale:
+            return None
+        # Trainer divides a loss that did not count the step's label tokens.
+        steps = self.trainer.current_gradient_accumulation_steps if num_items is None else 1
+        return loss_factor(self.trainer) / steps
+
     def microbatch(self, inputs: dict[str, Any], entries: Mapping[str, Any], num_items: Any) -> dict[str, Any]:
         """The arguments of :meth:`GradNormTracker.microbatch`."""
         offsets: list[int] | None = entries.get(OFFSETS)
@@ -80,6 +99,12 @@ class SftHooks:
 
     def end_micro_batch(self) -> None:
         """Nothing is counted."""
+
+    def end_step(self) -> None:
+        """Every step has rows of its own."""
+
+    def end_line(self) -> None:
+        """There are no metrics beside the estimates."""
 
     def update(self, stats: StepStats) -> None:
         """Nothing acts on the estimates."""
@@ -113,8 +138,43 @@ class _Collator:
             names = [row[self.column] if isinstance(row[self.column], list) else [row[self.column]] for row in rows]
             known = [self.tasks.get(name, -1) for own in names for name in own]
             if -1 not in known:
+                if not self.padding_free:  # TRL takes no collator of the caller's own there
+                    self._check_order(rows, batch.get("input_ids"), batch.get("attention_mask"))
                 batch[TASK] = torch.tensor(known)
                 if self.padding_free:
                     lengths = [row.get("seq_lengths") or [len(row["input_ids"])] for row in rows]
                     batch[OFFSETS] = [0, *accumulate(length for own in lengths for length in own)]
         return batch
+
+    def _check_order(self, rows: list[dict[str, Any]], input_ids: Any, attention_mask: Any) -> None:
+        """That a collator of the caller's own gives one row for each row, in their order.
+
+        Raises:
+            ValueError: it does not. Tokens that it changes are not compared.
+        """
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            return
+        kind = type(self.inner).__name__
+        if len(input_ids) != len(rows):
+            raise ValueError(
+                f"data_collator ({kind}) makes {len(input_ids)} rows of {len(rows)}, so which task a row belongs to is "
+                "not known: attach(...) needs one that gives a row for each row"
+            )
+        if not isinstance(attention_mask, torch.Tensor) or not all("input_ids" in row for row in rows):
+            return
+        own = [list(row["input_ids"]) for row in rows]
+        for at, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
+            tokens = ids[mask.bool()].tolist()
+            if _cut_from(tokens, own[at]):
+                continue
+            origin = next((i for i, other in enumerate(own) if _cut_from(tokens, other)), None)
+            if origin is not None:
+                raise ValueError(
+                    f"data_collator ({kind}) moves row {origin} to row {at}, so rows would be counted for other rows' "
+                    "tasks: attach(...) needs one that keeps the order (sort in the data set or by a sampler)"
+                )
+
+
+def _cut_from(tokens: list[int], row: list[int]) -> bool:
+    """Whether ``tokens`` are the row's, or what is left of it cut at one end."""
+    return bool(tokens) and (tokens == row[: len(tokens)] or tokens == row[-len(tokens) :])

@@ -159,8 +159,8 @@ def _missing_column(trainer: Any, task_column: str, columns: Sequence[str]) -> s
     return f"{found}: name the one that says which task a row belongs to"
 
 
-def refuse_common(trainer: Any) -> None:
-    """Refuse what the tracker cannot follow under any trainer.
+def refuse_common(trainer: Any, own_group: bool) -> None:
+    """Refuse what the tracker cannot follow under any trainer. ``own_group``: the caller names the process group.
 
     Raises:
         ValueError: names the setting.
@@ -171,6 +171,17 @@ def refuse_common(trainer: Any) -> None:
         raise ValueError(
             "parallelism_config splits a sequence's tokens over devices (cp_size or sp_size above 1), so no device "
             "sees a sample's whole gradient: attach(...) cannot measure that; set both to 1"
+        )
+    if trainer.get_tp_size() > 1 and not own_group:
+        raise ValueError(
+            f"the ranks of a tensor-parallel group (of {trainer.get_tp_size()}) train on the same rows, which would be "
+            "counted as different samples: pass process_group=, the group of data-parallel ranks (None if there is one)"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this process sees {args.n_gpu} GPUs, and Trainer would split every batch over copies of the model "
+            "(nn.DataParallel), which have no hooks: start one process per GPU (accelerate launch), or set "
+            "CUDA_VISIBLE_DEVICES to one"
         )
     if getattr(args, "torch_compile", False):
         raise ValueError(
@@ -224,6 +235,11 @@ def refuse_grpo(
         raise ValueError(
             f"{kind} computes a loss of its own (in {own}), and how it averages over rows and tokens is not known: "
             f"pass {advice}"
+        )
+    if not own_row_scale and getattr(trainer, "use_liger_kernel", False) and hasattr(trainer, "compute_liger_loss"):
+        raise ValueError(
+            "use_liger_kernel=True computes Liger's GRPO loss in this version of TRL, and how it averages over rows "
+            f"and tokens is not known: set it to False, or pass {advice}"
         )
     if args.remove_unused_columns:
         raise ValueError(
@@ -328,6 +344,15 @@ def grpo_remarks(trainer: Any, keep_groups_together: bool, correction: bool) -> 
             f"beta={trainer.beta} with a correction: the weights scale advantages and not the KL term, and U counts "
             "the KL term's gradient divided by the task's weight"
         )
+    for setting, term, on in (
+        ("entropy_coef or use_adaptive_entropy", "entropy", "_entropy_bonus_enabled"),
+        ("router_aux_loss_coef", "load-balancing", "aux_loss_enabled"),
+    ):
+        if correction and getattr(trainer, on, False):
+            remarks.append(
+                f"{setting} with a correction: the weights scale advantages and not the {term} term, and U counts that "
+                "term's gradient divided by the task's weight, so it depends on the weights"
+            )
     return remarks
 
 

@@ -261,6 +261,9 @@ class Attachment:
         try:
             with ExitStack() as self._stack:
                 outputs = inner(data, loss_function, *args, **kwargs)
+        except BaseException:
+            self.tracker.discard()  # of an update that failed: the next one must not count its micro-batches
+            raise
         finally:
             self._stack = None
         stats = self.tracker.step()
