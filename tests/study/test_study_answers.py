@@ -47,6 +47,15 @@ def test_a_ratio_says_what_is_known_of_it(ratio: tuple[float, float, float], say
     assert imbalance._times(Ratio(*ratio, "", [])) == says
 
 
+def test_a_ratio_without_a_bound_is_no_lack_of_measurements() -> None:
+    m = planted(np.random.default_rng(0), U)
+    nothing = Ratio(math.nan, math.nan, math.nan, "", [(0, 5)] * 3)
+    said = imbalance._sentence(m, np.ones((3, 6)), nothing, 1e-4, "undecided")
+    assert "the quietest is not distinguishable from zero, so their ratio has no bound over 3 seeds (p = 0.0001" in said
+    nothing.picks.clear()
+    assert "fewer than two tasks" in imbalance._sentence(m, np.ones((3, 6)), nothing, math.nan, "undecided")
+
+
 def test_planted_truths_are_found() -> None:
     lengths = np.array([[0.5] * 6, [0.6, 0.5, 0.7, 0.4, 0.8, 0.3], [20, 9, 30, 14, 7, 11], U])
     m = planted(

@@ -92,9 +92,9 @@ def _less(u: Array, error: Array, a: int, b: int) -> bool:
 
 
 def _sentence(m: Measurements, u: Array, found: Ratio, p: float, verdict: str) -> str:
-    if math.isnan(found.low) and math.isnan(found.value):
-        lacking = "no finished run" if not len(u) else f"{count_of(len(m.tasks), 'task')} with enough measured steps"
-        return f"Undecided: there is {lacking} to compare."
+    if not found.picks:
+        lacking = "no run is finished" if not len(u) else "fewer than two tasks have enough measured steps"
+        return f"Undecided: {lacking}, so there is nothing to compare."
     over = f"over {count_of(len(u), 'seed')}" if len(u) > 1 else "in the one seed (the error is that of its prompts)"
     picks = set(found.picks)
     if len(picks) == 1:
@@ -102,7 +102,11 @@ def _sentence(m: Measurements, u: Array, found: Ratio, p: float, verdict: str) -
         who = f"{clean(m.tasks[loud])} is the loudest task and {clean(m.tasks[quiet])} the quietest"
     else:
         who = "Which task is loudest and which quietest differs from part to part of the data"
-    first = f"{who}; the squared norms are {_times(found)} times apart {over} (p = {p_value(p)} that all are alike)."
+    alike = f"(p = {p_value(p)} that all are alike)"
+    if math.isnan(found.low) and math.isnan(found.value):
+        text = f"{who}; the quietest is not distinguishable from zero, so their ratio has no bound {over} {alike}."
+        return text if verdict == "contradicted" else f"{text} Undecided: the verdict needs a bound above 1."
+    first = f"{who}; the squared norms are {_times(found)} times apart {over} {alike}."
     if verdict == "contradicted":
         return f"{first} All tasks are within a factor of {ALIKE:.0f} of one another."
     if verdict == "undecided":
