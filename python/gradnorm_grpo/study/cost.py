@@ -352,9 +352,9 @@ def draw(results: Sequence[dict[str, Any]]) -> Figure:
     key += [(mark, plots.INK, True, _KINDS[kind]) for kind, mark in marks.items()]
     n = results[0]["prompts_per_step"]
     notes = [
-        f"Markers: one step, {n} prompts of a task. Lines: more steps, down to a relative error of {DIGIT:g}. Bars: "
-        "quartiles of the extra seconds. Hollow: the median is not above zero, and the upper quartile is drawn. The U "
-        "of different layers are different quantities."
+        f"Markers: one step, {n} prompts of a task. Lines: more steps, down to a relative error of {DIGIT:g}.",
+        "Bars: quartiles of the extra seconds. Hollow: the median is not above zero, and the upper quartile is drawn.",
+        "The U of different layers are different quantities.",
     ]
     figure = plots.sheet("What a digit of U costs", "", notes, 330, key)
     axes = figure.subplots()
