@@ -24,6 +24,8 @@ STRATEGIES: dict[str, float | None] = {
 
 #: With a negative exponent, each running U counts as at least this share of the largest one.
 LOWER_CLAMP = 1e-2
+#: LOWER_CLAMP to half of it is 1e300.
+LOWEST_EXPONENT = -300
 
 
 def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
@@ -49,7 +51,7 @@ class TaskSampler(Generic[Task]):
         tasks: the K task names, ints or strings, each once. Their order is the order of ``probabilities``.
         strategy: "uniform" (a = 0), "proportional" (a = 1, by norm), "proportional_sq" (a = 2, by squared norm),
             "inverse" (a = -1) or "power" (a = ``exponent``).
-        exponent: a, a finite number; with strategy="power" only.
+        exponent: a, a finite number of at least -300; with strategy="power" only.
         floor: in [0, 1], the share of the draws that is spread evenly over all tasks. With 0 and a > 0, a task whose
             running U is at most 0 is never drawn again.
         decay: in (0, 1), the factor by which a task's past fades with each of its updates; None averages all of them.
@@ -85,6 +87,8 @@ class TaskSampler(Generic[Task]):
             )
         if exponent is not None and not (_is_number(exponent, (int, float)) and math.isfinite(exponent)):
             raise ValueError(f"exponent must be a finite number, got {exponent!r}")
+        if exponent is not None and exponent < LOWEST_EXPONENT:
+            raise ValueError(f"exponent must be at least {LOWEST_EXPONENT}, got {exponent!r}: weights would overflow")
         if not (_is_number(floor, (int, float)) and 0.0 <= floor <= 1.0):
             raise ValueError(f"floor must be a number in [0, 1], got {floor!r}: 0.1 spreads a tenth evenly")
         if not (_is_number(seed, (int,)) and seed >= 0):

@@ -88,14 +88,17 @@ def cross_product(
         and n = 0; nothing is clamped: U may be negative.
 
     Raises:
-        ValueError: shapes that do not fit together or a group id outside [0, K).
+        ValueError: shapes that do not fit together, group ids that are not ints, or one outside [0, K).
 
     Source: the two-sample U-statistic of degree 2; the noise scale is that of McCandlish et al. 2018 (arXiv
         1812.06162).
     """
     sample_sq = torch.as_tensor(sample_sq_norms, dtype=torch.float64).detach().cpu()
     group_sq = torch.as_tensor(group_sq_norms, dtype=torch.float64).detach().cpu()
-    ids = torch.as_tensor(group_ids, dtype=torch.long).detach().cpu()
+    ids = torch.as_tensor(group_ids).detach().cpu()
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise ValueError(f"group_ids must hold ints, got {ids.dtype}: a fraction would be cut off")
+    ids = ids.to(torch.long)
     if sample_sq.dim() != 1 or group_sq.dim() != 1:
         raise ValueError(
             f"sample_sq_norms and group_sq_norms must be one-dimensional, got shapes {tuple(sample_sq.shape)} and "

@@ -310,6 +310,7 @@ def test_load_refuses_what_is_not_a_state():
         (["a"], {"strategy": "power"}, ValueError, "exponent=None and strategy='power'"),
         (["a"], {"strategy": "power", "exponent": math.inf}, ValueError, "exponent must be a finite number, got inf"),
         (["a"], {"strategy": "power", "exponent": math.nan}, ValueError, "exponent must be a finite number"),
+        (["a"], {"strategy": "power", "exponent": -301}, ValueError, "exponent must be at least -300, got -301"),
         (["a"], {"strategy": "power", "exponent": "1"}, ValueError, "exponent must be a finite number, got '1'"),
         (["a"], {"floor": -0.1}, ValueError, r"floor must be a number in \[0, 1\], got -0.1"),
         (["a"], {"floor": 1.1}, ValueError, "floor"),

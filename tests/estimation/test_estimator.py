@@ -212,6 +212,8 @@ def test_exact_sums_make_every_pair_count() -> None:
 def test_bad_shapes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="group_ids must have one entry a sample"):
         gk.cross_product([1.0, 2.0], [3.0], [0])
+    with pytest.raises(ValueError, match="group_ids must hold ints, got torch.float32"):
+        gk.cross_product([1.0, 2.0], [3.0], [0.0, 0.5])
     with pytest.raises(ValueError, match=r"group_ids must lie in \[0, 1\)"):
         gk.cross_product([1.0, 2.0], [3.0], [0, 1])
     with pytest.raises(ValueError, match="gram must be"):
