@@ -43,15 +43,17 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "marked"),
+    ("names", "marked"),
     [
-        *((name, "not slow") for name in ("harness", "counts", "ops", "canary", "tracking", "application")),
+        *((names, "not slow") for names in ("harness counts ops canary", "tracking", "application")),
         *(pytest.param(name, "slow", marks=pytest.mark.slow) for name in ("canary", "tracking", "application")),
     ],
 )
-def test_in_a_process_of_its_own(name: str, marked: str, guard: Path, pytestconfig: pytest.Config) -> None:
+def test_in_a_process_of_its_own(names: str, marked: str, guard: Path, pytestconfig: pytest.Config) -> None:
+    """The files in one process: loading torch and Triton takes longer than some of them."""
     objects = pytestconfig.cache.mkdir("cuda_host")  # type: ignore[union-attr]
-    command = [sys.executable, str(FOLDER / "run.py"), str(guard), str(objects), str(FOLDER / f"{name}.py")]
+    command = [sys.executable, str(FOLDER / "run.py"), str(guard), str(objects)]
+    command += [str(FOLDER / f"{name}.py") for name in names.split()]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "-m", marked, "-q", "-x", "-p", "no:cacheprovider", "--tb=short"],

@@ -175,11 +175,23 @@ def test_the_gram_of_groups_by_torch(workspace: int, splits: int, monkeypatch: p
     compare(x, dy, cu_seqlens, None, [2, 0, 2, 1], workspace=workspace, splits=splits)
 
 
-@KERNELS
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("groups", [2, 16, 17])
+@pytest.mark.parametrize(
+    ("config", "groups", "splits"),
+    [
+        pytest.param(
+            config,
+            groups,
+            splits,
+            marks=[pytest.mark.slow] * ((config is POINTERS) == (groups == 16)),
+            id=f"{groups}-{splits}-sm{config.arch}",
+        )
+        for config in (POINTERS, DESCRIPTORS)
+        for groups in (2, 16, 17)
+        for splits in (1, 3)
+    ],
+)
 def test_who_multiplies_the_sums_of_groups(
-    config: KernelConfig, splits: int, groups: int, monkeypatch: pytest.MonkeyPatch
+    config: KernelConfig, groups: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to 16 groups the kernels, whose programs take several tiles here; more groups torch, with the same result."""
     products = []
