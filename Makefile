@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# --no-compile: Python compiles the modules that are imported; pip would compile 15,000 files first.
-PIP := $(BIN)/pip --disable-pip-version-check install -qq --no-input --no-compile
+PIP := $(BIN)/pip --disable-pip-version-check install -qq --no-input
 # More arguments for the command behind `train`, `study` and `bench`, as in: make train ARGS="--max_steps 20"
 ARGS ?=
 
