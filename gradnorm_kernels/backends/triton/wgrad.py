@@ -12,9 +12,9 @@ tensor descriptor and Triton is 3.7 or newer, and the flat kernels everywhere el
 Memory besides the results: 8 (N + K) bytes per program (per tile with nested loops), 16 per K tile, and a float32 tile
 per program if dW is wanted with several groups: 0.1 and 8.3 MiB for 64 samples at 4096 x 4096 and 65536 tokens on 132
 multiprocessors. A split schedule takes a workspace of three to five tiles per program (25 MiB for three).
-``group_gram`` holds the sums of up to 16 groups per program, 66 MiB for four groups there, and takes their inner
-products in the kernel, in one pass. Where that would be more than 256 MiB, and for more groups, it holds the sums of
-several tiles, which torch multiplies, and takes as many passes as that needs; so do B200, B300 and Thor.
+``group_gram`` holds the sums of up to 16 groups per program, 33 MiB for four and 132 MiB for 16 groups there, and takes
+their inner products in the kernel, in one pass. Where that would be more than 256 MiB, and for more groups, it holds
+the sums of several tiles, which torch multiplies, and takes as many passes as that needs; so do B200, B300 and Thor.
 """
 
 from __future__ import annotations
