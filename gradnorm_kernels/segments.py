@@ -98,17 +98,13 @@ class Segments:
             weight_grad[:1].masked_fill_(~self.valid, torch.nan)
         return weight_grad
 
-    def lengths(self) -> Tensor:
-        """The tokens of each sample: [N] int64."""
-        return self._lengths
-
     @cached_property
     def sizes(self) -> Tensor:
         """The tokens of each segment: [S] int64."""
         return self.end - self.start
 
-    @cached_property
-    def _lengths(self) -> Tensor:
+    def lengths(self) -> Tensor:
+        """The tokens of each sample: [N] int64."""
         return self.start.new_zeros(self.samples).index_add_(0, self.sample, self.sizes)
 
     def each_alone(self) -> Segments:

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("trl")
 
 from gradnorm_grpo.numbers import fixed, signed, significant
+from gradnorm_grpo.study import cost, lags
 from gradnorm_grpo.study.figures import draw
 from gradnorm_grpo.study.measurements import Measurements, read_study
 from gradnorm_grpo.study.page import page
@@ -52,6 +53,17 @@ def test_answers_figures_and_page_follow_from_the_measurements(folder: Path, tmp
     assert (folder / "README.md").read_text() == page(read_study(folder), kept)
     names = {path.name for path in draw(kept, tmp_path)}
     assert names == {path.name for path in (folder / "figures").glob("*.svg")}
+
+
+@pytest.mark.parametrize("command", [cost, lags], ids=["cost", "lags"])
+def test_a_commands_page_follows_from_its_stored_results(command: Any) -> None:
+    name = command.__name__.rpartition(".")[2]
+    folder = ROOT / "docs" / "study" / name
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    written = (ROOT / "docs" / "study" / f"{name}.md").read_text()
+    assert len(results) == 3 and command.table(results) in written and command.sentence(results) in written
+    assert command.sentence(results) in (folder / f"{name}.svg").read_text()
+    assert len({result["commit"] for result in results}) == 1 and results[0]["commit"][:12] in written
 
 
 def test_three_seeds_and_four_arms_at_one_budget() -> None:
