@@ -132,7 +132,7 @@ def test_slips_in_the_library_are_found(fake: FakeCuda, monkeypatch: pytest.Monk
     plain, build = segments.rows, triton.wgrad.build
     planted(triton.table, "rows", read, Waited, "reads a value")
     planted(triton.wgrad, "build", on_host, AssertionError, "schedule_kernel: group_ptr is on cpu")
-    planted(segments.Segments, "_lengths", property(float_lengths), Unordered, "no fixed order")
+    planted(segments.Segments, "lengths", float_lengths, Unordered, "no fixed order")
     away = lambda tensor: torch.cuda.device(1)  # noqa: E731
     planted(wgrad_schedule, "on_device", away, AssertionError, "is on cuda:0, and the launch goes to cuda:1")
 
