@@ -20,8 +20,10 @@ from gradnorm_grpo.study.decision import (
     split_half,
     tost,
 )
+from gradnorm_grpo.study.figures import draw
 from gradnorm_grpo.study.measurements import Measurements
-from gradnorm_grpo.study.questions import answer, arms, explain, gain
+from gradnorm_grpo.study.page import page
+from gradnorm_grpo.study.questions import QUESTIONS, answer, arms, explain, gain
 from gradnorm_grpo.study.questions.common import Answer
 from gradnorm_grpo.study.spec import StudySpec, read_spec
 from gradnorm_grpo.study.stats import Correlation
@@ -144,6 +146,20 @@ def test_a_declared_decision_travels_with_the_measurements(tmp_path: Path) -> No
     plain = _study({})
     plain.write_csv(tmp_path / "plain.csv")
     assert "decision" not in (tmp_path / "plain.csv").read_text().splitlines()[0] and "decision" not in answer(plain)
+
+
+def test_a_declared_study_names_what_it_was_not_made_to_answer(tmp_path: Path) -> None:
+    def ids(found: dict[str, Any]) -> list[str]:
+        return [entry["id"] for entry in found["answers"]]
+
+    two, one = answer(_study(DECISION)), answer(_study(DECISION, arms=("uniform",)))
+    assert two["not_asked"] == ["estimators"] and ids(two) == [name for name in QUESTIONS if name != "estimators"]
+    assert one["not_asked"] == ["arms", "estimators"] and ids(one) == ["imbalance", "last_block", "gain", "explain"]
+    assert "not_asked" not in answer(_study({}, arms=("uniform",)))
+    assert [path.stem for path in draw(one, tmp_path)] == ids(one)
+    text = page({}, one)
+    assert "not made to answer: What does sampling" in text and "overview" not in text and "figures/arms" not in text
+    assert "overview" in page({}, two)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from .questions import arms, asked, gain, imbalance
 from .questions.drawing import AXIS, empty, head_height, headed
 from .questions.reading import Answers, Reading, reading
 
+#: The questions in the overview, left to right.
+OVERVIEW = ("imbalance", "gain", "arms")
 _TITLE = "How hard each task pulls, what it gains, and what acting on it does"
 
 
 def draw(answers: Answers, folder: Path | str) -> list[Path]:
-    """Draw every answer, and the overview of three of them where the study trained.
+    """Draw every answer, and the overview of three of them where the study asked all three.
 
     Arguments: answers, the content of answers.json; folder, where <id>.svg and overview.svg are written (it is made).
     An answer that is missing, or has no data, gives a figure that says so.
@@ -26,16 +28,16 @@ def draw(answers: Answers, folder: Path | str) -> list[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    questions = asked(bool(answers.get("frozen")))
+    questions = asked(answers)
     found = {name: reading(answers, name) for name in questions}
     files = []
     with plots.theme():
         for name, a in found.items():
             label = f"{a.question} {a.verdict}: {a.sentence}"
             files.append(plots.save_svg(questions[name].draw(a), folder / f"{name}.svg", label))
-        if answers.get("frozen"):
+        if not questions.keys() >= set(OVERVIEW):
             return files
-        shown = [found[name] for name in ("imbalance", "gain", "arms")]
+        shown = [found[name] for name in OVERVIEW]
         files.append(plots.save_svg(overview(*shown), folder / "overview.svg", " ".join(a.sentence for a in shown)))
     return files
 

@@ -16,7 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..numbers import MISSING, clean, count, duration, significant
-from .questions import asked
+from .figures import OVERVIEW
+from .questions import QUESTIONS, asked
 from .questions.common import VERDICTS, count_of
 from .questions.reading import Answers, Reading, Row, reading
 from .spec import FrozenSettings
@@ -63,12 +64,14 @@ def page(study: Mapping[str, Any], answers: Mapping[str, Any], figures: Iterable
         finalize=lambda value: value if isinstance(value, Markup) else escape(value),
     )
     environment.filters |= {"anchor": _anchor, "rows": _rows, "plain": Markup}
-    questions = asked(bool(answers.get("frozen")))
+    questions = asked(answers)
     given = [reading(answers, name) for name in questions]
     return environment.get_template("page.md.j2").render(
         name=study.get("name", ""),
         first=_first(answers),
-        drawn={*questions, *([] if answers.get("frozen") else ["overview"])} if figures is None else set(figures),
+        drawn={*questions, *(["overview"] if questions.keys() >= set(OVERVIEW) else [])}
+        if figures is None
+        else set(figures),
         facts=_facts(study, answers),
         answers=given,
         runs=_runs(answers),
@@ -198,6 +201,8 @@ def _limits(study: Mapping[str, Any], answers: Answers, given: Sequence[Reading]
     if seeds < 2:
         limits.append("With fewer than two seeds nothing is known of how far another seed would differ.")
     undecided = [escape(a.question) for a in given if a.verdict == "undecided"]
+    if others := [QUESTIONS[name].QUESTION for name in answers.get("not_asked") or () if name in QUESTIONS]:
+        limits.append(f"This study was not made to answer: {'; '.join(map(escape, others))}")
     if undecided:
         limits.append(f"Nothing is claimed on: {'; '.join(undecided)}")
     return [Markup(limit) for limit in limits if limit]

@@ -17,7 +17,7 @@ from ..measurements import Measurements, Run
 from ..stats import known_mean
 from . import arms, estimators, explain, gain, imbalance, last_block, proxy
 from .common import Answer
-from .reading import Reading
+from .reading import Answers, Reading
 
 
 class Question(Protocol):
@@ -42,22 +42,31 @@ _FROZEN: tuple[Question, ...] = (imbalance, last_block, explain, proxy)
 FROZEN = {file.__name__.rpartition(".")[2]: file for file in _FROZEN}
 
 
-def asked(frozen: bool) -> dict[str, Question]:
-    """The questions of a study, at fixed weights or with training."""
-    return FROZEN if frozen else QUESTIONS
+def asked(answers: Answers) -> dict[str, Question]:
+    """The questions that answers.json has, or would have, an answer to."""
+    questions = FROZEN if answers.get("frozen") else QUESTIONS
+    return {name: question for name, question in questions.items() if name not in answers.get("not_asked", ())}
+
+
+def _not_asked(m: Measurements) -> list[str]:
+    """What a study that declared its decision was not made to answer: it has one arm, or compared no estimators."""
+    if not m.decision or m.frozen:
+        return []
+    return [name for name, there in (("arms", len(m.arms) > 1), ("estimators", m.estimates)) if not there]
 
 
 def answer(m: Measurements) -> dict[str, Any]:
     """The content of answers.json, as strict JSON can hold it: what is not known is None."""
+    study = {key: getattr(m, key) for key in ("tasks", "arms", "seeds", "missing", "gain_window")}
+    declared: dict[str, Any] = {"decision": m.decision} if m.decision else {}
+    declared |= {"frozen": True} if m.frozen else {}
+    declared |= {"not_asked": names} if (names := _not_asked(m)) else {}
     answers = []
-    for name, question in asked(m.frozen).items():
+    for name, question in asked(declared).items():
         found = question.answer(m)
         about = {"id": name, "question": question.QUESTION, "claim": found.claim or question.CLAIM}
         parts = {"verdict": found.verdict, "sentence": found.sentence, "numbers": found.numbers, "data": found.data}
         answers.append(about | parts)
-    study = {key: getattr(m, key) for key in ("tasks", "arms", "seeds", "missing", "gain_window")}
-    declared: dict[str, Any] = {"decision": m.decision} if m.decision else {}
-    declared |= {"frozen": True} if m.frozen else {}
     whole: dict[str, Any] = plain({"answers": answers, "runs": [_run(m, run) for run in m.runs], **study, **declared})
     return whole
 
