@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,43 @@ def test_runs_that_are_missing_or_unfinished_are_named(tmp_path: Path) -> None:
     read.write_csv(tmp_path / "m.csv")
     assert Measurements.from_csv(tmp_path / "m.csv").missing == read.missing
     assert answer(read)["missing"] == read.missing
+
+
+def test_a_run_whose_folder_is_gone_is_read_from_the_csv(tmp_path: Path) -> None:
+    planned = study()
+    write_runs(planned, tmp_path)
+    whole = Measurements.from_runs(tmp_path)
+    whole.write_csv(tmp_path / "measurements.csv")
+    before = (tmp_path / "measurements.csv").read_bytes()
+    shutil.rmtree(tmp_path / "runs/uniform-seed2")
+    (tmp_path / "runs/proportional-seed3/summary.json").unlink()
+    read = Measurements.from_runs(tmp_path)
+    assert read.missing == [] and read.runs == whole.runs and json.dumps(answer(read)) == json.dumps(answer(whole))
+    read.write_csv(tmp_path / "measurements.csv")
+    assert (tmp_path / "measurements.csv").read_bytes() == before
+    log = tmp_path / "runs/uniform-seed1/metrics.jsonl"  # a run there counts, whatever the file says of it
+    log.write_text(log.read_text().replace('/reward": ', '/reward": 1'))
+    assert json.dumps(answer(Measurements.from_runs(tmp_path))) != json.dumps(answer(whole))
+    header, rows = before.decode().split("\n", 1)
+    (tmp_path / "measurements.csv").write_text(
+        header.replace("reverse", "other") + "\n" + rows.replace("reverse", "other")
+    )
+    with pytest.raises(UserError, match="has other tasks or layers than study.json"):
+        Measurements.from_runs(tmp_path)
+
+
+def test_runs_from_the_csv_may_be_shorter_than_those_beside_it(tmp_path: Path) -> None:
+    write_runs(study(), tmp_path)
+    Measurements.from_runs(tmp_path).write_csv(tmp_path / "measurements.csv")
+    shutil.rmtree(tmp_path / "runs/uniform-seed2")
+    log = tmp_path / "runs/uniform-seed1/metrics.jsonl"
+    last = json.loads([line for line in log.read_text().splitlines() if json.loads(line)["kind"] == "train"][-1])
+    with log.open("a") as file:
+        file.write(json.dumps({**last, "step": last["step"] + 1}) + "\n")
+    read = Measurements.from_runs(tmp_path)
+    assert read.steps == 31 and read.array("uniform", 2, "reward").shape[1] == 31
+    assert np.isnan(read.array("uniform", 2, "reward")[:, 30]).all()
+    assert np.isfinite(read.array("uniform", 1, "reward")[:, 30]).any()
 
 
 @pytest.mark.parametrize(

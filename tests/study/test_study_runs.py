@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
@@ -22,7 +23,9 @@ from gradnorm_grpo.errors import UserError
 from gradnorm_grpo.parse import PRESETS, parse_settings, parse_study
 from gradnorm_grpo.settings import Settings
 from gradnorm_grpo.study import run
+from gradnorm_grpo.study.page import page
 from gradnorm_grpo.study.spec import ARMS, StudySpec, read_spec
+from tests.study.study_planted import planted
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -190,6 +193,36 @@ def test_a_folder_keeps_to_the_study_it_was_begun_with(tmp_path: Path) -> None:
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="holds something that is no study"):
         run.describe(settings, StudySpec(), name, tmp_path / "other")
+
+
+def test_what_only_the_csv_has_is_not_run_again_and_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, spec, name = parse_study([*SMALL, "--seeds", "1", "2", "--arms", "uniform", "proportional"])
+    first = run.describe(settings, spec, name, tmp_path)
+    (tmp_path / "study.json").write_text(json.dumps(first))
+    made = planted(np.random.default_rng(0), [1.0] * 6, seeds=(1, 2))
+    made.write_csv(tmp_path / "measurements.csv")
+    assert run._kept(tmp_path, spec) == made.runs
+    folder = tmp_path / "runs" / "uniform-seed2"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")  # it has been run here after all
+    kept = run._kept(tmp_path, spec)
+    assert kept == [found for found in made.runs if found != ("uniform", 2)]
+    more = dataclasses.replace(spec, seeds=[1, 2, 3], estimator_seeds=0)
+    assert [job.folder.name for job in run._jobs(settings, more, tmp_path, kept)] == [
+        *("uniform-seed2", "uniform-seed3", "proportional-seed3")
+    ]
+    with pytest.raises(UserError, match="leave out uniform-seed1, proportional-seed1, whose numbers are in .* alone and would be lost"):
+        run._kept(
+            tmp_path,
+            dataclasses.replace(spec, seeds=[2]),
+        )
+    # The page says where the earlier runs were made.
+    monkeypatch.setattr(run, "commit", lambda: "fedcba987654")
+    again = run.describe(settings, more, name, tmp_path)
+    assert again["commit"] == "fedcba987654" and [own["commit"] for own in again["earlier"]] == [first["commit"]]
+    (tmp_path / "study.json").write_text(json.dumps(again))
+    assert run.describe(settings, more, name, tmp_path)["earlier"] == again["earlier"]
+    assert f"Earlier runs: commit `{first['commit']}`, cpu" in page(again, {})
 
 
 def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:

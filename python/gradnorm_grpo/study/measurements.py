@@ -33,6 +33,7 @@ FIELDS = (
     *_GRADIENT,
     *(FULL + name for name in _GRADIENT),
 )
+CSV_FILE = "measurements.csv"  # in the study's folder
 _ABOUT = ("arms", "seeds", "tasks", "steps", "gain_window", "layers", "missing")
 
 
@@ -195,13 +196,15 @@ class Measurements:
 
     @classmethod
     def from_runs(cls, folder: Path | str) -> Measurements:
-        """Read study.json and the finished runs in runs/<arm>-seed<seed>/.
+        """Read study.json and the finished runs: in runs/<arm>-seed<seed>/, else in measurements.csv.
 
-        Raises UserError where study.json is missing or is not a study's, or a run's log cannot be read.
+        The file keeps the numbers of a run whose folder is gone, or is on another machine.
+        Raises UserError where study.json is missing or is not a study's, or a run's log or measurements.csv cannot be
+        read.
         """
         folder = Path(folder)
         study = read_study(folder)
-        found, missing = {}, []
+        found, missing = {}, list[Run]()
         for arm in study["arms"]:
             for seed in study["seeds"]:
                 place = folder / "runs" / f"{arm}-seed{seed}"
@@ -210,8 +213,11 @@ class Measurements:
                     found[arm, seed] = read_run(place)
                     _refuse_foreign(found[arm, seed], study, arm, seed)
                 else:
-                    missing.append(place.name)
-        steps = max((int(run.steps[-1]) for run in found.values() if len(run.steps)), default=0)
+                    missing.append((arm, seed))
+        stored = cls.from_csv(folder / CSV_FILE) if missing and (folder / CSV_FILE).is_file() else None
+        kept = [key for key in missing if stored and key in stored._runs]
+        lengths = [int(run.steps[-1]) for run in found.values() if len(run.steps)]
+        steps = max([*lengths, *([stored.steps] if stored and kept else [])], default=0)
         layers = next((name for run in found.values() if (name := str(run.config.get("tracker_layers", "")))), "")
         made = cls(
             list(study["arms"]),
@@ -219,12 +225,14 @@ class Measurements:
             [str(task) for task in study["tasks"]],
             steps,
             int(study["gain_window"]),
-            layers or "last_attention",
-            missing,
+            layers or (stored.layers if stored and kept else "last_attention"),
+            [f"{arm}-seed{seed}" for arm, seed in missing if (arm, seed) not in kept],
             dict(study.get("decision", {})),
             "frozen" in study,
             list(study.get("frozen", {}).get("proxies", {})),
         )
+        if stored and kept:
+            made._adopt(stored, kept, folder / CSV_FILE)
         logged = [name for name in FIELDS if name != "rollouts"]
         beside = [name for name in made.fields if name not in FIELDS]
         for key, run in found.items():
@@ -243,6 +251,19 @@ class Measurements:
                         numbers = {"reward": point.reward, "reward_se": point.std_error, "n": point.n}
                         own.put(kind, point.step, k, {name: _nine(value) for name, value in numbers.items()})
         return made
+
+    def _adopt(self, stored: Measurements, keys: Sequence[Run], path: Path) -> None:
+        """Take in the runs that only the file has."""
+        if (stored.tasks, stored.fields) != (self.tasks, self.fields):
+            raise UserError(
+                f"{path} has other tasks or layers than study.json: put the study's own file back, or delete it and "
+                "run its runs again"
+            )
+        for key in keys:
+            run = stored._runs[key]
+            more = ((0, 0), (0, self.steps - stored.steps))
+            series = {name: np.pad(own, more, constant_values=math.nan) for name, own in run.series.items()}
+            self._runs[key] = _Run(series, run.evals)
 
     def _add(self, key: Run) -> _Run:
         empty = {name: np.full((len(self.tasks), self.steps), math.nan) for name in self.fields}
@@ -273,7 +294,10 @@ class Measurements:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}; give a study's measurements.csv") from error
         except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
-            raise UserError(f"{path} is not a measurements.csv: {error}; write it again from the runs") from error
+            raise UserError(
+                f"{path} is not a measurements.csv: {error}; put the study's own file back, or delete it where "
+                "runs/ has every run: it is written again"
+            ) from error
         return made
 
     def write_csv(self, path: Path | str) -> None:

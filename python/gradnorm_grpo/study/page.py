@@ -106,6 +106,10 @@ def _facts(study: Mapping[str, Any], answers: Answers) -> list[tuple[str, Markup
         ("Time", f"{duration(study['seconds'])} for all runs and the estimators" if study.get("seconds") else ""),
         ("Machine", _machine(study)),
         ("Commit", code(study["commit"]) if study.get("commit") else ""),
+        *(
+            ("Earlier runs", f"commit {code(own.get('commit') or 'not known')}, {_machine(own)}")
+            for own in study.get("earlier") or []
+        ),
         ("Command", code(study["command"]) if study.get("command") else ""),
     ]
     return [(name, Markup(text)) for name, text in facts if text]

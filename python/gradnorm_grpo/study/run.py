@@ -1,7 +1,8 @@
 """The command `study`: its runs as processes of their own, the comparison of the estimators, and the answers.
 
 Each run is an ordinary ``train`` in its own folder, a few at a time, and one that fails or is interrupted does not
-affect the others. What is finished is not run again; what was interrupted continues from its last checkpoint.
+affect the others. What is finished is not run again, nor is a run in measurements.csv whose folder is gone; what was
+interrupted continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ..models import device_of
 from ..parse import parse_study
 from ..runlog import LOG_FILE, RUN_FILE, SUMMARY_FILE, only_writer, write_json
 from ..settings import Settings
-from .measurements import Measurements, read_study
+from .measurements import CSV_FILE, Measurements, read_study
 from .spec import FREE, StudySpec
 
 LOCK_FILE = ".lock"  # locked while a command runs the study
@@ -56,9 +57,13 @@ def study(arguments: list[str], console: Console) -> int:
 
 def _continue(settings: Settings, spec: StudySpec, folder: Path, described: dict[str, Any], console: Console) -> int:
     """The study whose folder is ours alone."""
+    kept = _kept(folder, spec)
     write_json(folder / "study.json", described)
     console.print(f"study folder: {folder}", highlight=False, soft_wrap=True)
-    jobs = _jobs(settings, spec, folder)
+    if kept:
+        text = f"{len(kept)} of the runs are in {CSV_FILE} and not in runs/: they are not run again"
+        console.print(text, highlight=False, soft_wrap=True)
+    jobs = _jobs(settings, spec, folder, kept)
     began = time.monotonic()
     try:
         failed = run_all(jobs, spec.jobs, console)
@@ -82,11 +87,30 @@ def _continue(settings: Settings, spec: StudySpec, folder: Path, described: dict
     return 0
 
 
-def _jobs(settings: Settings, spec: StudySpec, folder: Path) -> list[Job]:
-    """The runs in the spec's order, then the comparisons of the estimators."""
+def _kept(folder: Path, spec: StudySpec) -> list[tuple[str, int]]:
+    """(arm, seed) of the runs whose numbers are in measurements.csv and whose folder is gone or not finished."""
+    stored = folder / CSV_FILE
+    runs = Measurements.from_csv(stored).runs if stored.is_file() else []
+    kept = [(arm, seed) for arm, seed in runs if not (_place(folder, arm, seed) / SUMMARY_FILE).is_file()]
+    if lost := [f"{arm}-seed{seed}" for arm, seed in kept if (arm, seed) not in spec.order()]:
+        raise UserError(
+            f"--arms and --seeds leave out {', '.join(lost)}, whose numbers are in {stored} alone and would be lost: "
+            "name these arms and seeds too, or move the file away"
+        )
+    return kept
+
+
+def _place(folder: Path, arm: str, seed: int) -> Path:
+    return folder / "runs" / f"{arm}-seed{seed}"
+
+
+def _jobs(settings: Settings, spec: StudySpec, folder: Path, kept: Sequence[tuple[str, int]]) -> list[Job]:
+    """The runs in the spec's order that are not kept, then the comparisons of the estimators."""
     jobs = []
     for arm, seed in spec.order():
-        place = folder / "runs" / f"{arm}-seed{seed}"
+        if (arm, seed) in kept:
+            continue
+        place = _place(folder, arm, seed)
         own = spec.run_settings(settings, arm, seed, str(place))
         jobs.append(run_job(f"{arm} seed {seed}", own) if spec.frozen is None else frozen_job(own, spec.frozen))
     place = folder / "estimators"
@@ -142,7 +166,17 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
             "the settings it was started with"
         )
     kept = {key: before[key] for key in ("started", "seconds") if key in before}
-    return described | kept | {"continued": [*before.get("continued", []), now]}
+    # Where earlier runs were made, if that was elsewhere: each commit, version and machine once.
+    where = ("commit", "versions", "machine")
+    earlier = before.get("earlier", [])
+    earlier += [own for own in [{key: before.get(key) for key in where}] if own not in earlier]
+    earlier = [own for own in earlier if own != json.loads(json.dumps({key: described[key] for key in where}))]
+    return (
+        described
+        | kept
+        | {"continued": [*before.get("continued", []), now]}
+        | ({"earlier": earlier} if earlier else {})
+    )
 
 
 def conclude(folder: Path, console: Console) -> dict[str, Any]:
@@ -152,7 +186,7 @@ def conclude(folder: Path, console: Console) -> dict[str, Any]:
     from .questions import answer
 
     described = read_study(folder)
-    stored = folder / "measurements.csv"
+    stored = folder / CSV_FILE
     if (folder / "runs").is_dir():
         measured = Measurements.from_runs(folder)
         measured.write_csv(stored)
