@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -98,15 +97,6 @@ class Segments:
             weight_grad[:1].masked_fill_(~self.valid, torch.nan)
         return weight_grad
 
-    @cached_property
-    def sizes(self) -> Tensor:
-        """The tokens of each segment: [S] int64."""
-        return self.end - self.start
-
-    def lengths(self) -> Tensor:
-        """The tokens of each sample: [N] int64."""
-        return self.start.new_zeros(self.samples).index_add_(0, self.sample, self.sizes)
-
     def each_alone(self) -> Segments:
         """The same segments with every sample as a group of its own, in the order of the samples."""
         order = torch.argsort(self.sample, stable=True)
@@ -122,7 +112,7 @@ class Segments:
         if not len(of_segment):
             return of_segment.new_zeros(tokens)
         order = torch.argsort(self.start, stable=True)
-        lengths = self.sizes[order]
+        lengths = (self.end - self.start)[order]
         return torch.repeat_interleave(of_segment[order], lengths, output_size=tokens)
 
 

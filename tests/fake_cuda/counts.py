@@ -35,8 +35,8 @@ HOST = {
     "triton": {
         "wide, long": {"dW": 4, "groups, dW": 4, "group Gram": 4},
         "narrow, long": {"dW": 5, "groups, dW": 5, "group Gram": 5},
-        "wide, short": {"dW": 12, "groups, dW": 12, "group Gram": 12},
-        "narrow, short": {"dW": 13, "groups, dW": 13, "group Gram": 13},
+        "wide, short": {"dW": 7, "groups, dW": 7, "group Gram": 7},
+        "narrow, short": {"dW": 8, "groups, dW": 8, "group Gram": 8},
     },
     "cuda": {
         "wide, long": {"dW": 4, "groups, dW": 4, "group Gram": 5},
@@ -50,8 +50,8 @@ DEVICE = {
     "triton": {
         "wide, long": {"dW": 3, "groups, dW": 4, "group Gram": 4},
         "narrow, long": {"dW": 4, "groups, dW": 5, "group Gram": 5},
-        "wide, short": {"dW": 12, "groups, dW": 12, "group Gram": 12},
-        "narrow, short": {"dW": 13, "groups, dW": 13, "group Gram": 13},
+        "wide, short": {"dW": 7, "groups, dW": 7, "group Gram": 7},
+        "narrow, short": {"dW": 8, "groups, dW": 8, "group Gram": 8},
     },
     "cuda": {
         "wide, long": {"dW": 3, "groups, dW": 4, "group Gram": 5},
@@ -108,6 +108,8 @@ def test_three_launches_and_nothing_else(fake: FakeCuda, monkeypatch: pytest.Mon
     # The kernels multiply the sums of up to 16 groups; those of more are stored, and multiplied by torch.
     many = operations(fake, "narrow, long", "host", "triton", tokens=2048 * 17, groups=17, group_gram=True)
     assert many == ["_to_copy", *split[:3], "bmm", three[2]]
+    short = operations(fake, "wide, short", "host", "triton", groups=4, group_gram=True)
+    assert short == ["_to_copy", "token_order_kernel", "gram_norms_kernel", "position_sums_kernel", *three]
     # Where accumulators are in tensor memory, torch multiplies those of few groups too.
     monkeypatch.setattr(wgrad, "has_tensor_memory", lambda x: True)
     assert operations(fake, "narrow, long", "host", "triton", groups=4, group_gram=True) == many

@@ -123,16 +123,15 @@ def test_slips_in_the_library_are_found(fake: FakeCuda, monkeypatch: pytest.Monk
         object.__setattr__(segments, "group", segments.group.inner)
         return build(segments, *sizes)
 
-    def float_lengths(segments: Any) -> Tensor:
-        lengths = (segments.end - segments.start).double()
-        return lengths.new_zeros(segments.samples).index_add_(0, segments.sample, lengths)
+    def scattered(parts: Tensor, spans: Tensor) -> Tensor:
+        return parts.new_zeros(len(spans)).index_add_(0, spans[:, 0].long(), parts.new_zeros(len(spans)))
 
     with fake.forbidding(capture=True, any_order=True):
         fused(fake)
     plain, build = segments.rows, triton.wgrad.build
     planted(triton.table, "rows", read, Waited, "reads a value")
     planted(triton.wgrad, "build", on_host, AssertionError, "schedule_kernel: group_ptr is on cpu")
-    planted(segments.Segments, "lengths", float_lengths, Unordered, "no fixed order")
+    planted(triton.gram, "position_sums", scattered, Unordered, "no fixed order")
     away = lambda tensor: torch.cuda.device(1)  # noqa: E731
     planted(wgrad_schedule, "on_device", away, AssertionError, "is on cuda:0, and the launch goes to cuda:1")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradnorm_kernels import checks, reference, segments
 from gradnorm_kernels.backends.triton import gram, launch
+from gradnorm_kernels.backends.triton.token_order import order
 from gradnorm_kernels.segments import Segments
 from gradnorm_kernels.tolerances import NORMS
 from gradnorm_kernels.traps import Case, assert_close, packed, poisoned_memory
@@ -119,10 +120,11 @@ def test_longer_samples_are_left_out(longest: int) -> None:
     """They are zero, and what is in them is not looked at."""
     case = packed(LENGTHS, 19, 35, torch.float32, **IDS)
     x, dy, segs = prepared(case)
-    samples, lengths = truth(case)[0], segs.lengths()
+    samples = truth(case)[0]
+    lengths = torch.zeros(len(samples), dtype=torch.int64).index_add_(0, segs.sample, segs.end - segs.start)
     x[6:76] = float("nan")  # the longest of all
     with poisoned_memory():
-        norms = gram.sample_norms(x, dy, segs, longest, SMALL)
+        norms = gram.sample_norms(x, dy, order(segs, len(x)), longest, SMALL)
     expected = torch.where(lengths <= longest, samples, 0.0)
     assert_close(norms, expected, NORMS[x.dtype])
     assert torch.equal(norms == 0, expected == 0)
@@ -133,7 +135,7 @@ def test_splits_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     x, dy, segs = prepared(case)
     for programs in (1, 12, 1000):
         monkeypatch.setattr(gram, "_PROGRAMS", programs)
-        assert_close(gram.sample_norms(x, dy, segs, len(x), SMALL), truth(case)[0], NORMS[x.dtype])
+        assert_close(gram.sample_norms(x, dy, order(segs, len(x)), len(x), SMALL), truth(case)[0], NORMS[x.dtype])
 
 
 def test_strides_and_widths_that_need_a_copy_get_one() -> None:
@@ -150,26 +152,10 @@ def test_strides_and_widths_that_need_a_copy_get_one() -> None:
     assert torch.equal(launch.even_rows(base[:, :5], 16)[:, 5:], torch.zeros(40, 11))
 
 
-def test_the_order_of_positions() -> None:
-    case = packed(LENGTHS, 2, 2, torch.float32, **IDS)
-    _, _, segs = prepared(case)
-    with poisoned_memory():
-        positions = gram.order(segs, sum(LENGTHS))
-    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
-    keys = sorted((IDS["group_ids"][sample], sample, at) for at, sample in enumerate(IDS["sample_ids"]))
-    rows = torch.cat([torch.arange(int(offsets[at]), int(offsets[at + 1])) for _, _, at in keys])
-    assert positions.row.tolist() == rows.tolist()
-    assert positions.sample.tolist() == [sample for _, sample, at in keys for _ in range(LENGTHS[at])]
-    assert positions.group.tolist() == [group for group, _, at in keys for _ in range(LENGTHS[at])]
-    for ids, spans in ((positions.sample, positions.sample_span), (positions.group, positions.group_span)):
-        for owner, (begin, stop) in enumerate(spans.tolist()):
-            assert (ids == owner).nonzero().flatten().tolist() == list(range(begin, stop))
-
-
 def test_nothing_to_add_up() -> None:
     case = packed([0, 0], 4, 5, torch.float32)
     x, dy, segs = prepared(case)
-    assert torch.equal(gram.sample_norms(x, dy, segs, 10, SMALL), torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(gram.sample_norms(x, dy, order(segs, 0), 10, SMALL), torch.zeros(2, dtype=torch.float64))
     assert torch.equal(gram.pair_gram(x, dy, segs, SMALL), torch.zeros(2, 2, dtype=torch.float64))
     sums = gram.pair_sums(x, dy, segs, True, SMALL)
     assert [float(part.abs().sum()) for part in sums if part is not None] == [0.0, 0.0, 0.0]
@@ -181,6 +167,9 @@ def test_offsets_that_are_out_of_range_do_not_leave_the_arrays() -> None:
     wrong = Segments(
         torch.tensor([0, 60]), torch.tensor([3, 90]), *[torch.tensor([0, 1], dtype=torch.int32)] * 2, 2, 2, None
     )
-    positions = gram.order(wrong, 50)
+    with poisoned_memory():
+        positions = order(wrong, 50)
     assert int(positions.row.min()) >= 0 and int(positions.row.max()) < 50
+    for spans in (positions.sample_span, positions.group_span):
+        assert int(spans.min()) >= 0 and int(spans.max()) <= 50
     gram.pair_sums(x, dy, wrong, True, SMALL)

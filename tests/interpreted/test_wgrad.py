@@ -18,6 +18,8 @@ from gradnorm_kernels import checks, reference
 from gradnorm_kernels import segments as table
 from gradnorm_kernels.backends.base import Results
 from gradnorm_kernels.backends.triton import wgrad
+from gradnorm_kernels.backends.triton.token_order import order
+from gradnorm_kernels.backends.triton.wgrad_schedule import ShortSamples
 from gradnorm_kernels.backends.triton.wgrad_sm100 import COMPILES, fitting_config
 from gradnorm_kernels.tuning import costs, tiles
 from gradnorm_kernels.tuning.tiles import KernelConfig
@@ -74,7 +76,11 @@ def run(
     plain = None if gram_tokens else table.plain_segments(batch)
     segments = table.device_segments(batch) if plain is None else plain
     launch = wgrad.Launch(config, programs, splits)
-    return wgrad.wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, workspace, launch)
+    short = None
+    if not isinstance(segments, table.PlainSegments) and gram_tokens:
+        none = torch.zeros(segments.samples, dtype=torch.float64)
+        short = ShortSamples(gram_tokens, none, order(segments, len(x)).sample_span)
+    return wgrad.wgrad(x, dy, segments, short, weight_grad, group_gram, workspace, launch)
 
 
 def compare(

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gradnorm_kernels.backends.triton import wgrad_schedule
+from gradnorm_kernels.backends.triton.token_order import order
+from gradnorm_kernels.backends.triton.wgrad_schedule import ShortSamples
 from gradnorm_kernels.segments import PlainSegments, Segments
 
 Row = tuple[int, int, int, int]
@@ -63,7 +65,9 @@ def test_the_list_of_k_tiles(seed: int, monkeypatch: pytest.MonkeyPatch) -> None
     narrow = (torch.tensor(values, dtype=torch.int32) for values in (ids, of))
     segments = Segments(torch.tensor(starts), torch.tensor(ends), *narrow, samples, groups, None)
     gram_tokens, splits, block_k = draw.choice([0, 5, 16, 1 << 40]), draw.choice([1, 2, 3, 7]), draw.choice([1, 4, 16])
-    schedule = wgrad_schedule.build(segments, offsets[-1], gram_tokens, block_k, splits, torch.device("cpu"))
+    spans = order(segments, offsets[-1]).sample_span
+    short = ShortSamples(gram_tokens, torch.empty(0), spans) if gram_tokens else None
+    schedule = wgrad_schedule.build(segments, offsets[-1], short, block_k, splits, torch.device("cpu"))
     right(schedule, expected(rows, gram_tokens, block_k), samples, groups)
 
 
@@ -82,7 +86,7 @@ def test_the_list_of_plain_segments(seed: int, monkeypatch: pytest.MonkeyPatch) 
         # A slice: nothing is compiled anew for where it starts.
         given = torch.tensor([7, *offsets], dtype=dtype)[1:] if even is None else None
         plain = PlainSegments(given, even or 0, offsets[-1], count)
-        found = wgrad_schedule.build(plain, offsets[-1], 0, block_k, splits, torch.device("cpu"))
+        found = wgrad_schedule.build(plain, offsets[-1], None, block_k, splits, torch.device("cpu"))
         assert int(found.count[1]) == 1
         right(found, wanted, count, 1)
 
@@ -103,7 +107,7 @@ def test_the_list_of_plain_segments(seed: int, monkeypatch: pytest.MonkeyPatch) 
 def test_offsets_that_are_out_of_range_are_noticed_and_fill_no_more_than_there_is_room(offsets: list[int]) -> None:
     """Every row is in the list once, in the first sample: no kernel leaves its arrays."""
     plain = PlainSegments(torch.tensor(offsets), 0, 9, 3)
-    found = wgrad_schedule.build(plain, 9, 0, 4, 1, torch.device("cpu"))
+    found = wgrad_schedule.build(plain, 9, None, 4, 1, torch.device("cpu"))
     assert found.count.tolist() == [3, 0]
     assert [value >> 20 for value in found.k_tiles.tolist()[:3]] == [0, 4, 8]
     assert found.sample.tolist()[:3] == [0, 0, 0]

@@ -211,7 +211,9 @@ def test_what_only_the_csv_has_is_not_run_again_and_not_lost(tmp_path: Path, mon
     assert [job.folder.name for job in run._jobs(settings, more, tmp_path, kept)] == [
         *("uniform-seed2", "uniform-seed3", "proportional-seed3")
     ]
-    with pytest.raises(UserError, match="leave out uniform-seed1, proportional-seed1, whose numbers are in .* alone and would be lost"):
+    with pytest.raises(
+        UserError, match="leave out uniform-seed1, proportional-seed1, whose numbers are in .* alone and would be lost"
+    ):
         run._kept(
             tmp_path,
             dataclasses.replace(spec, seeds=[2]),

@@ -25,6 +25,8 @@ from ...segments import Segments, device_segments, one_sample_per_group, plain_s
 from ..base import NO_FLOAT64, UP_TO_FLOAT32, Backend, Plan
 from . import dot, gram, segment_table, sketch, wgrad
 from .embedding import embedding_gram, embedding_norms, tied_gram
+from .token_order import order
+from .wgrad_schedule import ShortSamples
 
 __all__ = [
     "BACKEND",
@@ -102,7 +104,7 @@ def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tenso
     short = min(plan.gram_tokens, batch.tokens)
     plain = None if batch.empty or by_pairs or short else plain_segments(batch)
     if plain is not None:
-        found = wgrad.wgrad(x, dy, plain, 0, batch.weight_grad, batch.group_gram, plan.workspace)
+        found = wgrad.wgrad(x, dy, plain, None, batch.weight_grad, batch.group_gram, plan.workspace)
         return found.sample_sq, found.group_sq, found.weight_grad, found.group_gram
     segments = _segments(batch)
     total: Tensor | None = None
@@ -114,9 +116,11 @@ def fused_grad_norm(batch: GradBatch, plan: Plan) -> tuple[Tensor, Tensor, Tenso
     elif by_pairs:
         samples, groups, pairs = gram.pair_sums(x, dy, segments, batch.group_gram)
     else:
-        of_short = gram.sample_norms(x, dy, segments, short) if short else None
-        wanted = batch.weight_grad, batch.group_gram
-        found = wgrad.wgrad(x, dy, segments, short, *wanted, plan.workspace, of_samples=of_short)
+        short_samples = None
+        if short:
+            positions = order(segments, batch.tokens)
+            short_samples = ShortSamples(short, gram.sample_norms(x, dy, positions, short), positions.sample_span)
+        found = wgrad.wgrad(x, dy, segments, short_samples, batch.weight_grad, batch.group_gram, plan.workspace)
         return found.sample_sq, found.group_sq, found.weight_grad, found.group_gram
     guard = segments.guard
     return (
@@ -135,7 +139,7 @@ def grad_gram(batch: GradBatch, plan: Plan) -> Tensor:
         return segments.guard(_zeros(x, segments.samples, segments.samples))
     if plan.group_sums == "gram":
         return segments.guard(gram.pair_gram(x, dy, segments))
-    result = wgrad.wgrad(x, dy, segments.each_alone(), 0, False, True, plan.workspace).group_gram
+    result = wgrad.wgrad(x, dy, segments.each_alone(), None, False, True, plan.workspace).group_gram
     assert result is not None
     return result
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ...segments import Segments
 from ...tuning.tiles import KernelConfig
-from .gram import order
 from .launch import checked, config_for, copies_ahead, even_rows, fence_copies, on_device, widened
 from .reduce import position_sums
+from .token_order import order
 
 #: The kernels of the configs that this module is compiled for.
 CONFIGS = ("dot",)

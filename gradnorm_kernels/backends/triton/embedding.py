@@ -25,9 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...segments import Segments
-from .gram import LANES, inner, order
+from .gram import LANES, inner
 from .launch import even_rows, on_device
 from .reduce import position_sums, row_sums
+from .token_order import order
 
 #: No config chooses among forms of these kernels.
 CONFIGS = ()

@@ -4,9 +4,8 @@
 accumulates ``x_t . x_s`` over d_in in one float32 tile and ``dy_t . dy_s`` over d_out in another, multiplies the two
 and sums. A block is paired with itself and with earlier ones: symmetry gives the rest.
 
-**Order.** Segments arrive sorted by (group, sample). Concatenated they give every token a *position*. The kernels cut
-the positions into blocks and look up the row of x and dy that a position stands for (:class:`TokenOrder`). Gathering
-whole rows costs nothing extra: along a row the loads are as wide as ever.
+**Order.** The kernels cut the *positions* of tokens (:mod:`.token_order`) into blocks and look up the row of x and dy
+that a position stands for. Gathering whole rows costs nothing extra: along a row the loads are as wide as ever.
 
 **Blocks and samples.** Blocks do not stop where a sample ends. Blocks cut at the ends of samples would be almost empty
 at the 32 to 256 tokens that are the main use: the work per tile is BLOCK^2 however few tokens are in it. A tile here
@@ -32,7 +31,6 @@ CUDA graph. The caller applies ``Segments.guard`` to the results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,10 +38,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...segments import Segments, vectors
+from ...segments import Segments
 from ...tuning.tiles import KernelConfig
 from .launch import checked, config_for, copies_ahead, even_rows, fence_copies, on_device
 from .reduce import position_sums, row_sums
+from .token_order import TokenOrder, order
 
 #: The kernels of the configs that this module is compiled for.
 CONFIGS = ("gram", "gram_norms")
@@ -51,85 +50,6 @@ CONFIGS = ("gram", "gram_norms")
 LANES = 16
 # Programs that keep every multiprocessor of a large GPU busy: few blocks of tokens are split over the blocks they meet.
 _PROGRAMS = 512
-_ORDER_BLOCK, _ORDER_WARPS = 256, 4
-
-
-@dataclass(frozen=True)
-class TokenOrder:
-    """``row``, ``sample``, ``group``: [T] int32, of each position. Ids ascend with the positions as the segments' do.
-
-    ``sample_span`` [N, 2] and ``group_span`` [K, 2] int32: first position and the one after the last; (0, 0) for none.
-    """
-
-    row: Tensor
-    sample: Tensor
-    group: Tensor
-    sample_span: Tensor
-    group_span: Tensor
-
-
-@triton.jit
-def _segment_of(end_ptr, position, segments, steps):
-    """The first segment that ends after a position, at most the last one. ``end_ptr`` as in token_order_kernel."""
-    low = tl.zeros_like(position)
-    high = low + (segments - 1)
-    for _ in range(steps):
-        middle = (low + high) // 2
-        after = tl.load(end_ptr + middle) <= position
-        low = tl.minimum(tl.where(after, middle + 1, low), high)
-        high = tl.where(after, high, middle)
-    return low
-
-
-@triton.jit
-def _write_span(span_ptr, own, before, after, position, tokens):
-    """First and last position of a span of equal ids; each is written by the one token that sits there."""
-    inside = position < tokens
-    tl.store(span_ptr + 2 * own, position, mask=inside & ((position == 0) | (own != before)))
-    tl.store(span_ptr + 2 * own + 1, position + 1, mask=inside & ((position == tokens - 1) | (own != after)))
-
-
-@triton.jit(do_not_specialize=["tokens", "segments", "steps"])
-def token_order_kernel(
-    start_ptr,  # [S] int: first row of each segment
-    end_ptr,  # [S] int64: position after each segment's last one (running sum of the lengths)
-    length_ptr,  # [S] int: rows of each segment
-    segment_sample_ptr,  # [S] int32
-    segment_group_ptr,  # [S] int32
-    row_ptr,  # [T] int32, out
-    sample_ptr,  # [T] int32, out
-    group_ptr,  # [T] int32, out
-    sample_span_ptr,  # [N, 2] int32, out, zero before
-    group_span_ptr,  # [K, 2] int32, out, zero before
-    tokens,
-    segments,
-    steps,  # of the binary search: the bits of ``segments``
-    BLOCK: tl.constexpr,
-):
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = position < tokens
-    own = _segment_of(end_ptr, position, segments, steps)
-    before = _segment_of(end_ptr, position - 1, segments, steps)
-    after = _segment_of(end_ptr, position + 1, segments, steps)
-    row = tl.load(start_ptr + own) + position - (tl.load(end_ptr + own) - tl.load(length_ptr + own))
-    # Segments that do not cover the rows make nonsense of a row: kept inside the tensors, and reported elsewhere.
-    row = tl.minimum(tl.maximum(row, 0), tokens - 1)
-    tl.store(row_ptr + position, row.to(tl.int32), mask=inside)
-    sample = tl.load(segment_sample_ptr + own)
-    group = tl.load(segment_group_ptr + own)
-    tl.store(sample_ptr + position, sample, mask=inside)
-    tl.store(group_ptr + position, group, mask=inside)
-    _write_span(
-        sample_span_ptr,
-        sample,
-        tl.load(segment_sample_ptr + before),
-        tl.load(segment_sample_ptr + after),
-        position,
-        tokens,
-    )
-    _write_span(
-        group_span_ptr, group, tl.load(segment_group_ptr + before), tl.load(segment_group_ptr + after), position, tokens
-    )
 
 
 @triton.jit
@@ -268,46 +188,15 @@ def gram_pairs_kernel(
                     tl.store(pair_ptr + other_partial * partials + partial, sums, mask=present)
 
 
-def order(segments: Segments, tokens: int) -> TokenOrder:
-    """The order of ``tokens`` rows that ``segments`` describe, on the segments' device."""
-    device = segments.start.device
-    row, sample, group = vectors([tokens] * 3, torch.int32, device)
-    room = segments.samples + segments.samples % 2  # both begin at a multiple of 16 bytes
-    spans = torch.zeros(room + segments.groups, 2, dtype=torch.int32, device=device)
-    sample_span, group_span = spans[: segments.samples], spans[room:]
-    count = segments.start.shape[0]
-    if tokens and count:
-        length = segments.sizes
-        with on_device(row):
-            token_order_kernel[(triton.cdiv(tokens, _ORDER_BLOCK),)](
-                segments.start,
-                length.cumsum(0),
-                length,
-                segments.sample,
-                segments.group,
-                row,
-                sample,
-                group,
-                sample_span,
-                group_span,
-                tokens,
-                count,
-                count.bit_length(),
-                BLOCK=_ORDER_BLOCK,
-                num_warps=_ORDER_WARPS,
-                enable_fp_fusion=True,
-            )
-    return TokenOrder(row, sample, group, sample_span, group_span)
-
-
-def sample_norms(x: Tensor, dy: Tensor, segments: Segments, longest: int, config: KernelConfig | None = None) -> Tensor:
+def sample_norms(
+    x: Tensor, dy: Tensor, positions: TokenOrder, longest: int, config: KernelConfig | None = None
+) -> Tensor:
     """``||G_i||^2`` of each sample of at most ``longest`` tokens, 0 for the others: [N] float64."""
     config = config or config_for("gram_norms", x, x.shape[-1], dy.shape[-1])
     x, dy = even_rows(x, config.block_k), even_rows(dy, config.block_k)
     tokens = checked(x, dy)
-    positions = order(segments, tokens)
     if not _any(x, dy, positions):
-        return x.new_zeros(segments.samples, dtype=torch.float64)
+        return x.new_zeros(len(positions.sample_span), dtype=torch.float64)
     longest = min(longest, tokens)
     blocks = triton.cdiv(tokens, config.block_m)
     # A block meets at most as many blocks as the longest sample reaches back to.
@@ -343,25 +232,25 @@ def pair_sums(
 
     ``config`` is that of the pairs. Without ``group_gram`` only pairs within a group are looked at.
     """
-    samples = sample_norms(x, dy, segments, x.shape[0])
-    groups = _gram(x, dy, segments, config, groups=True, within=not group_gram)
+    positions = order(segments, x.shape[0])
+    samples = sample_norms(x, dy, positions, x.shape[0])
+    groups = _gram(x, dy, positions, config, groups=True, within=not group_gram)
     # A diagonal is a view with another stride, and results of an operator must not share memory.
     return samples, groups.diagonal().clone(), groups if group_gram else None
 
 
 def pair_gram(x: Tensor, dy: Tensor, segments: Segments, config: KernelConfig | None = None) -> Tensor:
     """``<G_i, G_j>`` [N, N] float64, symmetric. The segments must have one group, or every sample its own."""
-    return _gram(x, dy, segments, config, groups=False, within=False)
+    return _gram(x, dy, order(segments, x.shape[0]), config, groups=False, within=False)
 
 
 def _gram(
-    x: Tensor, dy: Tensor, segments: Segments, config: KernelConfig | None, *, groups: bool, within: bool
+    x: Tensor, dy: Tensor, positions: TokenOrder, config: KernelConfig | None, *, groups: bool, within: bool
 ) -> Tensor:
     """The Gram of samples or groups; ``within``: only its diagonal is defined."""
     config = config or config_for("gram", x, x.shape[-1], dy.shape[-1])
     x, dy = even_rows(x, config.block_k), even_rows(dy, config.block_k)
     tokens = checked(x, dy)
-    positions = order(segments, tokens)
     ids, spans = (positions.group, positions.group_span) if groups else (positions.sample, positions.sample_span)
     count = spans.shape[0]
     if not _any(x, dy, positions):
@@ -421,10 +310,4 @@ def signatures(
         types = arguments | {"id_ptr": "*i32", "pair_ptr": "*fp32", **sizes, "partials": "i32"}
         tile |= {"GROUP": config.group_m, "LANES": LANES}
         found += [(gram_pairs_kernel, types, tile | {"WITHIN": within}, {}) for within in (False, True)]
-    types = dict.fromkeys(("start_ptr", "end_ptr", "length_ptr"), "*i64")
-    types |= dict.fromkeys(("segment_sample_ptr", "segment_group_ptr", "row_ptr", "sample_ptr", "group_ptr"), "*i32")
-    types |= dict.fromkeys(("sample_span_ptr", "group_span_ptr"), "*i32")
-    types |= dict.fromkeys(("tokens", "segments", "steps"), "i32")
-    options = {"num_warps": _ORDER_WARPS, "num_stages": 3}
-    found.append((token_order_kernel, types, {"BLOCK": _ORDER_BLOCK}, options))
     return found

@@ -33,7 +33,7 @@ from .launch import asynchronous, config_for, has_tensor_memory, on_device
 from .products import product_lanes
 from .reduce import FIXUP_CHUNK, WARPS, finish, split_fixup_kernel
 from .wgrad_kernels import pointer_config, wgrad_sm80_kernel, wgrad_sm90_kernel, workspace_tiles
-from .wgrad_schedule import Schedule, build
+from .wgrad_schedule import Schedule, ShortSamples, build
 from .wgrad_sm100 import COMPILES, fitting_config, flat_config, wgrad_sm100_kernel
 
 # The fewest K tiles that a split should have.
@@ -74,19 +74,17 @@ def wgrad(
     x: Tensor,
     dy: Tensor,
     segments: Segments | PlainSegments,
-    gram_tokens: int,
+    short: ShortSamples | None,
     weight_grad: bool,
     group_gram: bool,
     workspace: int,
     launch: Launch | None = None,
-    of_samples: Tensor | None = None,
 ) -> Results:
-    """Norms from the weight-gradient GEMM, with an epilogue at the end of each sample of over ``gram_tokens`` tokens.
+    """Norms from the weight-gradient GEMM, with an epilogue at the end of each sample that is not ``short``.
 
     x [T, d_in], dy [T, d_out] with rows of unit stride, no size 0, and at least one segment. ``workspace``: the most
     elements of the groups' sums held at a time where torch multiplies them (one tile of each group where that is more).
-    Norms of samples that were not measured are ``of_samples`` [N] float64, or 0 without it. Where the values of index
-    tensors on the GPU were out of range, every result is NaN (dW in its first row).
+    Where the values of index tensors on the GPU were out of range, every result is NaN (dW in its first row).
     """
     tokens, d_in, d_out = x.shape[0], x.shape[1], dy.shape[1]
     launch = launch_for(x, d_in, d_out) if launch is None else launch
@@ -114,8 +112,8 @@ def wgrad(
         splits = max(1, min(launch.programs // step, tokens // (_SPLIT_K_TILES * config.block_k)))
     if config.nested and splits > 1:
         flat = replace(launch, config=flat_config(config))
-        return wgrad(x, dy, segments, gram_tokens, weight_grad, group_gram, workspace, flat, of_samples)
-    schedule = build(segments, tokens, gram_tokens, config.block_k, splits, x.device)
+        return wgrad(x, dy, segments, short, weight_grad, group_gram, workspace, flat)
+    schedule = build(segments, tokens, short, config.block_k, splits, x.device)
     sums = x.new_empty(held if lanes else step, groups, size, dtype=torch.float32) if store_sums else None
     results = Results.empty(x, segments.samples, groups, x.new_empty(d_out, d_in) if weight_grad else None, group_gram)
     for first in range(0, tiles, step):
@@ -139,7 +137,7 @@ def wgrad(
             products,
             first=first == 0,
             last=stop == tiles,
-            of_samples=of_samples,
+            of_samples=None if short is None else short.norms,
         )
     return results
 

@@ -5,8 +5,8 @@ arrays have room for the worst case. One program makes the whole list: it is sho
 wgrad kernels then walk one flat loop over the K tiles. The flags of a K tile say what ends behind it, so that loads run
 ahead across the ends of samples.
 
-Samples of at most ``gram_tokens`` tokens are not measured: nothing is squared at their ends, and where they are
-neighbours in memory one K tile may hold several of them.
+:class:`ShortSamples` are not measured: nothing is squared at their ends, and where they are neighbours in memory one K
+tile may hold several of them.
 
 With few output tiles the schedule is cut into even *splits*, wherever that cuts samples and groups. The partial sums of
 what is cut are added by the split-K fix-up (:mod:`.reduce`) before they are squared.
@@ -15,7 +15,7 @@ what is cut are added by the split-K fix-up (:mod:`.reduce`) before they are squ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -48,6 +48,17 @@ _WARPS = 8
 CONFIGS = ("wgrad",)
 
 
+class ShortSamples(NamedTuple):
+    """Samples of at most ``tokens`` tokens: wgrad does not measure them, their norms are known from pairs of tokens.
+
+    ``norms`` [N] float64, 0 for the others. ``spans`` [N, 2] int32, of all samples (:mod:`.token_order`).
+    """
+
+    tokens: int
+    norms: Tensor
+    spans: Tensor
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The list of K tiles, and where the norms will be.
@@ -71,11 +82,16 @@ class Schedule:
 
 
 def build(
-    segments: Segments | PlainSegments, tokens: int, gram_tokens: int, block_k: int, splits: int, device: torch.device
+    segments: Segments | PlainSegments,
+    tokens: int,
+    short: ShortSamples | None,
+    block_k: int,
+    splits: int,
+    device: torch.device,
 ) -> Schedule:
     """The schedule of at least one segment. ``tokens`` is T, ``splits`` the number of even parts.
 
-    With plain segments every sample is measured: ``gram_tokens`` must be 0.
+    With plain segments every sample is measured: ``short`` must be None.
     """
     plain = isinstance(segments, PlainSegments)
     count = segments.samples if isinstance(segments, PlainSegments) else segments.start.shape[0]
@@ -84,14 +100,13 @@ def build(
     sizes = [most, most, 2, segments.samples + segments.groups, count + 2, 5 * count]
     sample, group, number, state, runs, ids = vectors(sizes, torch.int32, device)
     length, valid = 0, None
-    start, end, of_sample, of_group, lengths = bounds, bounds, ids, ids, bounds
+    start, end, of_sample, of_group = bounds, bounds, ids, ids
     if isinstance(segments, PlainSegments):
-        assert gram_tokens == 0
+        assert short is None
         length = segments.length
         start = bounds if segments.offsets is None else segments.offsets
     else:
         start, end, of_sample, of_group = segments.start, segments.end, segments.sample, segments.group
-        lengths = segments.lengths() if gram_tokens else start
         valid = None if segments.valid is None else segments.valid.view(torch.uint8)
     with on_device(k_tiles):
         schedule_kernel[(1,)](
@@ -99,7 +114,7 @@ def build(
             end,
             of_sample,
             of_group,
-            lengths,
+            ids if short is None else short.spans,
             ids if valid is None else valid,
             bounds,
             ids,
@@ -114,12 +129,12 @@ def build(
             segments.groups,
             tokens,
             length,
-            gram_tokens,
+            0 if short is None else min(short.tokens, tokens),
             splits,
             PLAIN=plain,
             OFFSETS=plain and start is not bounds,
             CHECKED=valid is None,
-            ALL_MEASURED=gram_tokens == 0,
+            ALL_MEASURED=short is None,
             BLOCK_K=block_k,
             CHUNK=_CHUNK,
             num_warps=_WARPS,
@@ -171,7 +186,7 @@ def carried_in(k_tile_ptr, k_sample_ptr, first):
 
 
 @triton.jit(
-    do_not_specialize=["segments", "samples", "groups", "tokens", "even_length", "gram_tokens", "splits"],
+    do_not_specialize=["segments", "samples", "groups", "tokens", "even_length", "short_tokens", "splits"],
     do_not_specialize_on_alignment=["start_ptr"],  # cu_seqlens may be a slice
 )
 def schedule_kernel(
@@ -179,7 +194,7 @@ def schedule_kernel(
     end_ptr,  # [S] int64; read unless PLAIN, like the next two
     sample_ptr,  # [S] int32
     group_ptr,  # [S] int32
-    length_ptr,  # [N] int64: tokens of each sample; read unless ALL_MEASURED
+    span_ptr,  # [N, 2] int32: positions of each sample; read unless ALL_MEASURED
     valid_ptr,  # [] uint8: whether all values are in range; read unless CHECKED or PLAIN
     bounds_ptr,  # [4, S] int64, workspace: start and end of the segments with rows, then of the merged ones
     ids_ptr,  # [5, S] int32, workspace: sample and group of the same, then the merged ones' first K tiles
@@ -194,7 +209,7 @@ def schedule_kernel(
     groups,  # K
     tokens,  # T
     even_length,  # rows of a segment, where PLAIN without OFFSETS
-    gram_tokens,
+    short_tokens,  # samples of so many tokens are not measured
     splits,
     PLAIN: tl.constexpr,  # segment s is sample s, of one group
     OFFSETS: tl.constexpr,
@@ -245,8 +260,9 @@ def schedule_kernel(
             sample = tl.load(sample_ptr + at, mask=inside, other=0)
             group = tl.load(group_ptr + at, mask=inside, other=0)
         if not ALL_MEASURED:
-            length = tl.load(length_ptr + sample, mask=inside, other=0)
-            sample = tl.where(length > gram_tokens, sample, -1)
+            begin = tl.load(span_ptr + 2 * sample, mask=inside, other=0)
+            stop = tl.load(span_ptr + 2 * sample + 1, mask=inside, other=0)
+            sample = tl.where(stop - begin > short_tokens, sample, -1)
         kept = inside & (end > start)
         to = filled + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(bounds_ptr + to, start, mask=kept)
@@ -367,10 +383,20 @@ def signatures(
     config: KernelConfig, element: str = "bf16"
 ) -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What a config launches: (kernel, argument -> type, constexpr -> value, options), for a compile-only check."""
-    wide = ("start_ptr", "end_ptr", "length_ptr", "bounds_ptr", "k_tile_ptr")
-    narrow = ("sample_ptr", "group_ptr", "ids_ptr", "k_sample_ptr", "k_group_ptr", "count_ptr", "state_ptr", "run_ptr")
+    wide = ("start_ptr", "end_ptr", "bounds_ptr", "k_tile_ptr")
+    narrow = (
+        "sample_ptr",
+        "group_ptr",
+        "span_ptr",
+        "ids_ptr",
+        "k_sample_ptr",
+        "k_group_ptr",
+        "count_ptr",
+        "state_ptr",
+        "run_ptr",
+    )
     types = dict.fromkeys(wide, "*i64") | dict.fromkeys(narrow, "*i32") | {"valid_ptr": "*u8"}
-    types |= dict.fromkeys(("segments", "samples", "groups", "tokens", "even_length", "gram_tokens", "splits"), "i32")
+    types |= dict.fromkeys(("segments", "samples", "groups", "tokens", "even_length", "short_tokens", "splits"), "i32")
     tile = {"BLOCK_K": config.block_k, "CHUNK": _CHUNK}
     options = {"num_warps": _WARPS}
     found = []
