@@ -225,6 +225,9 @@ def test_what_only_the_csv_has_is_not_run_again_and_not_lost(tmp_path: Path, mon
     (tmp_path / "study.json").write_text(json.dumps(again))
     assert run.describe(settings, more, name, tmp_path)["earlier"] == again["earlier"]
     assert f"Earlier runs: commit `{first['commit']}`, cpu" in page(again, {})
+    assert "on another machine" not in page(again, {})
+    elsewhere = again | {"earlier": [again["earlier"][0] | {"machine": {"device": "cuda"}}]}
+    assert "made on another machine or with other versions" in page(elsewhere, {})
 
 
 def test_a_whole_study_stops_goes_on_and_answers(tmp_path: Path) -> None:

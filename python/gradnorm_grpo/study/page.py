@@ -202,6 +202,12 @@ def _limits(study: Mapping[str, Any], answers: Answers, given: Sequence[Reading]
         "Undecided means that these data do not tell: it is no evidence that there is no effect.",
         "Correlations across tasks rest on few tasks, however many runs there are. None of them says what causes what.",
     ]
+    here = [study.get(key) for key in ("machine", "versions")]
+    if any([own.get(key) for key in ("machine", "versions")] != here for own in study.get("earlier") or []):
+        limits.append(
+            "Some runs were made on another machine or with other versions, where the same seed may begin from other "
+            "weights: arms are paired by seed, but such pairs share no more than their questions."
+        )
     if seeds < 2:
         limits.append("With fewer than two seeds nothing is known of how far another seed would differ.")
     undecided = [escape(a.question) for a in given if a.verdict == "undecided"]
