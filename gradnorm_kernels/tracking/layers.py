@@ -193,12 +193,15 @@ class Parameters:
         first: dict[int, str] = {}
         self._name: dict[tuple[str, str], str] = {}
         self._owners: dict[str, int] = {}
+        self._not_embeddings: dict[str, int] = {}  # how many of them are none
         for name, module in model.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in wanted:
                     known = first.setdefault(id(parameter), f"{name}.{leaf}" if name else leaf)
                     self._name[name, leaf] = known
                     self._owners[known] = self._owners.get(known, 0) + 1
+                    other = kind_of(module) != "embedding"
+                    self._not_embeddings[known] = self._not_embeddings.get(known, 0) + other
 
     def name(self, layer: Layer, leaf: str) -> str:
         """The parameter's name, the same for all modules that share it."""
@@ -207,6 +210,10 @@ class Parameters:
     def tied(self, name: str) -> bool:
         """Whether several modules own the parameter."""
         return self._owners.get(name, 1) > 1
+
+    def tied_to_embeddings(self, name: str) -> bool:
+        """Whether several modules own the parameter, all but one of them embeddings."""
+        return self.tied(name) and self._not_embeddings[name] == 1
 
     def news(self) -> tuple[set[str], dict[str, str]]:
         """What changed since the last call.

@@ -116,24 +116,33 @@ def _with_gradient(dy: Tensor) -> Tensor | None:
     return torch.ones(len(dy), dtype=torch.bool, device=dy.device).index_fill_(0, zero, False)
 
 
-def weight_sums(parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = False) -> BlockSums:
+def weight_sums(
+    parts: Sequence[Tokens], rows: Rows, *, weight_grad: bool = False, head: BlockSums | None = None
+) -> BlockSums:
     """Gram over blocks of ``G_p = sum_uses sum_tokens scale dy x^T`` for one weight matrix.
 
-    With ``weight_grad`` (one linear use only) also dW of the plain, unscaled gradient, which backward needs.
+    With ``weight_grad`` (one linear use only) also dW of the plain, unscaled gradient, which backward needs. ``head``:
+    what this function gave for the only linear use among several, without the embeddings.
     """
+    if head is not None and not any(part.embedding for part in parts):
+        return head
     if parts[0].expert is not None:
         return _expert_sums(parts, rows)
     factors = _block_factors(parts, rows)
     scaled = parts if factors is not None else [_prescale(part) for part in parts]
 
     if any(part.embedding for part in parts):
-        sums = _embedding_sums(scaled, rows)
+        sums = _embedding_sums(scaled, rows, with_heads=head is None)
     else:
         sums = _linear_sums(scaled, rows, weight_grad and factors is not None)
     if factors is not None:
         factor = to_device(factors, sums.gram.device)
         own = to_device(factors[rows.sample_block], sums.gram.device)
-        return BlockSums(sums.gram * factor[:, None] * factor, sums.sample_sq * own**2, sums.weight_grad)
+        sums = BlockSums(sums.gram * factor[:, None] * factor, sums.sample_sq * own**2, sums.weight_grad)
+    if head is not None:
+        return BlockSums(sums.gram + head.gram, sums.sample_sq + head.sample_sq, None)
+    if factors is not None:
+        return sums
     plain = parts[0]
     return sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype) if weight_grad else None)
 
@@ -243,10 +252,11 @@ def _linear_sums(parts: Sequence[Tokens], rows: Rows, weight_grad: bool) -> Bloc
     return BlockSums(gram, r.sample_sq_norms, r.weight_grad)
 
 
-def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
+def _embedding_sums(parts: Sequence[Tokens], rows: Rows, *, with_heads: bool) -> BlockSums:
     """The sums of uses of one matrix of which some are embeddings: ``one_hot(id) dy^T``, and ``dy x^T`` of a tied head.
 
-    The operators for embeddings give the first and the inner products of the two.
+    The operators for embeddings give the first and the inner products of the two. Without ``with_heads`` the inner
+    products of heads with themselves are left out.
     """
     embeddings, heads = ([part for part in parts if part.embedding == kind] for kind in (True, False))
     ids, e, e_cu_seqlens, e_sample_ids = _packed(embeddings)
@@ -277,9 +287,11 @@ def _embedding_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:
         num_groups=rows.num_blocks,
     )
     cross_gram = cross.group_gram if rows.inner_products else cross.group_gram.diagonal().diag()
-    gram = gram + cross_gram + cross_gram.T
+    gram, sample_sq = gram + cross_gram + cross_gram.T, sample_sq + 2 * cross.sample_dots
+    if not with_heads:
+        return BlockSums(gram, sample_sq, None)
     head = _linear_sums(heads, rows, False)
-    return BlockSums(head.gram + gram, head.sample_sq + (sample_sq + 2 * cross.sample_dots), None)
+    return BlockSums(head.gram + gram, head.sample_sq + sample_sq, None)
 
 
 def _packed(parts: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from .exact import TaskSums
 from .experts import Product, expert_tokens
 from .layers import Layer, Parameters
 from .parameter_gram import (
+    BlockSums,
     Tokens,
     bias_rows,
     padding_weight_grad,
@@ -74,6 +75,7 @@ class Recorder:
         self._reconciliation = reconciliation
         self._done: set[str] = set()
         self._kept: dict[str, list[Tokens]] = {}
+        self._heads: dict[str, BlockSums] = {}  # weight -> the sums of a head that is tied to embeddings, by itself
         self._versions: dict[str, list[tuple[int, int]]] = {}  # of the tensors in them, which autograd shares
         self._kinds: dict[str, dict[str, str]] = {}  # weight -> {layer: kind}
         self._vectors: dict[str, Tensor] = {}
@@ -134,10 +136,17 @@ class Recorder:
             return plain_weight_grad(call, dy) if weight_grad else None
         if layer.kind == "embedding" or self._used_again(name, layer):
             self._keep(name, tokens)
-            return plain_weight_grad(call, dy) if weight_grad else None
-        self._done.add(name)
-        sums = weight_sums([tokens], self.rows, weight_grad=weight_grad)
-        self._add(name, sums.gram, sums.sample_sq)
+            if not weight_grad:
+                return None
+            if self.calls.get(layer.name) != 1 or not self._parameters.tied_to_embeddings(name):
+                return plain_weight_grad(call, dy)
+            # The head's own sums come with its dW; what it has in common with the embeddings is added at the end.
+            sums = weight_sums([tokens], self.rows, weight_grad=True)
+            self._heads[name] = sums._replace(weight_grad=None)
+        else:
+            self._done.add(name)
+            sums = weight_sums([tokens], self.rows, weight_grad=weight_grad)
+            self._add(name, sums.gram, sums.sample_sq)
         outside = padding_weight_grad(call, dy) if weight_grad else None
         return sums.weight_grad if outside is None or sums.weight_grad is None else sums.weight_grad + outside
 
@@ -241,7 +250,8 @@ class Recorder:
                     "micro-batch ended, so that the parameter's gradient can no longer be measured: make that "
                     "operation (a hook that changes a gradient, a buffer that is filled again) out of place"
                 )
-            self._add(name, *weight_sums(uses, rows)[:2])
+            once = sum(not tokens.embedding for tokens in uses) == 1
+            self._add(name, *weight_sums(uses, rows, head=self._heads.get(name) if once else None)[:2])
         for name, vector in self._vectors.items():
             if name in self._skipped:
                 continue

@@ -9,6 +9,7 @@ import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,36 @@ def test_inner_products_of_groups(groups: int, d_in: int, d_out: int, isa: int):
                 traps.assert_close(total.double(), right, WEIGHT_GRAD[torch.float32])
             first = first or found
             assert torch.equal(found.gram, first.gram) and torch.equal(found.sample_sq, first.sample_sq)
+
+
+@isas
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 5])
+def test_inner_products_of_a_wide_weight(groups: int, dtype: torch.dtype, isa: int, monkeypatch: pytest.MonkeyPatch):
+    """Several passes over its rows, each with packed operands of all tokens; one where they would be too many."""
+    runs = runs_of([[3, 40 + k, 1] for k in range(groups)])
+    x, dy = batch(runs, 97, 130, dtype)
+    right = torch.empty(130, 97, dtype=torch.float64)
+    expected = segmented_wgrad(x.double(), dy.double(), runs, 1 << 30, right, True)
+    scale = expected.group_sq.sqrt().outer(expected.group_sq.sqrt())
+    module, passes = native.module(), []
+    counted = {"segmented_wgrad": lambda **given: passes.append(given["d_out"]) or module.segmented_wgrad(**given)}
+    others = {name: getattr(module, name) for name in dir(module) if name not in counted and not name.startswith("_")}
+    monkeypatch.setattr(wgrad.native, "module", lambda: SimpleNamespace(**counted, **others))
+    for packed, fewest, heights in ((97 + 47, 1, [44, 44, 42]), (97 + 47, 48, [130]), (96, 1, [130])):
+        monkeypatch.setattr(wgrad, "_MOST_PACKED", packed * len(x))
+        monkeypatch.setattr(wgrad, "_FEWEST_ROWS", fewest)
+        for weight_grad in (True, False):
+            with traps.poisoned_memory():
+                total = torch.empty(130, 97, dtype=dtype) if weight_grad else None
+                found = wgrad.segmented_wgrad(x, dy, runs, 1 << 30, total, True, None, isa, 2)
+            assert passes == heights
+            passes.clear()
+            torch.testing.assert_close(found.sample_sq, expected.sample_sq, rtol=NORMS[dtype], atol=0)
+            assert found.gram is not None and expected.gram is not None
+            traps.assert_close(found.gram, expected.gram, NORMS[dtype], scale)
+            if total is not None:
+                traps.assert_close(total.double(), right, WEIGHT_GRAD[dtype])
 
 
 @isas

@@ -15,6 +15,8 @@ _SCRATCH = threading.local()
 _MOST_KEPT = 1 << 25
 # Elements of x and dy that are packed at once at most, for the groups' inner products: 64 MiB.
 _MOST_PACKED = 1 << 24
+# Rows of the weight for which packing x again is worth it.
+_FEWEST_ROWS = 512
 
 
 def segmented_wgrad(
@@ -48,14 +50,16 @@ def segmented_wgrad(
         slot += span.measured
     index = torch.tensor([ends, [group for _, group in spans], slots], device="cpu")
 
-    # Few groups' inner products are taken inside the pass, whose packed operands are then those of all tokens.
-    paired = 0
+    # Few groups' inner products are taken inside a pass, whose packed operands are then those of all tokens: a wide
+    # weight takes several passes over parts of its rows.
+    paired, fitting = 0, min(d_out, _MOST_PACKED // max(1, len(x)) - d_in)
     if group_gram and len(groups) <= module.MOST_GRAM_GROUPS and samples + len(groups) <= module.MOST_GRAM_SQUARES:
-        paired = len(groups) if len(x) * (d_in + d_out) <= _MOST_PACKED else 0
+        paired = len(groups) if fitting >= min(d_out, _FEWEST_ROWS) else 0
     # The sum over the groups is formed where it is returned if the dtype allows. A lone group's sum is that sum.
     in_place = weight_grad if weight_grad is not None and weight_grad.dtype == torch.float32 else None
     lone = in_place is not None and len(groups) == 1
-    rows = d_out if lone or paired else -(-d_out // -(-d_out // max(1, workspace // (d_in * held))))
+    most = fitting if paired else d_out if lone else max(1, workspace // (d_in * held))
+    rows = -(-d_out // -(-d_out // most))
     through = weight_grad is not None and in_place is None and (len(groups) > 1 or paired > 0)
     sizes = {
         "sums": 0 if lone or paired else held * rows * d_in,
