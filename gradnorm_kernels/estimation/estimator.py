@@ -16,10 +16,22 @@ NAN = float("nan")
 #: With fewer samples that have a gradient, U +- 1.96 jackknife errors holds U in less than nine draws of ten
 #: (docs/study/intervals.md).
 MIN_INFORMATIVE = 5
+#: Squared norms and inner products that differ by more than this share of the largest are not those of one set of
+#: gradients. Far above the rounding of any dtype or algorithm, since what it catches are mixed-up arguments.
+WRONG = 0.02
 
 
 class CrossProduct(NamedTuple):
-    """What :func:`cross_product` returns; every tensor is [K], one entry a group."""
+    """What :func:`cross_product` returns; every tensor is [K], one entry per group, on the CPU.
+
+    Attributes:
+        sq_norm: float64, U in the squared unit of the gradient; NaN for a group of fewer than two samples.
+        plug_in: float64, the biased ``||mean G||^2`` in the same unit.
+        noise_scale: float64, tr(Cov)/U, in samples.
+        n: int64, the samples.
+        std_error: float64, of ``sq_norm`` and in its unit; NaN for fewer than three samples. None without a gram.
+        n_effective: int64, the samples with a gradient (see :class:`TaskGradient`).
+    """
 
     sq_norm: Tensor
     plug_in: Tensor
@@ -36,8 +48,18 @@ class TaskGradient:
     ``sq_norm = sum_{p != q} <G_p, G_q> / sum_{p != q} w_p w_q`` (w = 1 for a sample that is whole in its micro-batch),
     in the squared unit of the loss per unit of the parameters; NaN where no pair was seen, and it may be negative.
 
-    ``n`` counts the samples, ``n_effective`` those with a gradient (``||G_i||^2`` above a millionth of the task's
-    largest; a prompt whose completions all have the same reward has none). None: not known, as in older logs.
+    Attributes:
+        sq_norm: U.
+        std_error: its standard error, in its unit; NaN for fewer than three samples, and in a single step under the
+            tracker's ``errors="tasks"`` and ``"steps"``.
+        noise_scale: tr(Cov)/U, in samples: the batch size at which noise and signal are equal.
+        plug_in: the biased ``||mean G||^2``, in the unit of ``sq_norm``.
+        n: the samples.
+        mean_sq_norm: the mean of ``||G_i||^2``, in the unit of ``sq_norm``.
+        pair_weight: ``sum_{p != q} w_p w_q``, the denominator of U; n (n - 1) where all pairs of whole samples count.
+        std_error_method: what ``std_error`` comes from, in words.
+        n_effective: the samples with a gradient (``||G_i||^2`` above a millionth of the task's largest; a prompt whose
+            completions all have the same reward has none). None: not known, as in older logs.
     """
 
     sq_norm: float
@@ -67,6 +89,45 @@ def too_few_informative(n_effective: int | None, n: int) -> str:
     return f"too few informative prompts ({n_effective} of {n})"
 
 
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that should be equal differ by more than any rounding. What is not finite is not compared."""
+    finite = one.isfinite() & other.isfinite()
+    one, other = one[finite], other[finite]
+    return other.numel() > 0 and bool((one - other).abs().max() > WRONG * other.abs().max())
+
+
+def check_gram(gram: Tensor) -> None:
+    """Refuse a square float64 matrix that holds no inner products. What is not finite is not looked at.
+
+    Raises:
+        ValueError: the matrix is not symmetric, or has a negative number on its diagonal.
+    """
+    if _differ(gram, gram.T):
+        raise ValueError("gram must be symmetric, as inner products <G_i, G_j> are: pass grad_gram's result")
+    diagonal = gram.diagonal()
+    if _differ(diagonal, diagonal.abs()):
+        raise ValueError(
+            f"gram must have squared norms ||G_i||^2 on its diagonal, got {float(diagonal.nan_to_num(0.0).min()):.3g}: "
+            "pass grad_gram's result"
+        )
+
+
+def _check_norms(sample_sq: Tensor, group_sq: Tensor, own: Tensor, count: Tensor) -> None:
+    """Refuse squared norms that are no gradients': ``0 <= ||sum_i G_i||^2 <= n sum_i ||G_i||^2`` (Cauchy-Schwarz)."""
+    for name, norms in (("sample_sq_norms", sample_sq), ("group_sq_norms", group_sq)):
+        if _differ(norms, norms.abs()):
+            raise ValueError(f"{name} must not be negative, got {float(norms.nan_to_num(0.0).min()):.3g}")
+    most = count * own
+    above = group_sq.isfinite() & (group_sq > (1 + WRONG) * most)
+    if above.any():
+        k = int(above.nonzero()[0])
+        raise ValueError(
+            f"group_sq_norms[{k}] = {float(group_sq[k]):.6g} is more than n times the sum of its {int(count[k])} "
+            f"samples' squared norms allows ({float(most[k]):.6g}): pass both results of one call of fused_grad_norm, "
+            "and the group_ids of that call"
+        )
+
+
 def cross_product(
     sample_sq_norms: Tensor, group_sq_norms: Tensor, group_ids: Tensor | Sequence[int], gram: Tensor | None = None
 ) -> CrossProduct:
@@ -78,9 +139,10 @@ def cross_product(
 
     Args:
         sample_sq_norms: [N] float, ||G_i||^2 in the squared unit of the gradient.
-        group_sq_norms: [K] float, ||sum over the group's samples of G_i||^2.
+        group_sq_norms: [K] float, ||sum over the group's samples of G_i||^2, in the same unit.
         group_ids: [N] int, the group of each sample, each in [0, K).
-        gram: [N, N] float, all <G_i, G_j>; with it the standard error is computed, without it it is None.
+        gram: [N, N] float, all <G_i, G_j>, in the same unit; with it the standard error is computed, without it it is
+            None.
 
     Returns:
         :class:`CrossProduct` of float64 (n and n_effective: int64) [K] tensors on the CPU. ``n_effective`` counts the
@@ -88,9 +150,11 @@ def cross_product(
         and n = 0; nothing is clamped: U may be negative.
 
     Raises:
-        ValueError: shapes that do not fit together, group ids that are not ints, or one outside [0, K).
+        ValueError: shapes that do not fit together, group ids that are not ints, or one outside [0, K). Numbers that
+            no gradients have: a negative squared norm, a group's squared norm above n times the sum of its samples',
+            a gram that is not symmetric or whose diagonal is not ``sample_sq_norms``.
 
-    Source: the two-sample U-statistic of degree 2; the noise scale is that of McCandlish et al. 2018 (arXiv
+    Source: a U-statistic of degree 2 (Hoeffding 1948); the noise scale is that of McCandlish et al. 2018 (arXiv
         1812.06162).
     """
     sample_sq = torch.as_tensor(sample_sq_norms, dtype=torch.float64).detach().cpu()
@@ -117,6 +181,7 @@ def cross_product(
     n = torch.bincount(ids, minlength=groups)
     count = n.to(torch.float64)
     own = torch.zeros(groups, dtype=torch.float64, device="cpu").index_add_(0, ids, sample_sq)
+    _check_norms(sample_sq, group_sq, own, count)
     sq_norm = ratio(group_sq - own, count * (count - 1))
     std_error = None
     if gram is not None:
@@ -125,6 +190,12 @@ def cross_product(
             raise ValueError(
                 f"gram must be [N, N] with N = {ids.numel()} samples, got shape {tuple(gram.shape)}: pass grad_gram's "
                 f"result"
+            )
+        check_gram(gram)
+        if _differ(gram.diagonal(), sample_sq):
+            raise ValueError(
+                "gram's diagonal must be sample_sq_norms, and it is not: pass both of the same samples, in one order, "
+                "and of the same layers"
             )
         ones = torch.ones(ids.numel(), dtype=torch.float64, device="cpu")
         part = PairSums(gram, gram.diagonal(), ones, ones, ids, range(ids.numel()))

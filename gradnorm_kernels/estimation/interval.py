@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .estimator import MIN_INFORMATIVE, NAN
+from .estimator import MIN_INFORMATIVE, NAN, check_gram
 from .moments import informative
 
 _CHUNK = 1 << 22  # weights of bootstrap resamples in one product
@@ -57,19 +57,22 @@ def confidence_interval(
         samples have a gradient: too few to say how much they differ. ``value`` is NaN for fewer than two samples.
 
     Raises:
-        ValueError: a gram that is not square, or a level, resamples or seed outside its range.
+        ValueError: a gram that is not square or not symmetric, or whose diagonal is negative; or a level, resamples or
+            seed outside its range.
     """
+    gram = torch.as_tensor(gram)
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(
             f"gram must be [n, n], the inner products of one task's samples, got shape {tuple(gram.shape)}: pass "
             "grad_gram's result, or the task's rows and columns of it"
         )
-    if not 0.0 < level < 1.0:
+    if not isinstance(level, (int, float)) or not 0.0 < level < 1.0:
         raise ValueError(f"level must lie strictly between 0 and 1, got {level!r}: 0.95 is usual")
     for name, number, least in (("resamples", resamples, 99), ("seed", seed, 0)):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {number!r}")
     g = gram.detach().to("cpu", torch.float64)
+    check_gram(g)
     n, diagonal = len(g), g.diagonal()
     if n < 2:
         return ConfidenceInterval(NAN, NAN, NAN, NAN, n, int((diagonal != 0).sum()))

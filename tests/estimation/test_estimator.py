@@ -222,6 +222,31 @@ def test_bad_shapes_are_refused_by_name() -> None:
         gk.RunningEstimate(decay=1.0)
 
 
+def test_numbers_that_no_gradients_have_are_refused() -> None:
+    """Mixed-up arguments would give a number all the same: another order, other layers, norms instead of squares."""
+    g = torch.randn(7, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    gram, ids = g @ g.T, torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    own = gram.diagonal()
+    whole = torch.stack([gram[ids == k][:, ids == k].sum() for k in range(2)])
+    assert torch.isfinite(gk.cross_product(own, whole, ids, gram).sq_norm).all()
+    with pytest.raises(ValueError, match="gram must be symmetric"):
+        gk.cross_product(own, whole, ids, gram.triu())
+    with pytest.raises(ValueError, match="gram must have squared norms"):
+        gk.cross_product(own, whole, ids, -gram)
+    for other in (gram.flip(0, 1), 2 * gram, gram / (own[:, None] * own).sqrt()):
+        with pytest.raises(ValueError, match="gram's diagonal must be sample_sq_norms"):
+            gk.cross_product(own, whole, ids, other)
+    with pytest.raises(ValueError, match="sample_sq_norms must not be negative"):
+        gk.cross_product(-own, whole, ids)
+    with pytest.raises(ValueError, match=r"group_sq_norms\[0\] = .* 3 samples"):
+        gk.cross_product(own, whole + 1000, ids)
+    poisoned = g.clone()
+    poisoned[2, 3] = torch.nan
+    gram = poisoned @ poisoned.T
+    whole[0] = torch.nan
+    assert gk.cross_product(gram.diagonal(), whole, ids, gram).sq_norm.isnan().tolist() == [True, False]
+
+
 def task_gradient(u: float, pairs: float = 12.0, se: float = 0.5, n: int = 4) -> gk.TaskGradient:
     return gk.TaskGradient(u, se, 1.0, u + 1, n, u + 2, pairs, "jackknife over samples")
 

@@ -116,6 +116,9 @@ def test_it_holds_u_more_often_than_the_jackknife_where_neither_holds_it_often_e
     [
         (torch.ones(3), {}, r"gram must be \[n, n\].*got shape \(3,\)"),
         (torch.ones(3, 2), {}, r"got shape \(3, 2\)"),
+        (torch.ones(3, 3).triu(), {}, "gram must be symmetric"),
+        (-torch.eye(3), {}, "gram must have squared norms"),
+        (torch.eye(3), {"level": "0.9"}, "level must lie strictly between 0 and 1, got '0.9'"),
         (torch.eye(3), {"level": 1.0}, "level must lie strictly between 0 and 1, got 1.0"),
         (torch.eye(3), {"resamples": 10}, "resamples must be an int of at least 99, got 10"),
         (torch.eye(3), {"seed": -1}, "seed must be an int of at least 0, got -1"),
