@@ -35,13 +35,25 @@ class StepPlan:
     """What an optimizer step looks like, where that is known beforehand.
 
     ``samples``: the most samples of one step, over all micro-batches and ranks. ``together``: the most samples of one
-    micro-batch. ``whole``: the rows of a sample are all in one micro-batch. ``tasks``: the number of tasks.
+    micro-batch. ``whole``: the rows of a sample are all in one micro-batch. ``tasks``: the number of tasks. The numbers
+    are ints of at least 1, ``whole`` is a bool.
+
+    Raises:
+        ValueError: a number below 1 or not an int, or ``whole`` no bool.
     """
 
     samples: int
     together: int
     whole: bool
     tasks: int
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "together", "tasks"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {number!r}")
+        if not isinstance(self.whole, bool):
+            raise ValueError(f"whole must be True or False, got {self.whole!r}")
 
 
 @dataclass(frozen=True)

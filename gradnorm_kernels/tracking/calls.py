@@ -320,7 +320,10 @@ class Placements:
             raise Unreadable(f"{_got(layer, x)}: {self.unclear[key]}; {_ADVICE}")
         if key in self.seen:
             readings = " or ".join(sorted(map(str, self.seen[key])))
-            raise Unreadable(f"{_got(layer, x)}: in its other calls {readings}, which does not fit this one; {_ADVICE}")
+            raise Unreadable(
+                f"{_got(layer, x)}: in its other calls {readings}, which does not fit this one with its {rows.batch} "
+                f"rows; pass task_ids for every row the model sees, {_ADVICE}"
+            )
         placement = self._by_shape(layer, x, shape, rows, outermost)
         if outermost:
             self._assumed.setdefault(key, set()).add(placement)

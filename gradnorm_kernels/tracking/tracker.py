@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..estimation.estimator import RunningEstimate
 from ..estimation.moments import PairSums, add_up
 from . import distributed
-from .accumulate import ACCUMULATE, ERRORS, MEMORY_BUDGET, Accumulation, RankPart, StepPlan, StepResult
+from .accumulate import MEMORY_BUDGET, Accumulation, RankPart, StepPlan, StepResult
 from .calls import BatchDim, Placements, check_batch_dim
 from .hooks import Watcher
 from .layers import KINDS, Layer, LayerChoice, Parameters, select_layers
+from .options import check_options, check_patterns
 from .packing import CuSeqlens
 from .reconcile import ELSEWHERE, Arrivals, Reconciliation
 from .recorder import Recorder
@@ -28,8 +29,6 @@ from .skipped import Skipped, some
 from .stats import StepStats, step_stats
 
 MAX_BLOCKS = 512  # with more samples in one micro-batch the jackknife leaves out folds instead of samples
-VERIFY = ("once", "always")
-UNVERIFIED = (None, "raise", "skip")
 
 
 class GradNormTracker:
@@ -86,7 +85,7 @@ class GradNormTracker:
 
     Raises:
         ValueError: nothing to measure, (fused) a linear with a forward of its own, or an unknown option.
-        TypeError: ``model`` is not a module, ``layers`` or ``process_group`` is of the wrong type.
+        TypeError: ``model`` is not a module, or an option is of the wrong type.
     """
 
     def __init__(
@@ -106,22 +105,17 @@ class GradNormTracker:
         batch_dim: BatchDim = None,
         verify: str = "once",
     ) -> None:
-        for name, value, allowed in (
-            ("accumulate", accumulate, ACCUMULATE),
-            ("errors", errors, ERRORS),
-            ("unverified", unverified, UNVERIFIED),
-            ("verify", verify, VERIFY),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        for name, number, low in (("sketch_width", sketch_width, 2), ("memory_budget", memory_budget, 0)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < low):
-                raise ValueError(f"{name} must be an int of at least {low}, got {number!r}")
-        if accumulate == "sketch" and errors != "samples":
-            raise ValueError(
-                f"errors={errors!r} is for accumulate='pairs', 'exact' or 'auto', got 'sketch', whose inner products "
-                "of all samples cost nothing more: leave errors at 'samples'"
-            )
+        check_options(
+            fused=fused,
+            frozen=frozen,
+            accumulate=accumulate,
+            errors=errors,
+            unverified=unverified,
+            verify=verify,
+            sketch_width=sketch_width,
+            memory_budget=memory_budget,
+            plan=plan,
+        )
         check_batch_dim(batch_dim)
         distributed.resolve(process_group)
         if not isinstance(model, nn.Module):
@@ -145,6 +139,7 @@ class GradNormTracker:
             raise ValueError(f"layers={layers!r} picks nothing that can be measured: {self._skipped.news()}")
         self._watcher.layers = self._layers
         self.layers = [layer.name for layer in self._layers]
+        check_patterns(batch_dim, self.layers)
         self._warn_skipped(3)
         measured = self._measured()
         width = default_width(sum(p.dim() > 1 for p in measured.values())) if sketch_width is None else sketch_width
@@ -399,8 +394,9 @@ class GradNormTracker:
         kinds = ", ".join(f"layer {layer.name!r} ({type(layer.module).__name__})" for layer in owners)
         raise RuntimeError(
             f"{name!r} of {kinds} cannot be measured: {fault}. The parameter is used outside a call of its layer "
-            "(F.linear on its weight, a tied head, a term of the loss), or rows were lost on the way. Leave it out of "
-            f'layers=, or pass unverified="skip" ({len(wrong)} such parameters: {some(wrong)})'
+            "(F.linear on its weight, a tied head, a term of the loss), or its forward ran outside the block "
+            "tracker.microbatch(...), or rows were lost on the way. Run forward and backward inside the block, leave it "
+            f'out of layers=, or pass unverified="skip" ({len(wrong)} such parameters: {some(wrong)})'
         )
 
     def _nothing_left(self) -> bool:

@@ -27,6 +27,10 @@ def stream(rows):
         ({}, {"task_column": "topic"}, "task_column='topic' is not a column"),
         ({}, {"every": 0}, "every must be an int of at least 1"),
         ({}, {"max_cosines": -1}, "max_cosines must be an int of at least 0, got -1"),
+        ({}, {"gain_window": 0}, "gain_window must be an int of at least 1, got 0"),
+        ({}, {"keep_groups_together": "no"}, "keep_groups_together must be True or False, got 'no'"),
+        ({}, {"allow_undefined": 1}, "allow_undefined must be True or False, got 1"),
+        ({}, {"floor": 0.5}, "floor=0.5 goes with drawn tasks, got task_sampling='off'"),
         ({}, {"task_sampling": "loudest"}, "task_sampling must be one of"),
         ({}, {"task_sampling": "proportional", "exponent": 2.0}, "exponent goes with strategy='power'"),
         ({}, {"exponent": 2.0}, "exponent goes with task_sampling='power'"),
@@ -220,7 +224,7 @@ def test_equal_is_the_old_word_for_uniform(tmp_path):
     """Both draw every task alike and warn: "equal" because it is old, "uniform" because it used to mean "off"."""
     with pytest.warns(FutureWarning, match="'equal' is now called 'uniform'"):
         old = attach(tiny.grpo(tmp_path), task_sampling="equal")
-    with pytest.warns(FutureWarning, match=r"every task with the same probability. Before .* pass 'off'"):
+    with pytest.warns(FutureWarning, match=r"every task with the same probability. It used to .* pass 'off'"):
         new = attach(tiny.grpo(tmp_path), task_sampling="uniform")
     for attached in (old, new):
         assert attached.sampler.strategy == "uniform"

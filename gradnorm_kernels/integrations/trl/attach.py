@@ -29,6 +29,7 @@ from .grpo import GrpoHooks
 from .sft import SftHooks
 from .validation import (
     check_count,
+    check_flag,
     check_trainer,
     check_version,
     grpo_plan,
@@ -45,6 +46,8 @@ _LOGGER = logging.getLogger(__name__)
 STATE_FILE = "gradnorm_state.json"
 #: How far the factor of a loss may lie from the expected one, relative to it: the rounding of a scalar in bfloat16.
 FACTOR_TOLERANCE = 2e-2
+#: TaskSampler's. Another floor without draws was meant for some and is refused.
+DEFAULT_FLOOR = 0.1
 
 
 def attach(
@@ -56,7 +59,7 @@ def attach(
     task_sampling: str = "off",
     *,
     exponent: float | None = None,
-    floor: float = 0.1,
+    floor: float = DEFAULT_FLOOR,
     decay: float | None = 0.9,
     seed: int | None = None,
     correction: str | TaskBalancer | None = None,
@@ -75,9 +78,11 @@ def attach(
     correction nor keep_groups_together the run is the trainer's own to the last bit on one device.
 
     The trainer's logs get, for each task: ``tasks/<task>/grad_norm_sq`` (U), ``.../grad_norm_sq_se``,
-    ``.../noise_scale``, ``.../n`` (samples), and ``tasks/cosine/<a>/<b>``; in GRPO also ``.../reward``,
-    ``.../learning_gain``, ``.../abs_advantage``, ``.../response_length``, ``.../sampling_prob`` and ``.../weight``.
-    With logging_steps above 1 they are pooled over the steps since the last line.
+    ``.../noise_scale``, ``.../n`` (samples), ``.../n_effective`` (samples with a gradient) and
+    ``tasks/cosine/<a>/<b>``; in GRPO also ``.../reward``, ``.../learning_gain``, ``.../abs_advantage``,
+    ``.../response_length``, ``.../sampling_prob`` and ``.../weight``. ``accumulate/<mode>`` is the share of steps whose
+    U is of this kind: "pairs", "exact" or "sketch". With logging_steps above 1 all are pooled over the steps since the
+    last line. Squared norms are in the squared unit of the loss per unit of the parameters.
 
     Args:
         trainer: the trainer, built and not yet training.
@@ -90,7 +95,8 @@ def attach(
             with the same probability. Otherwise tasks are drawn by their running U: "proportional" (to the norm),
             "proportional_sq", "inverse", or "power" (``exponent``). Rows of a task come in shuffled passes. The draw
             happens when the generation begins, so it uses every step before it, and it is the same on every process.
-        exponent, floor, decay: of :class:`TaskSampler`; decay also of the correction's running averages.
+        exponent, floor, decay: of :class:`TaskSampler`, where tasks are drawn; decay also of the correction's running
+            averages.
         seed: of the draws; default: ``trainer.args.seed``.
         correction: GRPO only. A strategy of :class:`TaskBalancer` ("equal_pull", "mgda", "pcgrad" ...) or a balancer:
             its weights multiply the tasks' advantages; U stays that of the unweighted loss.
@@ -99,7 +105,8 @@ def attach(
         row_scale: for a trainer with a loss of its own: ``row_scale(trainer, inputs)`` (SFT: ``row_scale(trainer,
             inputs, num_items_in_batch)``) gives the [B] factors from a row's share of the differentiated loss to the
             row's own loss.
-        gain_window: generations on each side of ``learning_gain``.
+        gain_window: at least 1. ``learning_gain`` is the mean reward of so many latest generations minus that of as
+            many before.
         max_cosines: log the cosines of at most so many pairs of tasks per line: those measured on the most samples.
             None logs all. ``.last.cosines`` always has them all.
         allow_undefined: where no step can hold two samples, U stays undefined: attach warns with the arithmetic, and
@@ -131,10 +138,18 @@ def attach(
     grpo = isinstance(trainer, GRPOTrainer)
     check_trainer(trainer, (*Attachment.NEEDS, *(GrpoHooks.NEEDS if grpo else SftHooks.NEEDS)))
     refuse_common(trainer, own_group="process_group" in tracker_options)
+    for name, flag in (("keep_groups_together", keep_groups_together), ("allow_undefined", allow_undefined)):
+        check_flag(name, flag)
     check_count("every", every, 1, "1 measures each step that can be measured")
+    check_count("gain_window", gain_window, 1, "it is how many generations are on each side of learning_gain")
     if max_cosines is not None:
         check_count("max_cosines", max_cosines, 0, "it is how many pairs of tasks a log line holds; None logs all")
     strategy = sampling_strategy(task_sampling)
+    if strategy is None and floor != DEFAULT_FLOOR:
+        raise ValueError(
+            f"floor={floor!r} goes with drawn tasks, got task_sampling={task_sampling!r}: name another task_sampling, "
+            "or leave floor out"
+        )
     seed = trainer.args.seed if seed is None else seed
     rows = row_tasks(trainer, task_column)
     accumulate = tracker_options.get("accumulate", "auto")

@@ -78,11 +78,21 @@ def check_count(name: str, value: Any, low: int, meaning: str) -> None:
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}: {meaning}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse anything but a bool: a text such as "no" counts as true.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def sampling_strategy(task_sampling: str) -> str | None:
     """TaskSampler's strategy for ``task_sampling``; None for "off".
 
-    Before version 0.2, "uniform" meant today's "off" and "equal" meant today's "uniform". "equal" keeps its meaning.
-    "uniform" has the new one, and both warn, so that no run changes silently.
+    "uniform" used to mean "off", and "equal" what "uniform" means now. "equal" keeps its meaning. "uniform" has the
+    new one, and both warn, so that no run changes silently.
 
     Raises:
         ValueError: an unknown word.
@@ -96,8 +106,8 @@ def sampling_strategy(task_sampling: str) -> str | None:
         return "uniform"
     if task_sampling == "uniform":
         warnings.warn(
-            "task_sampling='uniform' draws every task with the same probability. Before version 0.2 it left TRL's own "
-            "sampler alone: for that, leave task_sampling out or pass 'off'",
+            "task_sampling='uniform' draws every task with the same probability. It used to leave TRL's own sampler "
+            "alone: for that, leave task_sampling out or pass 'off'",
             FutureWarning,
             stacklevel=3,
         )
