@@ -32,16 +32,18 @@ TARGET, TARGET_SMALL, SMALL = 1.15, 1.2, 576
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_ratio", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--d", type=int, nargs="+", default=[576, 1024, 2048, 4096], help="d_in = d_out")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024, 2048], help="tokens per sample"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per batch")
     parser.add_argument("--ragged", action="store_true", help="samples of half to one and a half times the length")
     names = [name for name in PROVIDERS if name != BASELINE]
     parser.add_argument(
         "--providers", nargs="+", default=["auto"], choices=names, metavar="NAME", help=", ".join(names)
     )
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="timed pairs per shape (default: 15)")
     parser.add_argument("--threads", type=int, help="default: torch's own choice; 1 with --clock cpu")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of what passes, or of the process")
     parser.add_argument("--out", type=Path, help=f"JSON file; default: one in {RESULTS.name}/ named by date")
     options = parser.parse_args(arguments)
     if options.threads or options.clock == "cpu":

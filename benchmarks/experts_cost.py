@@ -8,6 +8,7 @@ of its own. Time is the median of later micro-batches; memory is the process's p
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import resource
 import statistics
@@ -61,7 +62,10 @@ def measure(case: str, implementation: str, layers: str | None) -> tuple[float, 
     return statistics.median(seconds[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.experts_cost", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.parse_args(arguments)
     context = multiprocessing.get_context("spawn")
     for case in CASES:
         for implementation in ("eager", "grouped_mm"):

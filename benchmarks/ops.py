@@ -127,16 +127,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="L",
         help="the same lengths in the tracker's call: every sample is a group, with all inner products",
     )
-    parser.add_argument("--tokens", type=int, help="tokens per batch")
+    parser.add_argument("--tokens", type=int, help="tokens per batch; default 16384")
     parser.add_argument("--groups", type=int, default=1, help="groups of samples per batch")
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU, both in a dry run"
     )
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="NAME", help=", ".join(PROVIDERS))
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--seconds", type=float, help="time budget of one provider on one batch")
     parser.add_argument("--patience", type=float, default=120, help="seconds after which a provider counts as hung")
-    parser.add_argument("--minutes", type=float, help="stop after so long; the rows measured until then are written")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after so long; what was measured is written")
     parser.add_argument("--commit", help="for the record, if this is no git checkout")
     parser.add_argument("--out", type=Path, help="result file; default: one in benchmarks/results/")
 

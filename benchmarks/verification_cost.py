@@ -7,6 +7,7 @@ Two random Llamas on the CPU: a tiny one, and one of SmolLM2-135M's shape. Run i
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 import warnings
@@ -24,7 +25,10 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = {"tiny": (TINY, 16, 64, 7), "smollm2": (SMOLLM2, 8, 48, 3)}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.verification_cost", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # the tracker's warning about skipped parameters
     for name, (size, rows, tokens, repeats) in CASES.items():
         torch.manual_seed(0)

@@ -81,8 +81,17 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+USAGE = """usage: python -m gradnorm_kernels [check | tune] [--help]
+
+without a command  print versions, and which backends can run here and why the others cannot
+check              hold every backend that runs here to float64 on small, difficult inputs
+tune               try tiles of the Triton kernels for one shape on this GPU and keep the fastest
+
+`check --help` and `tune --help` list their arguments."""
+
+
 def main(arguments: list[str]) -> int:
-    """Print the facts, tune, or check; 2 for anything else."""
+    """Print the facts, tune, check, or say how it is called; 2 for anything else."""
     if not arguments:
         print(describe())
         return 0
@@ -90,7 +99,10 @@ def main(arguments: list[str]) -> int:
         return autotune.main(arguments[1:])
     if arguments[0] == "check":
         return selfcheck.main(arguments[1:])
-    print("usage: python -m gradnorm_kernels [check | tune] [--help]", file=sys.stderr)
+    if arguments in (["--help"], ["-h"]):
+        print(USAGE)
+        return 0
+    print(f"{USAGE}\n\nno command is called {arguments[0]!r}", file=sys.stderr)
     return 2
 
 

@@ -113,9 +113,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--d_out", type=_positive, required=True, help="the layer's output width")
     parser.add_argument("--tokens", type=_positive, required=True, help="rows of x and dy in a call")
     parser.add_argument("--sample_tokens", type=_positive, default=512, help="tokens per sample (default: 512)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--limit", type=_positive, help="try at most this many configs per kernel")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and dy (default: bf16)")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all of them")
+    parser.add_argument("--limit", type=_positive, help="try at most this many configs per kernel (default: all)")
     chosen = parser.parse_args(arguments)
     dtype = DTYPES[chosen.dtype]
     reason = backends.unavailable_reason("triton", "fused_grad_norm", "cuda", dtype)

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import ops, records, step
+from benchmarks import experts_cost, ops, records, step, verification_cost
 from benchmarks.__main__ import main
 from benchmarks.batches import LAYERS
 from benchmarks.harness import LostError
@@ -267,3 +267,14 @@ def test_models_have_the_published_number_of_parameters(name, parameters):
     shapes = {tuple(model.get_submodule(layer).weight.shape) for layer in linears(model)}
     named = {(layer.d_out, layer.d_in) for layer in LAYERS.values() if layer.model == name}
     assert not named or named == shapes
+
+
+@pytest.mark.parametrize("command", [experts_cost, verification_cost])
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--quick", 2)])
+def test_a_command_without_options_does_not_ignore_one(command, argument, status, capsys):
+    """It would measure for a minute instead of saying what it does."""
+    with pytest.raises(SystemExit) as ended:
+        command.main([argument])
+    assert ended.value.code == status
+    printed = capsys.readouterr()
+    assert ("unrecognized arguments: --quick" in printed.err) if status else ("Run it alone" in printed.out)

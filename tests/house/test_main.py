@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import gradnorm_kernels
@@ -31,6 +33,15 @@ def test_as_a_command():
     assert facts["gradnorm_kernels"] == gradnorm_kernels.__version__
     assert facts["python"] == platform.python_version()
     assert facts["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("-h", 0), ("chek", 2)])
+def test_it_says_how_it_is_called(argument, status, capsys):
+    assert main.main([argument]) == status
+    printed = capsys.readouterr()
+    text = printed.err if status else printed.out
+    assert all(re.search(rf"^{name} +[a-z]", text, re.MULTILINE) for name in ("without a command", "check", "tune"))
+    assert ("no command is called 'chek'" in text) == bool(status)
 
 
 def test_every_backend_says_whether_and_why(monkeypatch):

@@ -7,8 +7,8 @@ taken on Fisher's scale, with standard error ``sqrt(1.06 / (K - 3))``.
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, special, stats
 
+from ..errors import UserError
 from ..numbers import fixed, percent, significant
 from .decision import PRIMARY, spearman_error
 from .measurements import Measurements
@@ -167,4 +168,11 @@ def tables(folders: Sequence[Path]) -> str:
 
 
 if __name__ == "__main__":
-    print(tables([Path(name) for name in sys.argv[1:]]), end="")
+    parser = argparse.ArgumentParser(
+        prog="python -m gradnorm_grpo.study.power", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="finished studies, each with a measurements.csv")
+    try:
+        print(tables(parser.parse_args().folders), end="")
+    except UserError as error:
+        parser.error(str(error))
