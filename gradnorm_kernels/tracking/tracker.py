@@ -395,8 +395,8 @@ class GradNormTracker:
         raise RuntimeError(
             f"{name!r} of {kinds} cannot be measured: {fault}. The parameter is used outside a call of its layer "
             "(F.linear on its weight, a tied head, a term of the loss), or its forward ran outside the block "
-            "tracker.microbatch(...), or rows were lost on the way. Run forward and backward inside the block, leave it "
-            f'out of layers=, or pass unverified="skip" ({len(wrong)} such parameters: {some(wrong)})'
+            "tracker.microbatch(...), or rows were lost on the way. Run forward and backward inside the block, leave "
+            f'it out of layers=, or pass unverified="skip" ({len(wrong)} such parameters: {some(wrong)})'
         )
 
     def _nothing_left(self) -> bool:
