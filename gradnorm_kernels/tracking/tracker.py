@@ -18,7 +18,7 @@ from .accumulate import MEMORY_BUDGET, Accumulation, RankPart, StepPlan, StepRes
 from .calls import BatchDim, Placements, check_batch_dim
 from .hooks import Watcher
 from .layers import KINDS, Layer, LayerChoice, Parameters, select_layers
-from .options import check_options, check_patterns
+from .options import check_options, check_patterns, check_state
 from .packing import CuSeqlens
 from .reconcile import ELSEWHERE, Arrivals, Reconciliation
 from .recorder import Recorder
@@ -579,7 +579,8 @@ class GradNormTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`. Raises ValueError where the state is that of something else."""
+        check_state(state)
         running: dict[Hashable, RunningEstimate] = {}
         for task, entry in state["running"]:
             running[task] = RunningEstimate()

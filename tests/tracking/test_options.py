@@ -61,3 +61,10 @@ def test_ids_for_too_few_rows_are_said_in_a_later_micro_batch() -> None:
     said = "with its 3 rows; pass task_ids for every row the model sees"
     with pytest.raises(ValueError, match=said), tracker.microbatch(["a"] * 3):
         model(torch.randn(4, 7, 3)).mean().backward()
+
+
+@pytest.mark.parametrize("state", [{}, {"sampler": 1}, 3])
+def test_a_state_of_something_else_is_refused(state: Any) -> None:
+    tracker = gk.GradNormTracker(nn.Sequential(nn.Linear(3, 5)), "all")
+    with pytest.raises(ValueError, match=r"state must be what GradNormTracker.state_dict\(\) returned, got"):
+        tracker.load_state_dict(state)
