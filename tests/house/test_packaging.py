@@ -46,6 +46,8 @@ def text_files() -> list[Path]:
         folders[:] = [name for name in folders if name not in SKIPPED and not name.endswith(".egg-info")]
         for name in names:
             path = Path(folder) / name
+            if name == ".git":  # in a worktree of git's a file, which names a folder of the machine
+                continue
             if b"\0" not in path.read_bytes()[:8192] and name != "LICENSE":
                 found.append(path)
     return sorted(found)
