@@ -58,7 +58,15 @@ _LIBRARY.define(
 
 
 class FusedGradNorm(NamedTuple):
-    """What :func:`fused_grad_norm` returns."""
+    """What :func:`fused_grad_norm` returns; no tensor carries an autograd graph.
+
+    Attributes:
+        sample_sq_norms: [N] float64, ``||G_i||^2`` in the squared unit of the gradient.
+        group_sq_norms: [K] float64, ``||sum over the group's samples of G_i||^2``, in the same unit.
+        weight_grad: [d_out, d_in] in x's dtype, the sum of all G_i; None unless asked for.
+        group_gram: [K, K] float64, the inner products of the groups' sums; None unless asked for.
+        sketches: [N, r_out, r_in] float32 (float64 for float64), ``C_out^T G_i C_in``; None unless asked for.
+    """
 
     sample_sq_norms: Tensor
     group_sq_norms: Tensor

@@ -221,7 +221,7 @@ class TaskSampler(Generic[Task]):
 
         Raises:
             ValueError: entries are missing or unknown, or the state is that of a sampler with other tasks, another
-                order of tasks, or another exponent, floor or decay. In either case this sampler is unchanged.
+                order of tasks, or another exponent, floor or decay. The sampler is then unchanged.
         """
         expected = self.state_dict()
         if set(state) != set(expected):

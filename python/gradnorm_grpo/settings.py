@@ -149,14 +149,14 @@ class Settings:
     )
 
     # The optimizer
-    learning_rate: float = _setting(1e-6, "Of AdamW.", above=0.0)
-    weight_decay: float = _setting(0.0, "Of AdamW.", least=0.0)
-    adam_beta1: float = _setting(0.9, "Of AdamW.", least=0.0, below=1.0)
-    adam_beta2: float = _setting(0.999, "Of AdamW.", least=0.0, below=1.0)
-    adam_epsilon: float = _setting(1e-8, "Of AdamW.", least=0.0)
+    learning_rate: float = _setting(1e-6, "Learning rate of AdamW.", above=0.0)
+    weight_decay: float = _setting(0.0, "Weight decay of AdamW.", least=0.0)
+    adam_beta1: float = _setting(0.9, "Decay of AdamW's average of gradients.", least=0.0, below=1.0)
+    adam_beta2: float = _setting(0.999, "Decay of AdamW's average of squared gradients.", least=0.0, below=1.0)
+    adam_epsilon: float = _setting(1e-8, "Added to the denominator of AdamW.", least=0.0)
     max_grad_norm: float = _setting(1.0, "Clip the gradient's norm; 0 is off.", least=0.0)
     lr_scheduler_type: str = _setting("linear", "A transformers schedule, e.g. linear, constant.")
-    warmup_steps: int = _setting(0, "Of the schedule, in optimizer steps.", least=0)
+    warmup_steps: int = _setting(0, "Warm-up of the schedule, in optimizer steps.", least=0)
 
     # The supervised warm start
     warm_start_steps: int = _setting(0, "Supervised steps before GRPO; 0 is none.", least=0, resume=_WARM_START)
@@ -206,7 +206,11 @@ class Settings:
     eval_prompts: int = _setting(32, "Held-out questions of each task; 0 is no evaluation.", least=0, resume=_TASKS)
     eval_steps: int = _setting(0, "Evaluate every this many steps; 0: before and after only.", least=0)
     eval_base: bool = _setting(True, "With a warm start: evaluate the model before it too, as it was given.", resume="")
-    gain_window: int = _setting(4, "s in Gain(t) = mean reward of the next s steps - of the last s.", least=1)
+    gain_window: int = _setting(
+        4,
+        "Steps on each side of Gain(t): the mean reward of so many steps from t on, minus that of as many before.",
+        least=1,
+    )
     report_to: list[str] = _setting(list, "accelerate's trackers: tensorboard, wandb ...")  # noqa: RUF009
     output_dir: str = _setting("", "The run's folder; default: runs/<name of the preset>[-n].", resume="")
     commit: str = _setting("", "The code's commit, for run.json, outside a git checkout.", resume="")

@@ -419,8 +419,9 @@ def undefined_remark(trainer: Any, plan: StepPlan, accumulate: str) -> str | Non
         )
         counted += f", num_generations={group} rows per prompt" if group > 1 else ""
         return (
-            f"U stays undefined: an optimizer step holds one {kind} ({counted}), and a task's U needs two of it. Two "
-            f"per task ({plan.tasks}) on average take gradient_accumulation_steps={-(-wanted // (rows * ranks))} or "
+            f"U stays undefined: an optimizer step holds one {kind} ({counted}), and a task's U needs two of its own. "
+            f"For two {kind}s per task on average ({plan.tasks} task{'s' * (plan.tasks > 1)}) set "
+            f"gradient_accumulation_steps={-(-wanted // (rows * ranks))} or "
             f"per_device_train_batch_size={-(-wanted // (steps * ranks))}"
         )
     if accumulate == "pairs" and plan.together < 2:

@@ -91,8 +91,8 @@ def draw_tasks(
 
     Call it beside :func:`measure_actor`, in the module that ``actor_rollout_ref.model.external_lib`` names: verl
     imports this module in the trainer's process before it builds the data loader. A draw happens when the loader asks
-    for a row, so in
-    ``trainer.v1.trainer_mode=sync`` it uses every update before it; the asynchronous modes ask earlier.
+    for a row, so in ``trainer.v1.trainer_mode=sync`` it uses every update before it; the asynchronous modes
+    ask earlier.
 
     Args:
         strategy, exponent, floor, decay: of :class:`TaskSampler`.
