@@ -291,3 +291,24 @@ def test_the_measured_steps_in_the_docs_are_those_of_the_result_file():
         ratio = [f"{row['ratio'][name]:.2f}" for name in ("median", "q1", "q3")]
         expected.append((row["variant"], *ratio, f"{more:.2f}"))
     assert rows == expected
+
+
+def test_the_table_of_a_cpu_is_that_of_the_result_file():
+    """Each shape's last measurement, and README's ranges; a shape that was measured twice is named in both texts."""
+    record = records.read(records.RESULTS / "cpu_ratio-epyc-zen4-2-threads-compiled.json")
+    last: dict[tuple[int, int, bool], float] = {}
+    for row in record["rows"]:
+        last[row["d"], row["length"], row["ragged"]] = row["ratio"]
+    even = [ratio for (_, _, ragged), ratio in last.items() if not ragged]
+    mixed = [ratio for (_, _, ragged), ratio in last.items() if ragged]
+    text = (table.README.parent / "docs" / "benchmarks.md").read_text()
+    printed = re.findall(
+        r"^\| (\d+) ((?:\| [\d.]+ ){7})\|$", text[text.index("## Measured on a CPU\n") :], re.MULTILINE
+    )
+    lengths = (32, 64, 128, 256, 512, 1024, 2048)
+    found = {(int(d), n, False): v for d, row in printed for n, v in zip(lengths, row.split("|")[1:], strict=True)}
+    assert {shape: v.strip() for shape, v in found.items()} == {k: f"{v:.2f}" for k, v in last.items() if not k[2]}
+    readme = " ".join(table.README.read_text().split())
+    assert f"take between {min(even):.2f} and {max(even):.2f} times" in readme
+    assert f"its first run took {max(row['ratio'] for row in record['rows'] if not row['ragged']):.2f} times" in readme
+    assert f"it is up to {max(mixed):.2f} times" in readme
