@@ -210,11 +210,18 @@ class TaskBalancer:
             raise ValueError(f"tasks must hold at least one name and each name once, got {tasks!r}")
         if decay is not None and not 0.0 < decay < 1.0:
             raise ValueError(f"decay must be None or lie strictly between 0 and 1, got {decay!r}")
-        if not (len(bounds) == 2 and 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf):
+        if not isinstance(psd, bool):
+            raise ValueError(f"psd must be True or False, got {psd!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be an int of at least 0, got {seed!r}")
+        if not (isinstance(bounds, Sequence) and len(bounds) == 2 and 0.0 < bounds[0] <= 1.0 <= bounds[1] < math.inf):
             raise ValueError(f"bounds must be (lowest, highest) with 0 < lowest <= 1 <= highest, got {bounds!r}")
         defaults = {"gradnorm": {"alpha": 1.5}, "famo": {"beta": 0.025, "gamma": 0.001}}.get(strategy, {})
         if strategy in OWN and set(options) - set(defaults):
             raise ValueError(f"strategy {strategy!r} takes the options {sorted(defaults)}, got {sorted(options)}")
+        for name, number in {"reward_max": reward_max, **(options if strategy in OWN else {})}.items():
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                raise ValueError(f"{name} must be a finite number, got {number!r}")
         self.tasks, self.strategy, self.decay = tuple(tasks), strategy, decay
         self.bounds, self.psd, self.reward_max, self.seed = bounds, psd, reward_max, seed
         self.options: dict[str, Any] = {**defaults, **options}

@@ -196,6 +196,13 @@ def make_rows(
         if bool((whole != whole[first_row][row_sample]).any()):
             raise ValueError(f"rows_per_sample must be the same for all rows of a sample, got {rows_per_sample!r}")
     factor = _per_row(batch if row_scale is None else row_scale, batch, "row_scale")
+    one = isinstance(row_scale, (int, float)) or (isinstance(row_scale, Tensor) and row_scale.dim() == 0)
+    if isinstance(row_scale, bool) or (one and not factor.any()):  # rows of their own may all be without a gradient
+        raise ValueError(
+            f"row_scale must be the factor from a row's share of the loss to the row's own loss, got {row_scale!r} for "
+            "all rows: that is the number of rows for their mean, times the accumulation steps where it is divided by "
+            "them"
+        )
     scale = factor / whole
     same_inside = bool((scale == scale[first_row][row_sample]).all())
     block, keys, block_tasks = make_blocks(tasks, list(index), max_blocks, serial)

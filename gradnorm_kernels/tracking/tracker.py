@@ -438,10 +438,12 @@ class GradNormTracker:
             :class:`StepStats`; empty when there was no micro-batch. A task with one sample has NaN and n = 1.
 
         Raises:
-            RuntimeError: another rank stopped or did not make this call; or (``accumulate="exact"``) a micro-batch of
-                this step failed halfway, so that its sums cannot be told from the others': the next step is measured
-                again.
+            RuntimeError: inside :meth:`microbatch`; another rank stopped or did not make this call; or
+                (``accumulate="exact"``) a micro-batch of this step failed halfway, so that its sums cannot be told
+                from the others': the next step is measured again.
         """
+        if self._recorder is not None:
+            raise RuntimeError("tracker.microbatch(...) is open: close the block before step(), which would miss it")
         group = distributed.resolve(self._process_group)
         try:
             rank = distributed.rank(group) if group is not None else None

@@ -68,3 +68,26 @@ def test_a_state_of_something_else_is_refused(state: Any) -> None:
     tracker = gk.GradNormTracker(nn.Sequential(nn.Linear(3, 5)), "all")
     with pytest.raises(ValueError, match=r"state must be what GradNormTracker.state_dict\(\) returned, got"):
         tracker.load_state_dict(state)
+
+
+def test_step_inside_the_block_is_refused() -> None:
+    """It would give the estimates of a step without the micro-batch, which would count in the next one."""
+    model = nn.Sequential(nn.Linear(3, 5))
+    tracker = gk.GradNormTracker(model, "all")
+    with pytest.raises(RuntimeError, match=r"close the block before step\(\)"), tracker.microbatch(["a"] * 4):
+        model(torch.randn(4, 3)).mean().backward()
+        tracker.step()
+    with tracker.microbatch(["a"] * 4):
+        model(torch.randn(4, 3)).mean().backward()
+    assert tracker.step()["a"].n == 4
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, True, torch.tensor(0.0)])
+def test_one_factor_that_leaves_no_gradient_is_refused(scale: Any) -> None:
+    """``row_scale=1 // steps`` is 0, and U was 0 without a word."""
+    tracker = gk.GradNormTracker(nn.Sequential(nn.Linear(3, 5)), "all")
+    with (
+        pytest.raises(ValueError, match="row_scale must be the factor"),
+        tracker.microbatch(["a"] * 4, row_scale=scale),
+    ):
+        pass
