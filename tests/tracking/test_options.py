@@ -84,10 +84,14 @@ def test_step_inside_the_block_is_refused() -> None:
 
 @pytest.mark.parametrize("scale", [0, 0.0, True, torch.tensor(0.0)])
 def test_one_factor_that_leaves_no_gradient_is_refused(scale: Any) -> None:
-    """``row_scale=1 // steps`` is 0, and U was 0 without a word."""
-    tracker = gk.GradNormTracker(nn.Sequential(nn.Linear(3, 5)), "all")
+    """``row_scale=1 // steps`` is 0, and U was 0 without a word. Rows of their own may all be without a gradient."""
+    model = nn.Sequential(nn.Linear(3, 5))
+    tracker = gk.GradNormTracker(model, "all")
     with (
         pytest.raises(ValueError, match="row_scale must be the factor"),
         tracker.microbatch(["a"] * 4, row_scale=scale),
     ):
         pass
+    with tracker.microbatch(["a"] * 4, row_scale=torch.zeros(4)):
+        model(torch.randn(4, 3)).mean().backward()
+    assert tracker.step()["a"].n_effective == 0
