@@ -165,7 +165,7 @@ def test_a_frozen_study_is_asked_its_own_questions_and_travels_as_csv(tmp_path: 
 def test_the_command_takes_its_jobs_from_the_block(tmp_path: Path) -> None:
     settings, spec, _ = parse_study(["--preset", "smollm2_frozen", "--output_dir", str(tmp_path)])
     assert len(settings.tasks) >= 12 and spec.frozen is not None and len(spec.seeds) * 2 * 22 >= 128
-    jobs = run._jobs(settings, spec, tmp_path)
+    jobs = run._jobs(settings, spec, tmp_path, [])
     assert [job.arguments[0] for job in jobs] == ["frozen"] * 3
     again = parse_frozen(list(jobs[0].arguments[1:]))
     assert again[0].seed == 1 and again[1] == FrozenSettings.read(spec.frozen)
