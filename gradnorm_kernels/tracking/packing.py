@@ -270,10 +270,24 @@ def cu_seqlens_from_position_ids(position_ids: Tensor, attention_mask: Tensor | 
             f"{tuple(attention_mask.shape)}"
         )
     positions = position_ids.cpu().reshape(-1, position_ids.shape[-1])
-    valid = torch.ones_like(positions) if attention_mask is None else (attention_mask != 0).cpu().reshape_as(positions)
+    valid = (
+        torch.ones_like(positions)
+        if attention_mask is None
+        else real_tokens(attention_mask).cpu().reshape_as(positions)
+    )
     rows = enumerate(zip(positions, valid.bool(), strict=True))
     found = [_row_boundaries(row, int(keep.sum()), keep, at) for at, (row, keep) in rows]
     return found[0] if len(found) == 1 else found
+
+
+def real_tokens(attention_mask: Tensor) -> Tensor:
+    """bool, of its shape: which tokens are real. Raises ValueError for an additive mask, which means the opposite."""
+    if attention_mask.is_floating_point() and bool((attention_mask < 0).any()):
+        raise ValueError(
+            "attention_mask holds negative numbers, as an additive mask does (0 for tokens, -inf for padding); give 1 "
+            "or True for tokens and 0 or False for padding"
+        )
+    return attention_mask != 0
 
 
 def _row_boundaries(positions: Tensor, length: int, valid: Tensor, row: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..segments import to_device
-from .packing import CuSeqlens, Packing, make_packing
+from .packing import CuSeqlens, Packing, make_packing, real_tokens
 
 Ids = Sequence[Hashable] | Tensor
 
@@ -169,7 +169,7 @@ def make_rows(
             raise ValueError(
                 f"attention_mask must be a [B, L] tensor with B = {batch} (the length of task_ids), got {given}"
             )
-        mask = attention_mask.detach() != 0
+        mask = real_tokens(attention_mask.detach())
     index: dict[Hashable, int] = {}
     tasks: list[Hashable] = []
     for sample, task in zip(rows, tasks_of_rows, strict=True):

@@ -203,6 +203,11 @@ def test_refusals_name_what_to_do(model: nn.Module, data: tuple[Tensor, Tensor])
             ValueError,
             r"attention_mask must be a \[B, L\] tensor",
         ),
+        (
+            {"task_ids": TASKS, "attention_mask": torch.full((ROWS, 3), -math.inf).triu(1)},
+            ValueError,
+            "attention_mask holds negative numbers, as an additive mask does",
+        ),
     ]:
         with pytest.raises(error, match=text), tracker.microbatch(**kwargs):
             pass
