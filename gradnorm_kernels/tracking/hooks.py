@@ -370,6 +370,7 @@ class Watcher:
     def _fuse(self, recorder: Recorder, call: Call, y: Tensor) -> Tensor | None:
         """The same output under a node whose backward takes dW from the recorder."""
         layer = call.layer
+        _refuse_computed_weight(layer)  # it may be since the tracker was made
         weight = layer.module.get_parameter("weight")
         if is_dtensor(weight):
             raise ValueError(
@@ -509,6 +510,7 @@ class _FusedLinear(torch.autograd.Function):
 def _refuse_own_forward(layer: Layer) -> None:
     """Raises ValueError where a linear computes something that a swapped backward would get wrong."""
     module = layer.module
+    _refuse_computed_weight(layer)
     if layer.kind == "linear" and type(module).forward is not nn.Linear.forward:
         raise ValueError(
             f"fused=True cannot take over layer {layer.name!r}: {type(module).__name__} has a forward of its own; use "
@@ -518,4 +520,13 @@ def _refuse_own_forward(layer: Layer) -> None:
         raise ValueError(
             f"fused=True cannot take over layer {layer.name!r}: its forward is already replaced by something else; "
             "use fused=False"
+        )
+
+
+def _refuse_computed_weight(layer: Layer) -> None:
+    """Raises ValueError where a linear's weight is no parameter, so that its gradient cannot be handed to autograd."""
+    if "weight" not in layer.module._parameters:
+        raise ValueError(
+            f"fused=True cannot take over layer {layer.name!r}: its weight is computed from other parameters (a "
+            "parametrization, weight_norm or spectral_norm); use fused=False"
         )

@@ -69,14 +69,3 @@ def check_patterns(batch_dim: Any, layers: Sequence[str]) -> None:
                 f"batch_dim names {pattern!r}, which no measured layer matches; their names are for example "
                 f"{some(layers)}"
             )
-
-
-def check_state(state: Any) -> None:
-    """Refuse a state that is not one of ``GradNormTracker.state_dict()``.
-
-    Raises:
-        ValueError: says what was given.
-    """
-    if not isinstance(state, Mapping) or "running" not in state:
-        found = list(state) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"state must be what GradNormTracker.state_dict() returned, got {found}")

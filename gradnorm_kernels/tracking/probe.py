@@ -34,6 +34,10 @@ SHARED = (
 MIXED = "its input changes in other rows too when some rows of the batch change"
 VARYING = "how often it is called, or with how many tokens, depends on the data"
 SQUARE = "the model's arguments have as many tokens as rows, and either could be the rows"
+SAMPLES = (
+    "the model's arguments have as many tokens as there are samples, and their first dimension could be the rows "
+    "(task_ids needs an entry for every row that the model sees)"
+)
 SEVERAL = "several of its dimensions could hold the rows of the batch"
 TRAINING = "in training mode its input changes in other rows too when some rows of the batch change"
 TOGETHER = (
@@ -116,7 +120,9 @@ class Probe:
             if why == self.shared:
                 shared.add(now)
                 placements.unclear.setdefault(place, why)
-            elif why not in (SEVERAL, SQUARE) or place not in known:  # else what an earlier probe showed still holds
+            elif (
+                why not in (SEVERAL, SQUARE, SAMPLES) or place not in known
+            ):  # else an earlier probe's finding still holds
                 placements.mixed.add(place)
                 placements.unclear[place] = why
 
@@ -224,13 +230,20 @@ class Probe:
                 self._check_square(subset)
                 if level == "replace":  # it did not run: tokens that change places leave sums over them alone
                     self._hold(self._base, self._perturbed(subset, level), MIXED)
+            if not per_sample or self._samples_only():
                 self._check_training(subset)
+            if subset.dim == 1:
+                self._check_first_dimension(subset)
         if not tried:
             raise Impossible("none of its arguments has the rows of the micro-batch")
         self._inject_outputs()
 
     def _found(self, key: _Key) -> set[Place]:
         return self._possible.get(key, set()) & self._exact.get(key, set())
+
+    def _shown_by(self, key: _Key, per_sample: bool) -> bool:
+        """Whether the placement of a call was shown by perturbed samples, or else by perturbed rows."""
+        return any(isinstance(place, Placement) and place.per_sample == per_sample for place in self._found(key))
 
     def _open(self) -> list[_Key]:
         """Calls of which no perturbation has shown enough yet."""
@@ -252,7 +265,7 @@ class Probe:
         if done is None:
             return
         seen, rows = done
-        if not subset.per_sample and self._coupled(self._base, seen, rows):
+        if (not subset.per_sample or self._samples_only()) and self._coupled(self._base, seen, rows):
             self._refuse_all(TOGETHER)
         for key, before in self._base.inputs.items():
             if key in self._why or (subset.per_sample and self._found(key)):
@@ -315,9 +328,9 @@ class Probe:
                 self._why.setdefault(key, VARYING)
                 self._exact[key] = set()
         for done in shown.values():
-            self._hold(base, done, TRAINING)
+            self._hold(base, done, TRAINING, per_sample=subset.per_sample)
 
-    def _hold(self, base: Seen, done: tuple[Seen, Tensor] | None, why: str) -> None:
+    def _hold(self, base: Seen, done: tuple[Seen, Tensor] | None, why: str, *, per_sample: bool = False) -> None:
         """Hold what is known of the rows against one more perturbation. ``why``: the reason where it is wrong.
 
         Other ids may change how often a layer is called, and with how many tokens: that shows nothing here.
@@ -332,8 +345,8 @@ class Probe:
             after = seen.inputs.get(key)
             if key in self._why or after is None or after.shape != before.shape:
                 continue
-            shown = _candidates(before, after, rows, False)
-            if shown is not None and not any(place.per_sample for place in self._found(key)):  # type: ignore[union-attr]
+            shown = _candidates(before, after, rows, per_sample)
+            if shown is not None and (self._shown_by(key, per_sample) or not self._found(key)):
                 self._narrow(key, *shown, why)
 
     def _narrow(self, key: _Key, exact: Set[Place], possible: Set[Place], why: str) -> None:
@@ -376,6 +389,35 @@ class Probe:
             for key in self._base.inputs:
                 self._exact[key] = set()
                 self._why[key] = SQUARE if key in self._possible else self.shared
+
+    def _samples_only(self) -> bool:
+        """Whether no argument has the rows of the micro-batch, so that the call is one of its samples."""
+        return not any(self._rows.batch in t.shape[:2] for t in self._leaves.values())
+
+    def _check_first_dimension(self, subset: _Subset) -> None:
+        """Where the second dimension was taken for the rows: refuse if the first could hold rows as well.
+
+        A batch of other rows than task_ids has (chosen and rejected ones together), with as many tokens as there are
+        rows or samples, looks like one whose sequences come first. Sequences have tokens that are mixed.
+        """
+        count = len(subset)
+        sizes = {t.shape[0] for t in self._leaves.values() if t.dim() > 1 and t.shape[1] == count}
+        size = sizes.pop() if len(sizes) == 1 else 0
+        if size < 2 or size == count or not (subset.per_sample or size % count == 0):
+            return
+        taken = [key for key in self._base.inputs if self._shown_by(key, subset.per_sample)]
+        half = torch.arange(size, device="cpu") % 2 == 0
+        done = next(filter(None, (self._perturbed(_Subset(half, False), level) for level in ("swap", "replace"))), None)
+        if not taken or done is None or self._coupled(self._base, *done):
+            return
+        seen, rows = done
+        for key, before in self._base.inputs.items():
+            after = seen.inputs.get(key)
+            shown = None if after is None or after.shape != before.shape else _candidates(before, after, rows, False)
+            if shown is not None and not shown[1]:
+                return
+        for key in taken:
+            self._exact[key], self._why[key] = set(), SAMPLES if subset.per_sample else SQUARE
 
     def _inject_outputs(self) -> None:
         """Perturb the outputs of calls whose inputs never changed, and look at the rows of the model's output."""

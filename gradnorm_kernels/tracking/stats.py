@@ -1,13 +1,14 @@
-"""What a step returns: the tasks' estimates and their inner products."""
+"""What a step returns: the tasks' estimates and their inner products; and reading back what was kept of them."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..estimation.estimator import TaskGradient
+from ..estimation.estimator import RunningEstimate, TaskGradient
 from ..estimation.moments import informative, moments
 from .accumulate import StepResult
 
@@ -68,3 +69,20 @@ def step_stats(found: StepResult) -> StepStats:
             n_effective=with_gradient[k],
         )
     return stats
+
+
+def read_state(state: Any) -> tuple[dict[Hashable, RunningEstimate], dict[str, Any]]:
+    """({task: its running estimate}, what the accumulation kept) of a tracker's ``state_dict()``.
+
+    Raises:
+        ValueError: it is the state of something else.
+    """
+    running: dict[Hashable, RunningEstimate] = {}
+    try:
+        for task, entry in state["running"]:
+            running[task] = RunningEstimate()
+            running[task].load_state_dict(entry)
+        return running, dict(state.get("accumulation", {}))  # older states have none
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"the entries {list(state)}" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise ValueError(f"state must be what GradNormTracker.state_dict() returned, got {what} ({error})") from error

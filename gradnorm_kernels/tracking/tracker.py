@@ -18,7 +18,7 @@ from .accumulate import MEMORY_BUDGET, Accumulation, RankPart, StepPlan, StepRes
 from .calls import BatchDim, Placements, check_batch_dim
 from .hooks import Watcher
 from .layers import KINDS, Layer, LayerChoice, Parameters, select_layers
-from .options import check_options, check_patterns, check_state
+from .options import check_options, check_patterns
 from .packing import CuSeqlens
 from .reconcile import ELSEWHERE, Arrivals, Reconciliation
 from .recorder import Recorder
@@ -26,7 +26,7 @@ from .rows import Ids, Rows, make_rows
 from .samples import StepSamples
 from .sketch import default_width
 from .skipped import Skipped, some
-from .stats import StepStats, step_stats
+from .stats import StepStats, read_state, step_stats
 
 MAX_BLOCKS = 512  # with more samples in one micro-batch the jackknife leaves out folds instead of samples
 
@@ -581,14 +581,9 @@ class GradNormTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`. Raises ValueError where the state is that of something else."""
-        check_state(state)
-        running: dict[Hashable, RunningEstimate] = {}
-        for task, entry in state["running"]:
-            running[task] = RunningEstimate()
-            running[task].load_state_dict(entry)
-        self.running = running
-        self._accumulation.load_state_dict(state.get("accumulation", {}))  # older states have none
+        """Go on from :meth:`state_dict`. Raises ValueError, and changes nothing, where it is something else's."""
+        self.running, accumulation = read_state(state)
+        self._accumulation.load_state_dict(accumulation)
 
     def close(self) -> None:
         """Remove every hook and swapped forward: the model is as it was before. May be called twice."""

@@ -166,6 +166,22 @@ def test_a_parametrized_weight_is_left_out_and_its_state_is_not_moved(wrap, bias
     assert all(map(torch.equal, after.values(), twin.state_dict().values())) and losses.isfinite()
 
 
+@pytest.mark.parametrize("wrap", [spectral_norm, weight_norm, hooked_weight_norm])
+@pytest.mark.parametrize("later", [False, True], ids=["before", "later"])
+def test_a_parametrized_weight_cannot_be_fused(wrap, later: bool) -> None:
+    model = Features(nn.Linear(8, 8)).double()
+    if later:
+        tracker = gk.GradNormTracker(model, "all", fused=True)
+        wrap(model.tried)
+        with pytest.raises(ValueError, match="layer 'tried': its weight is computed"), tracker.microbatch(TASKS):
+            class_losses(model, features())(range(ROWS)).mean().backward()
+        return
+    wrap(model.tried)
+    with pytest.raises(ValueError, match="layer 'tried': its weight is computed"):
+        gk.GradNormTracker(model, "all", fused=True)
+    assert not any(module._forward_hooks for module in (model, model.last))
+
+
 class Gated(nn.Module):
     """An RMSNorm whose second argument is a gate, by name or by position."""
 

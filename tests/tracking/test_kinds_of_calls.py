@@ -256,6 +256,24 @@ def test_pieces_with_as_many_rows_as_samples_are_refused(first: bool) -> None:
         microbatch(3)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["of the batch", "frozen"])
+def test_a_batch_norm_couples_samples_in_a_part_that_runs_once_per_sample(frozen: bool) -> None:
+    """The part in front of it is left out; the rest and, with fixed statistics, the part too are measured."""
+    parts = {
+        "prefix": nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, affine=False)),
+        "rows": nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)),
+    }
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict(parts).double(), features(5)
+    if frozen:
+        parts["prefix"][1].eval()
+    tracker = gk.GradNormTracker(model, "all")
+    with tracker.microbatch(["t"] * ROWS, SAMPLES):
+        first = model["prefix"](x[[0, 2, 4]].mean(1))[torch.tensor(SAMPLES)]
+        model["rows"](x + first[:, None]).square().mean().backward()
+    assert set(tracker.skipped) == (set() if frozen else {"prefix.0.weight", "prefix.0.bias"})
+
+
 def test_a_prefix_runs_once_per_sample_from_the_second_step() -> None:
     """A sample per row at first; then the model that was called with all rows is called with one per sample too."""
 

@@ -63,13 +63,6 @@ def test_ids_for_too_few_rows_are_said_in_a_later_micro_batch() -> None:
         model(torch.randn(4, 7, 3)).mean().backward()
 
 
-@pytest.mark.parametrize("state", [{}, {"sampler": 1}, 3])
-def test_a_state_of_something_else_is_refused(state: Any) -> None:
-    tracker = gk.GradNormTracker(nn.Sequential(nn.Linear(3, 5)), "all")
-    with pytest.raises(ValueError, match=r"state must be what GradNormTracker.state_dict\(\) returned, got"):
-        tracker.load_state_dict(state)
-
-
 def test_step_inside_the_block_is_refused() -> None:
     """It would give the estimates of a step without the micro-batch, which would count in the next one."""
     model = nn.Sequential(nn.Linear(3, 5))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
+from tests.tracking.brute_force import sample_gradients, u_statistic
 from tests.tracking.measured import ROWS, TASKS, WORDS, agree, class_losses, features, next_token_losses, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:not measured", "ignore:nothing that layers")
@@ -63,6 +64,54 @@ def test_a_later_micro_batch_of_another_length_is_held_to_what_was_found() -> No
     with fresh.microbatch(TASKS):
         class_losses(model, features(ROWS))(range(ROWS)).mean().backward()
     assert fresh.step()["a"].sq_norm == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("mixing", [True, False], ids=["tokens mixed", "token by token"])
+@pytest.mark.parametrize("samples", [[0, 0, 1, 2, 3, 4], None], ids=["as many tokens as samples", "as many as rows"])
+@pytest.mark.parametrize("together", [torch.cat, lambda pair: torch.stack(pair, 1).flatten(0, 1)])
+def test_ids_for_half_of_the_rows_are_refused(mixing: bool, samples: list[int] | None, together) -> None:
+    """Chosen and rejected rows in one batch, with ids of the pairs: the second dimension is as long as the ids."""
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.hidden(x))
+            return self.last(hidden.cumsum(1) if mixing else hidden)
+
+    torch.manual_seed(0)
+    model, length = Scores().double(), 5 if samples else ROWS
+    tracker = gk.GradNormTracker(model, "all")
+    with pytest.raises(RuntimeError, match="nothing that layers= picks can be measured"):  # noqa: SIM117
+        with tracker.microbatch(["a"] * ROWS, samples):
+            model(together([features(length), features(length).flip(0)])).square().mean().backward()
+
+
+@pytest.mark.parametrize("length", [2, 5, 2 * ROWS])
+def test_a_sequence_first_part_runs_once_per_sample(length: int) -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:  # [L, N, 8]
+            return self.last(torch.tanh(self.hidden(x)).cumsum(0)).mean(0)
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"prefix": SequenceFirst(), "rows": nn.Linear(8, 3)}).double()
+    samples, x = [0, 0, 1, 1, 2, 2], features(length)
+
+    def losses(rows: Sequence[int]) -> Tensor:
+        first = model["prefix"](x[::2].transpose(0, 1))
+        return (model["rows"](x[list(rows)]).mean(1) * first[[samples[row] for row in rows]]).square().sum(1)
+
+    tracker = gk.GradNormTracker(model, "all", unverified="raise")
+    with tracker.microbatch(["a"] * ROWS, samples):
+        losses(range(ROWS)).mean().backward()
+    gradients = sample_gradients(losses(range(ROWS)), samples, list(model.parameters()))
+    assert tracker.step()["a"].sq_norm == pytest.approx(u_statistic(torch.stack(list(gradients.values()))), rel=1e-9)
 
 
 def test_a_model_that_takes_the_sequence_first_is_measured_or_refused() -> None:

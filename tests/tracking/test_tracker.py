@@ -345,6 +345,15 @@ def test_state_is_kept_between_steps(model: nn.Module, data: tuple[Tensor, Tenso
     assert other.running["t"].n == ROWS
 
 
+@pytest.mark.parametrize("state", [None, {}, {"running": "x"}, {"running": [("a", {})]}, {"running": [("a", None)]}])
+def test_a_state_of_something_else_is_refused(model: nn.Module, state) -> None:
+    tracker = gk.GradNormTracker(model)
+    before = tracker.state_dict()
+    with pytest.raises(ValueError, match=r"state must be what GradNormTracker.state_dict\(\) returned, got"):
+        tracker.load_state_dict(state)
+    assert tracker.state_dict() == before
+
+
 def test_the_same_batch_gives_the_same_bits(data: tuple[Tensor, Tensor]) -> None:
     ids, mask = data
     model = small_model("llama", torch.float32)
