@@ -230,6 +230,7 @@ class TestEmbeddingGradNorm:
 
 class TestTiedGradGram:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("words", [WORDS, 9])
     @pytest.mark.parametrize(
         ("head", "other", "samples", "groups"),
         [
@@ -247,13 +248,14 @@ class TestTiedGradGram:
         other: list[int],
         samples: list[int] | None,
         groups: list[int] | None,
+        words: int,
         dtype: torch.dtype,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Other tokens on the two sides, samples without any on one, ids left out; tiles that cut samples."""
+        """Other tokens on the two sides, samples without any on one, ids left out, few words, tiles within samples."""
         count = len(head) if samples is None else 5
         one = linear(head, 19, dtype, samples)
-        two = embedding(other, 19, dtype, None if samples is None else list(reversed(samples)))
+        two = embedding(other, 19, dtype, None if samples is None else list(reversed(samples)), words)
         gradients, sums = truth(two, groups, count)
         of_head = reference.sample_gradients(
             one.x, one.dy, one.cu_seqlens, sample_ids=one.sample_ids, num_samples=count

@@ -70,7 +70,6 @@ def tied_grad_gram(head: GradBatch, embedding: GradBatch, plan: Plan) -> tuple[T
     samples, groups = zeros(head.x, mine.samples), zeros(head.x, mine.groups, mine.groups)
     if not mine.segments or not theirs.segments or head.empty or embedding.empty:
         return samples, groups
-    x, dy = mine.arrange(head.x), mine.arrange(head.dy)
     ids, e = _arrange(theirs, embedding)
     if int(ids.max()) >= vocabulary:
         raise ValueError(f"ids must be below the number of rows of the matrix ({vocabulary}), got {int(ids.max())}")
@@ -78,6 +77,13 @@ def tied_grad_gram(head: GradBatch, embedding: GradBatch, plan: Plan) -> tuple[T
     ids, e, segments = ids[kept], e[kept], _without(theirs, ids >= 0)
     if not segments:
         return samples, groups
+    words, word = ids.unique(return_inverse=True)
+    if mine.order is not None and 2 * len(words) <= vocabulary:
+        # Only the columns of words that occur are read, and only they are put in order.
+        dy, ids = mine.arrange(head.dy.index_select(-1, words)), word
+    else:
+        dy = mine.arrange(head.dy)
+    x = mine.arrange(head.x)
     place = {segment.sample: at for at, segment in enumerate(segments)}
     their_groups = [list(own) for _, own in groupby(segments, key=lambda segment: segment.group)]
     their_present = index(x, [own[0].group for own in their_groups])
