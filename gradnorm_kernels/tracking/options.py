@@ -1,4 +1,4 @@
-"""The options and the state that a tracker is given, checked before anything is changed."""
+"""The options that a tracker is given, checked before anything is changed."""
 
 from __future__ import annotations
 
