@@ -139,12 +139,12 @@ def weight_sums(
         factor = to_device(factors, sums.gram.device)
         own = to_device(factors[rows.sample_block], sums.gram.device)
         sums = BlockSums(sums.gram * factor[:, None] * factor, sums.sample_sq * own**2, sums.weight_grad)
+    elif weight_grad:  # the sums are of dy times its rows' factors
+        plain = parts[0]
+        sums = sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype))
     if head is not None:
-        return BlockSums(sums.gram + head.gram, sums.sample_sq + head.sample_sq, None)
-    if factors is not None:
-        return sums
-    plain = parts[0]
-    return sums._replace(weight_grad=plain.dy.T @ plain.x.to(plain.dy.dtype) if weight_grad else None)
+        sums = BlockSums(sums.gram + head.gram, sums.sample_sq + head.sample_sq, None)
+    return sums
 
 
 def _expert_sums(parts: Sequence[Tokens], rows: Rows) -> BlockSums:

@@ -120,9 +120,7 @@ class Probe:
             if why == self.shared:
                 shared.add(now)
                 placements.unclear.setdefault(place, why)
-            elif (
-                why not in (SEVERAL, SQUARE, SAMPLES) or place not in known
-            ):  # else an earlier probe's finding still holds
+            elif why not in (SEVERAL, SQUARE, SAMPLES) or place not in known:  # else what a probe showed still holds
                 placements.mixed.add(place)
                 placements.unclear[place] = why
 

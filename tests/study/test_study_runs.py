@@ -204,7 +204,8 @@ def test_what_only_the_csv_has_is_not_run_again_and_not_lost(tmp_path: Path, mon
     assert run._kept(tmp_path, spec) == made.runs
     folder = tmp_path / "runs" / "uniform-seed2"
     folder.mkdir(parents=True)
-    (folder / "summary.json").write_text("{}")  # it has been run here after all
+    for file in ("metrics.jsonl", "summary.json"):
+        (folder / file).write_text("{}")  # it has been run here after all
     kept = run._kept(tmp_path, spec)
     assert kept == [found for found in made.runs if found != ("uniform", 2)]
     more = dataclasses.replace(spec, seeds=[1, 2, 3], estimator_seeds=0)

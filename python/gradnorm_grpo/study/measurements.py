@@ -37,6 +37,21 @@ CSV_FILE = "measurements.csv"  # in the study's folder
 _ABOUT = ("arms", "seeds", "tasks", "steps", "gain_window", "layers", "missing")
 
 
+def run_name(arm: str, seed: int) -> str:
+    """What a run is called, in messages and as a folder below runs/."""
+    return f"{arm}-seed{seed}"
+
+
+def run_folder(study: Path, arm: str, seed: int) -> Path:
+    """The folder of a run."""
+    return study / "runs" / run_name(arm, seed)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run's folder holds a whole run: summary.json is written last, after the evaluation at the end."""
+    return (run / SUMMARY_FILE).is_file() and (run / LOG_FILE).is_file()
+
+
 def _nine(value: Any) -> float:
     """A number at the CSV file's nine digits, so that both sources give the same answers; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -135,7 +150,7 @@ class Measurements:
 
     def _run(self, arm: str, seed: int) -> _Run:
         if (arm, seed) not in self._runs:
-            there = ", ".join(f"{a}-seed{s}" for a, s in self.runs) or "no run at all"
+            there = ", ".join(run_name(*run) for run in self.runs) or "no run at all"
             raise UserError(f"the study has no finished run of arm {arm!r} with seed {seed!r}; there is {there}")
         return self._runs[arm, seed]
 
@@ -207,9 +222,8 @@ class Measurements:
         found, missing = {}, list[Run]()
         for arm in study["arms"]:
             for seed in study["seeds"]:
-                place = folder / "runs" / f"{arm}-seed{seed}"
-                # summary.json is written last: without it a run has no evaluation at its end.
-                if (place / SUMMARY_FILE).is_file() and (place / LOG_FILE).is_file():
+                place = run_folder(folder, arm, seed)
+                if is_finished(place):
                     found[arm, seed] = read_run(place)
                     _refuse_foreign(found[arm, seed], study, arm, seed)
                 else:
@@ -226,7 +240,7 @@ class Measurements:
             steps,
             int(study["gain_window"]),
             layers or (stored.layers if stored and kept else "last_attention"),
-            [f"{arm}-seed{seed}" for arm, seed in missing if (arm, seed) not in kept],
+            [run_name(*key) for key in missing if key not in kept],
             dict(study.get("decision", {})),
             "frozen" in study,
             list(study.get("frozen", {}).get("proxies", {})),

@@ -20,7 +20,7 @@ from scipy import optimize, special, stats
 from ..errors import UserError
 from ..numbers import fixed, percent, significant
 from .decision import PRIMARY, spearman_error
-from .measurements import Measurements
+from .measurements import CSV_FILE, Measurements
 from .questions.arms import paired
 from .questions.common import BASELINE
 from .stats import ALPHA
@@ -163,7 +163,7 @@ SEEDS, TASKS = (10, 12), (6, 12, 16, 24, 34)
 
 def tables(folders: Sequence[Path]) -> str:
     """Both tables of the page, from the measurements.csv of finished studies."""
-    studies = [(folder.name, Measurements.from_csv(folder / "measurements.csv")) for folder in folders]
+    studies = [(folder.name, Measurements.from_csv(folder / CSV_FILE)) for folder in folders]
     return f"{arms_table(studies, SEEDS)}\n{tasks_table(TASKS)}"
 
 

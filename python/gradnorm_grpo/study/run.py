@@ -36,7 +36,7 @@ from ..models import device_of
 from ..parse import parse_study
 from ..runlog import LOG_FILE, RUN_FILE, SUMMARY_FILE, only_writer, write_json
 from ..settings import Settings
-from .measurements import CSV_FILE, Measurements, read_study
+from .measurements import CSV_FILE, Measurements, Run, is_finished, read_study, run_folder, run_name
 from .spec import FREE, StudySpec
 
 LOCK_FILE = ".lock"  # locked while a command runs the study
@@ -87,12 +87,12 @@ def _continue(settings: Settings, spec: StudySpec, folder: Path, described: dict
     return 0
 
 
-def _kept(folder: Path, spec: StudySpec) -> list[tuple[str, int]]:
-    """(arm, seed) of the runs whose numbers are in measurements.csv and whose folder is gone or not finished."""
+def _kept(folder: Path, spec: StudySpec) -> list[Run]:
+    """The runs whose numbers are in measurements.csv and whose folder is gone or not finished."""
     stored = folder / CSV_FILE
     runs = Measurements.from_csv(stored).runs if stored.is_file() else []
-    kept = [(arm, seed) for arm, seed in runs if not (_place(folder, arm, seed) / SUMMARY_FILE).is_file()]
-    if lost := [f"{arm}-seed{seed}" for arm, seed in kept if (arm, seed) not in spec.order()]:
+    kept = [run for run in runs if not is_finished(run_folder(folder, *run))]
+    if lost := [run_name(*run) for run in kept if run not in spec.order()]:
         raise UserError(
             f"--arms and --seeds leave out {', '.join(lost)}, whose numbers are in {stored} alone and would be lost: "
             "name these arms and seeds too, or move the file away"
@@ -100,17 +100,13 @@ def _kept(folder: Path, spec: StudySpec) -> list[tuple[str, int]]:
     return kept
 
 
-def _place(folder: Path, arm: str, seed: int) -> Path:
-    return folder / "runs" / f"{arm}-seed{seed}"
-
-
-def _jobs(settings: Settings, spec: StudySpec, folder: Path, kept: Sequence[tuple[str, int]]) -> list[Job]:
+def _jobs(settings: Settings, spec: StudySpec, folder: Path, kept: Sequence[Run]) -> list[Job]:
     """The runs in the spec's order that are not kept, then the comparisons of the estimators."""
     jobs = []
     for arm, seed in spec.order():
         if (arm, seed) in kept:
             continue
-        place = _place(folder, arm, seed)
+        place = run_folder(folder, arm, seed)
         own = spec.run_settings(settings, arm, seed, str(place))
         jobs.append(run_job(f"{arm} seed {seed}", own) if spec.frozen is None else frozen_job(own, spec.frozen))
     place = folder / "estimators"
@@ -165,18 +161,15 @@ def describe(settings: Settings, spec: StudySpec, name: str, folder: Path) -> di
             f"{folder} holds a study with other settings ({'; '.join(changed)[:400]}): give another --output_dir, or "
             "the settings it was started with"
         )
-    kept = {key: before[key] for key in ("started", "seconds") if key in before}
-    # Where earlier runs were made, if that was elsewhere: each commit, version and machine once.
-    where = ("commit", "versions", "machine")
-    earlier = before.get("earlier", [])
-    earlier += [own for own in [{key: before.get(key) for key in where}] if own not in earlier]
-    earlier = [own for own in earlier if own != json.loads(json.dumps({key: described[key] for key in where}))]
-    return (
-        described
-        | kept
-        | {"continued": [*before.get("continued", []), now]}
-        | ({"earlier": earlier} if earlier else {})
-    )
+    kept: dict[str, Any] = {key: before[key] for key in ("started", "seconds") if key in before}
+    kept["continued"] = [*before.get("continued", []), now]
+    # Where earlier runs were made, if that was elsewhere: each commit with its versions and machine once.
+    here, last = ({key: of.get(key) for key in ("commit", "versions", "machine")} for of in (described, before))
+    known: list[Any] = [json.loads(json.dumps(here))]
+    for place in (*before.get("earlier", []), last):
+        if place not in known:
+            known.append(place)
+    return described | kept | ({"earlier": known[1:]} if known[1:] else {})
 
 
 def conclude(folder: Path, console: Console) -> dict[str, Any]:
@@ -193,7 +186,7 @@ def conclude(folder: Path, console: Console) -> dict[str, Any]:
     elif stored.is_file():
         measured = Measurements.from_csv(stored)
     else:
-        raise UserError(f"{folder} holds neither runs/ nor measurements.csv: there is nothing to answer from")
+        raise UserError(f"{folder} holds neither runs/ nor {CSV_FILE}: there is nothing to answer from")
     files = sorted((folder / "estimators").glob("seed*.json"))
     measured.estimates = [_estimates(path) for path in files]
     answers = answer(measured)
