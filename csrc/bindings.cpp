@@ -206,6 +206,7 @@ void visit(Fields& field, gradnorm::WgradNorm& args) {
   field("groups", args.groups);
   field("split_start", args.split_start);
   field("splits", args.splits);
+  field("whole_rows", args.whole_rows);
   field("sample_sq", args.sample_sq);
   field("group_sq", args.group_sq);
   field("workspace", args.workspace);
@@ -264,6 +265,7 @@ void visit(Fields& field, gradnorm::Finish& args) {
   field("wgrad_samples", args.wgrad_samples);
   field("wgrad_groups", args.wgrad_groups);
   field("wgrad_rows", args.wgrad_rows);
+  field("wgrad_group_rows", args.wgrad_group_rows);
   field("fixup_samples", args.fixup_samples);
   field("fixup_groups", args.fixup_groups);
   field("fixup_rows", args.fixup_rows);

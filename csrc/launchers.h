@@ -145,11 +145,13 @@ struct WgradNorm {
   int segments, samples, groups;
   const int32_t* split_start;  // [splits + 1] split p takes segments split_start[p] to split_start[p + 1]: whole samples
   int splits;
+  int whole_rows;      // rows of tiles, from the first on, whose tiles take all segments; those of the others take a split,
+                       // and their sums go to `workspace`
   float* sample_sq;    // [rows, samples] sums of squares per tile; of a sample that is not measured nothing is written
-  float* group_sq;     // [rows, groups] the same of the groups' sums; null with workspace
-  float* workspace;    // [splits + groups - 1, d_out, d_in] or null: the sum of group g in split p goes to p + g, unique
-                       // because both ascend along the segments; others stay as they are. Needed if splits > 1
-  void* weight_grad;   // [d_out, d_in] in the type of x, or null; null with workspace
+  float* group_sq;     // [rows of the whole tiles, groups] the same of the groups' sums; null without whole rows
+  float* workspace;    // [splits + groups - 1, d_out - 128 whole_rows, d_in]: the sum of group g in split p goes to p + g,
+                       // unique because both ascend along the segments; others stay as they are. Null if all rows are whole
+  void* weight_grad;   // [d_out, d_in] in the type of x, or null: the whole rows are written
   float* running;      // [d_out, d_in] workspace for weight_grad of more than one group; else null
   int block_n;         // columns of d_in per tile, one of tiles.h
   int group_m;         // rows of tiles walked together, for the L2 cache
@@ -159,7 +161,8 @@ struct WgradNorm {
 };
 void wgrad_norm_sm80(const WgradNorm& args, void* stream);
 void wgrad_norm_sm90(const WgradNorm& args, void* stream);
-// Rows of sample_sq and group_sq that a launch writes: tiles of the weight, times the parts that a tile's squares are summed in.
+// Rows of sample_sq that a launch writes, and of group_sq if all rows of tiles are whole: tiles of the weight, times the parts
+// that a tile's squares are summed in. Those of the whole rows come first.
 int64_t wgrad_norm_sm80_rows(int d_in, int d_out, int block_n);
 int64_t wgrad_norm_sm90_rows(int d_in, int d_out, int block_n);
 
@@ -221,10 +224,11 @@ struct Finish {
   const int32_t* info;   // [1] 0: values were out of range
   int samples, groups;
 
-  // kWgrad and kFixup: [rows, samples] and [rows, groups] each.
+  // kWgrad and kFixup: [rows, samples] and [rows, groups] each. A group's kFixup is added to the partial sums of wgrad's whole
+  // rows of tiles, which are null where there are none.
   const float* wgrad_samples;
   const float* wgrad_groups;
-  int64_t wgrad_rows;
+  int64_t wgrad_rows, wgrad_group_rows;
   const float* fixup_samples;
   const float* fixup_groups;
   int64_t fixup_rows;

@@ -77,10 +77,13 @@ __device__ __forceinline__ void finish_norms(const Finish& args, bool valid) {
   const int state = inside ? load_global(args.state + column) : int{kAbsent};
   const int width = of_group ? args.groups : args.samples;
   double sum = 0.0;
-  if (state == kWgrad) {
-    sum = rows_sum(of_group ? args.wgrad_groups : args.wgrad_samples, args.wgrad_rows, width, index, line);
-  } else if (state == kFixup) {
-    sum = rows_sum(of_group ? args.fixup_groups : args.fixup_samples, args.fixup_rows, width, index, line);
+  if (state == kWgrad && !of_group) {
+    sum = rows_sum(args.wgrad_samples, args.wgrad_rows, width, index, line);
+  } else if (state == kFixup && !of_group) {
+    sum = rows_sum(args.fixup_samples, args.fixup_rows, width, index, line);
+  } else if (state == kWgrad || state == kFixup) {
+    if (args.wgrad_groups != nullptr) sum = rows_sum(args.wgrad_groups, args.wgrad_group_rows, width, index, line);
+    if (state == kFixup) sum += rows_sum(args.fixup_groups, args.fixup_rows, width, index, line);
   } else if (state == kGram && of_group && args.first && args.pairs == nullptr) {
     sum = gram_sum(args.gram_groups, args.group_reach, Tiles(args.group_span, index), line);
   } else if (state == kGram && !of_group && args.first) {

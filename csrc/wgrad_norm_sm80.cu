@@ -59,12 +59,8 @@ __device__ __forceinline__ int chunk_at(int row, int chunk) {
 template <typename C>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const WgradNorm& args, SharedAddress shared, int tile_rows, int tile_columns)
-      : args_(args),
-        cursor_(args, tile_rows * tile_columns, blockIdx.x, gridDim.x, kBlockK),
-        shared_(shared),
-        tile_rows_(tile_rows),
-        tile_columns_(tile_columns) {}
+  __device__ __forceinline__ Loader(const WgradNorm& args, const WorkGrid& grid, SharedAddress shared)
+      : args_(args), grid_(grid), cursor_(args, grid, blockIdx.x, gridDim.x, kBlockK), shared_(shared) {}
 
   // Starts the copies of the next K tile, the step-th, and notes what it is. Every call ends a group of copies.
   __device__ __forceinline__ void issue(int step) {
@@ -88,7 +84,7 @@ class Loader {
  private:
   // A new tile: its first columns of dy and x.
   __device__ __forceinline__ void enter(int work) {
-    const TilePlace place = place_of(work, tile_rows_, tile_columns_, args_.group_m);
+    const TilePlace place = grid_.place_of(grid_.tile_of(work));
     work_ = work;
     dy_column_ = place.row * kRows;
     x_column_ = place.column * C::kColumns;
@@ -108,9 +104,9 @@ class Loader {
   }
 
   const WgradNorm& args_;
+  const WorkGrid& grid_;
   Cursor cursor_;
   SharedAddress shared_;
-  int tile_rows_, tile_columns_;
   int work_ = -1, dy_column_ = 0, x_column_ = 0;
 };
 
@@ -149,13 +145,12 @@ struct Fragments {
 };
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_constant__ WgradNorm args) {
+__global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_constant__ WgradNorm args,
+                                                                 const __grid_constant__ WorkGrid grid) {
   constexpr int kEights = C::kWarpColumns / 8;
   const SharedAddress shared = shared_base();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / 4 * 64, warp_column = warp % 4 * C::kWarpColumns;
-  const int tile_rows = (args.d_out + kRows - 1) / kRows, tile_columns = (args.d_in + C::kColumns - 1) / C::kColumns;
-  const int tiles = tile_rows * tile_columns;
   // ldmatrix: lane 8 q + r names row r of matrix q. For dy the matrices are (tokens 0-7, rows 0-7), (0-7, 8-15),
   // (8-15, 0-7), (8-15, 8-15); for x (tokens 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
   const int q = lane / 8, r = lane % 8;
@@ -166,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
     x_at[i] = chunk_at<C::kXBytes>(r + q % 2 * 8, warp_column / 8 + q / 2 + 2 * i);
   }
 
-  Loader<C> loader(args, shared, tile_rows, tile_columns);
+  Loader<C> loader(args, grid, shared);
   float sample[4][kEights][4] = {};  // [16 rows][8 columns][as multiply_add has them]
   float sum[4][kEights][4] = {};
   Fragments<C> fragments[C::kBuffers];
@@ -178,11 +173,11 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
     if (due == 0) return;
     const int4 note = load_shared_int4(shared + C::kNotesAt + (step - 1) % C::kNotes * 16);
     const SharedAddress sums = shared + C::kSumsAt + (step - 1) % 2 * (2 * kWarps * 4);
-    const int64_t tile = note.w % tiles;
+    const int64_t tile = grid.tile_of(note.w);
     if (threadIdx.x == 0 && (due & kSampleEnd) != 0 && note.y >= 0) {
       store_global(args.sample_sq + tile * args.samples + note.y, shared_sum(sums, kWarps));
     }
-    if (threadIdx.x == 32 && (due & kGroupEnd) != 0 && args.workspace == nullptr) {
+    if (threadIdx.x == 32 && (due & kGroupEnd) != 0 && grid.split_of(note.w) < 0) {
       store_global(args.group_sq + tile * args.groups + note.z, shared_sum(sums + kWarps * 4, kWarps));
     }
     due = 0;
@@ -229,8 +224,9 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
 
     if ((ends & kSampleEnd) != 0) {
       const SharedAddress sums = shared + C::kSumsAt + step % 2 * (2 * kWarps * 4) + warp * 4;
-      const int4 note = load_shared_int4(shared + C::kNotesAt + step % C::kNotes * 16);
-      const TilePlace place = place_of(note.w, tile_rows, tile_columns, args.group_m);
+      const SharedAddress note_at = shared + C::kNotesAt + step % C::kNotes * 16;
+      const int4 note = load_shared_int4(note_at);
+      const TilePlace place = grid.place_of(grid.tile_of(note.w));
       const int row = place.row * kRows + warp_row + lane / 4;
       const int column = place.column * C::kColumns + warp_column + lane % 4 * 2;
       const int rows = args.d_out - row, columns = args.d_in - column;  // inside, from the first element on
@@ -250,7 +246,9 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
       squares = warp_sum(squares);
       if (lane == 0) store_shared_float(sums, squares);
       if ((ends & kGroupEnd) != 0) {
-        const bool last = (ends & kTileEnd) != 0, stored = args.workspace != nullptr || args.weight_grad != nullptr;
+        const int4 again = load_shared_int4(note_at);  // for 192 columns no register is free to keep it
+        const int split = grid.split_of(again.w), above = split < 0 ? -1 : args.whole_rows * kRows;
+        const bool last = (ends & kTileEnd) != 0, stored = split >= 0 || args.weight_grad != nullptr;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -260,8 +258,8 @@ __global__ void __launch_bounds__(kThreads, 1) wgrad_norm_kernel(const __grid_co
             if (stored) {
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
-                store_sum<C::kType>(args, place.split + note.z, first_group, last, row + i * 16 + half * 8, column + j * 8,
-                                 make_float2(pair[2 * half], pair[2 * half + 1]));
+                store_sum<C::kType>(args, split + again.z, above, first_group, last, row + i * 16 + half * 8,
+                                    column + j * 8, make_float2(pair[2 * half], pair[2 * half + 1]));
               }
             }
             pair[0] = pair[1] = pair[2] = pair[3] = 0.0f;
@@ -290,9 +288,11 @@ bool start_if(const WgradNorm& args, void* stream) {
   static_assert(kTile.shared_sum == 0, "this kernel has all of the sum in registers");
   if (args.block_n != kTile.columns) return false;
   using C = Config<kType, kTile.columns, kTile.tokens, kTile.stages>;
-  const int64_t work_tiles = wgrad_norm_sm80_rows(args.d_in, args.d_out, kTile.columns) * args.splits;
-  const int64_t blocks = work_tiles < args.multiprocessors ? work_tiles : args.multiprocessors;
-  launch(kName, wgrad_norm_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, args);
+  const int tile_rows = (args.d_out + kRows - 1) / kRows, tile_columns = (args.d_in + kTile.columns - 1) / kTile.columns;
+  const WorkGrid grid(tile_rows, tile_columns, args.whole_rows, args.splits, args.group_m);
+  const int64_t items = grid.items();
+  const int64_t blocks = items < args.multiprocessors ? items : args.multiprocessors;
+  launch(kName, wgrad_norm_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, args, grid);
   return true;
 }
 
@@ -309,6 +309,9 @@ int64_t wgrad_norm_sm80_rows(int d_in, int d_out, int block_n) {
 
 void wgrad_norm_sm80(const WgradNorm& args, void* stream) {
   if (args.cluster != 1) throw std::runtime_error(std::string(kName) + ": cluster must be 1: sm_80 has no clusters");
+  if (const char* wrong = wrong_split(args, (args.d_out + kRows - 1) / kRows)) {
+    throw std::runtime_error(std::string(kName) + ": " + wrong);
+  }
   const auto tiles = std::make_index_sequence<kTiles>();
   const bool compiled = args.type == kBFloat16 ? start_tile<kBFloat16>(args, stream, tiles)
                                                : start_tile<kFloat16>(args, stream, tiles);

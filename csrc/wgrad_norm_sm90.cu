@@ -21,6 +21,8 @@ void wgrad_norm_sm90(const WgradNorm& args, void* stream) {
   const int64_t tile_rows = (static_cast<int64_t>(args.d_out) + sm90::kTileRows - 1) / sm90::kTileRows;
   require(args.cluster == 1 || args.cluster == 2, "cluster must be 1 or 2 blocks");
   require(tile_rows % args.cluster == 0, "a cluster of 2 takes tiles in pairs, and the number of rows of tiles is odd");
+  require(args.whole_rows % args.cluster == 0, "a cluster of 2 takes tiles in pairs, and whole_rows is odd");
+  if (const char* wrong = wrong_split(args, tile_rows)) require(false, wrong);
   require(args.multiprocessors >= args.cluster, "a cluster needs as many multiprocessors as it has blocks");
   const bool compiled = args.cluster == 1 ? sm90::start_tile<1>(args, stream) : sm90::start_clusters(args, stream);
   if (compiled) return;

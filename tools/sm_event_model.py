@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 
-from gradnorm_kernels.backends.cuda.wgrad import splits as cuda_splits
+from gradnorm_kernels.backends.cuda import splits
 
 #: Tokens in one product instruction of the tensor cores.
 STEP = 16
@@ -63,7 +63,8 @@ class Kernel:
     ``end``: cycles without products at a sample's end, per consumer, and ``end_bytes`` of shared memory that pass the
     port there. ``accumulators``: with two, the next sample's products run meanwhile. ``issue``: cycles from a full
     stage to its first product. ``tile_end``: cycles at the end of a tile. ``launches``: beside the main kernel;
-    ``prologue``: seconds of the kernels before and after it. ``splits``: the rule that splits the token axis.
+    ``prologue``: seconds of the kernels before and after it. ``splits``: the rule that splits the token axis: "triton",
+    or the architecture of a CUDA kernel.
     """
 
     columns: int
@@ -81,7 +82,7 @@ class Kernel:
     issue: float = 70.0
     tile_end: float = 1500.0
     prologue: float = 0.0
-    splits: str = "cuda"
+    splits: str = "sm_90"
 
     @property
     def link_bytes(self) -> float:
@@ -261,21 +262,28 @@ def layer(kernel: Kernel, chip: Chip, d_in: int, d_out: int, tokens: int, sample
 
     Where tokens are split, each part's tile is written and read again in float32.
     """
-    parts = parts_of(kernel, chip, d_in, d_out, tokens)
-    seconds = _rounds(kernel, chip, d_in, d_out, tokens, sample_tokens, parts) + kernel.prologue
-    if parts > 1:
-        _, tiles = _tiles(kernel, chip, d_in, d_out)
-        stored = 4 * parts * tiles * kernel.cluster * kernel.rows * kernel.columns
+    split = split_of(kernel, chip, d_in, d_out, tokens, sample_tokens)
+    seconds = _rounds(kernel, chip, d_in, d_out, tokens, sample_tokens, split) + kernel.prologue
+    if split.parts > 1:
+        _, rows, columns = _tiles(kernel, chip, d_in, d_out)
+        stored = 4 * split.parts * (rows - split.whole_rows) * columns * kernel.cluster * kernel.rows * kernel.columns
         seconds += 2 * stored / chip.memory + LAUNCH
     return seconds
 
 
-def parts_of(kernel: Kernel, chip: Chip, d_in: int, d_out: int, tokens: int) -> int:
-    """Into how many parts a kernel splits the tokens of a layer."""
-    units, tiles = _tiles(kernel, chip, d_in, d_out)
-    if kernel.splits == "cuda":
-        return cuda_splits(tiles, tokens, units)
-    return max(1, min(units // tiles, tokens // (4 * kernel.k_tile)))
+def split_of(kernel: Kernel, chip: Chip, d_in: int, d_out: int, tokens: int, sample_tokens: int) -> splits.Split:
+    """How a kernel splits the tokens of a layer."""
+    units, rows, columns = _tiles(kernel, chip, d_in, d_out)
+    if kernel.splits != "triton":
+        arch = int(kernel.splits.removeprefix("sm_"))
+        return splits.choose(arch, rows, columns, d_in, tokens, units, samples=tokens // sample_tokens)
+    parts = max(1, min(units // (rows * columns), tokens // (4 * kernel.k_tile)))
+    return _even(rows, parts)
+
+
+def _even(rows: int, parts: int) -> splits.Split:
+    """All tiles in equal parts."""
+    return splits.Split(0 if parts > 1 else rows, parts, True, 1 / parts, 0.0)
 
 
 def plain(chip: Chip, kernels: Sequence[Kernel], d_in: int, d_out: int, tokens: int) -> float:
@@ -284,23 +292,30 @@ def plain(chip: Chip, kernels: Sequence[Kernel], d_in: int, d_out: int, tokens: 
     The tokens are split into the best number of parts, and adding them up costs nothing.
     """
     return min(
-        _rounds(replace(kernel, accumulators=2), chip, d_in, d_out, tokens, 2048, parts)
+        _rounds(replace(kernel, accumulators=2), chip, d_in, d_out, tokens, 2048, _even(0, parts))
         for kernel in kernels
         for parts in range(1, 17)
     )
 
 
-def _tiles(kernel: Kernel, chip: Chip, d_in: int, d_out: int) -> tuple[int, int]:
-    """(how many blocks or clusters run at a time, how many tiles they have between them)."""
-    tiles = -(-d_out // (kernel.rows * kernel.cluster)) * -(-d_in // kernel.columns)
-    return chip.multiprocessors // kernel.cluster, tiles
+def _tiles(kernel: Kernel, chip: Chip, d_in: int, d_out: int) -> tuple[int, int, int]:
+    """(how many blocks or clusters run at a time, rows and columns of the tiles that they take)."""
+    return (
+        chip.multiprocessors // kernel.cluster,
+        -(-d_out // (kernel.rows * kernel.cluster)),
+        -(-d_in // kernel.columns),
+    )
 
 
-def _rounds(kernel: Kernel, chip: Chip, d_in: int, d_out: int, tokens: int, sample_tokens: int, parts: int) -> float:
-    """Seconds of all tiles, each in ``parts`` parts of the tokens."""
-    units, tiles = _tiles(kernel, chip, d_in, d_out)
-    cycles = cycles_per_token(kernel, chip, sample_tokens) * tokens / parts + kernel.tile_end
-    return -(-tiles * parts // units) * cycles / chip.clock
+def _rounds(
+    kernel: Kernel, chip: Chip, d_in: int, d_out: int, tokens: int, sample_tokens: int, split: splits.Split
+) -> float:
+    """Seconds of all tiles, those of the whole rows and the parts of the others."""
+    units, rows, columns = _tiles(kernel, chip, d_in, d_out)
+    counts = split.whole_rows * columns, (rows - split.whole_rows) * columns
+    whole, parts = splits.busiest(*counts, split.parts, split.share, units)
+    cycles = cycles_per_token(kernel, chip, sample_tokens) * tokens
+    return (whole * (cycles + kernel.tile_end) + parts * (cycles * split.share + kernel.tile_end)) / chip.clock
 
 
 #: TFLOP/s that fast.cu reports for tiles of 128 x 256 in three stages, without clusters and with (docs/gpu-notes.md).
@@ -335,7 +350,7 @@ def hopper(columns: int, stages: int, k_tile: int = 64, cluster: int = 1, stagge
 #: Triton's Hopper kernel: two warpgroups side by side.
 TRITON = replace(hopper(128, 4), tile_end=3200.0, splits="triton")
 #: 8 warps of 64 x 32 or 64 x 48 in step: the end of a sample is hidden by nothing.
-AMPERE_128 = Kernel(128, 4, 32, unit=(64, 32), consumers=1, end=400.0, prologue=THREE_LAUNCHES)
+AMPERE_128 = Kernel(128, 4, 32, unit=(64, 32), consumers=1, end=400.0, prologue=THREE_LAUNCHES, splits="sm_80")
 AMPERE_192 = replace(AMPERE_128, columns=192, unit=(64, 48), end=500.0)
 #: Two accumulators in tensor memory; one block per multiprocessor, without pairs.
 BLACKWELL_TRITON = Kernel(
@@ -396,7 +411,7 @@ def predictions() -> list[str]:
     for name, kernel, chip in forms():
         cells = []
         for shape in SHAPES:
-            if kernel is BLACKWELL_TRITON and parts_of(kernel, chip, *shape, TOKENS) > 1:
+            if kernel is BLACKWELL_TRITON and split_of(kernel, chip, *shape, TOKENS, TOKENS).parts > 1:
                 cells.append("–")  # split tokens run other loops
             else:
                 cells.append(" / ".join(f"{ratio:.2f}" for ratio in ratios(kernel, chip, PLAIN[chip], *shape)))

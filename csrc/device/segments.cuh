@@ -1,6 +1,6 @@
-// The order in which a block multiplies K tiles: one flat sequence over (work tile, segment, K tile). A work tile is a
-// tile of the weight for one split of the segments. The loads run ahead across the ends of samples, groups and work
-// tiles; what the end of a K tile means travels with it.
+// The order in which a block multiplies K tiles: one flat sequence over (work item, segment, K tile). A work item is a
+// tile of the weight for all segments or for one split of them. The loads run ahead across the ends of samples, groups
+// and work items; what the end of a K tile means travels with it.
 #pragma once
 
 #include "ptx_sm80.cuh"
@@ -14,19 +14,65 @@ enum SegmentEnd : int {
   kTileEnd = 4,    // the tile is complete, as far as this split goes
 };
 
-// The tile and the split of a work tile. Tiles are walked in bands of group_m rows of tiles, column by column within a band, so
-// that blocks at work together share rows of dy and columns of x in the L2 cache. Splits are the slowest index.
+// Where a tile is in the weight: its row of tiles (d_out) and its column of tiles (d_in).
 struct TilePlace {
-  int split, row, column;  // row of tiles (d_out), column of tiles (d_in)
+  int row, column;
 };
 
-__device__ __forceinline__ TilePlace place_of(int work, int tile_rows, int tile_columns, int group_m) {
-  const int tiles = tile_rows * tile_columns;
-  const int split = work / tiles, tile = work - split * tiles;
-  const int band = tile / (group_m * tile_columns), within = tile - band * group_m * tile_columns;
-  const int height = min(group_m, tile_rows - band * group_m);
-  const int column = within / height;
-  return {split, band * group_m + (within - column * height), column};
+// The work items of a launch: first the tiles of the upper `whole_rows` rows of tiles, each for all segments; then those
+// of the other rows, split by split. Tiles are walked in bands of group_m rows of tiles, column by column within a band,
+// so that blocks at work together share rows of dy and columns of x in the L2 cache.
+// A parameter of the kernels: what they compute with is read from constant memory and takes no registers.
+struct WorkGrid {
+  int rows, columns, whole_rows, splits, group_m;
+  int whole_tiles, split_tiles;
+
+  WorkGrid(int rows, int columns, int whole_rows, int splits, int group_m)
+      : rows(rows), columns(columns), whole_rows(whole_rows), splits(splits), group_m(group_m),
+        whole_tiles(whole_rows * columns), split_tiles((rows - whole_rows) * columns) {}
+
+  __host__ __device__ __forceinline__ int64_t items() const {
+    return whole_tiles + static_cast<int64_t>(split_tiles) * splits;
+  }
+
+  // The split of an item, or -1: all segments.
+  __device__ __forceinline__ int split_of(int item) const {
+    return item < whole_tiles ? -1 : (item - whole_tiles) / split_tiles;
+  }
+
+  __device__ __forceinline__ int tile_of(int item) const {
+    return item < whole_tiles ? item : whole_tiles + (item - whole_tiles) % split_tiles;
+  }
+
+  __device__ __forceinline__ TilePlace place_of(int tile) const {
+    const bool whole = tile < whole_tiles;
+    const int first_row = whole ? 0 : whole_rows, height = whole ? whole_rows : rows - whole_rows;
+    tile -= first_row * columns;
+    const int band = tile / (group_m * columns), within = tile - band * group_m * columns;
+    const int band_height = min(group_m, height - band * group_m);
+    const int column = within / band_height;
+    return {first_row + band * group_m + (within - column * band_height), column};
+  }
+
+  // The segments of a split, or all of them (-1): from first_segment on, before segment_end.
+  __device__ __forceinline__ int first_segment(const int32_t* split_start, int split) const {
+    return load_global(split_start + max(split, 0));
+  }
+  __device__ __forceinline__ int segment_end(const int32_t* split_start, int split) const {
+    return load_global(split_start + (split < 0 ? splits : split + 1));
+  }
+};
+
+// What is wrong with a launch's split of `tile_rows` rows of tiles, or null.
+inline const char* wrong_split(const WgradNorm& args, int64_t tile_rows) {
+  if (args.whole_rows < 0 || args.whole_rows > tile_rows) return "whole_rows must be 0 to the number of rows of tiles";
+  if ((args.whole_rows < tile_rows) != (args.workspace != nullptr)) {
+    return "workspace must be given exactly where some rows of tiles are not whole";
+  }
+  if ((args.whole_rows > 0) != (args.group_sq != nullptr)) {
+    return "group_sq must be given exactly where some rows of tiles are whole";
+  }
+  return nullptr;
 }
 
 // Rows [row, end) of one sample and group. sample -1: not measured. group -1: there is no segment.
@@ -34,7 +80,7 @@ struct Segment {
   int row, end, sample, group;
 };
 
-// Walks the K tiles of the work tiles first, first + stride, ... All fields are the same in every thread.
+// Walks the K tiles of the work items first, first + stride, ... All fields are the same in every thread.
 class Cursor {
  public:
   int row = 0;    // the first row of the K tile
@@ -44,8 +90,8 @@ class Cursor {
   __device__ __forceinline__ int sample() const { return now_.sample; }
   __device__ __forceinline__ int group() const { return now_.group; }
 
-  __device__ __forceinline__ Cursor(const WgradNorm& args, int tiles, int first, int stride, int block_k)
-      : work(first - stride), args_(args), tiles_(tiles), stride_(stride), block_k_(block_k) {
+  __device__ __forceinline__ Cursor(const WgradNorm& args, const WorkGrid& grid, int first, int stride, int block_k)
+      : work(first - stride), args_(args), grid_(grid), stride_(stride), block_k_(block_k) {
     now_ = next_ = {0, 0, -1, -1};
     advance();
   }
@@ -57,13 +103,13 @@ class Cursor {
       now_ = next_;
       while (now_.group < 0) {
         work += stride_;
-        if (work >= tiles_ * args_.splits) {
+        if (work >= static_cast<int>(grid_.items())) {
           rows = 0;
           return;
         }
-        const int split = work / tiles_;
-        segment_ = load_global(args_.split_start + split);
-        segment_end_ = load_global(args_.split_start + split + 1);
+        const int split = grid_.split_of(work);
+        segment_ = grid_.first_segment(args_.split_start, split);
+        segment_end_ = grid_.segment_end(args_.split_start, split);
         now_ = fetch();
       }
       next_ = fetch();
@@ -98,9 +144,10 @@ class Cursor {
   }
 
   const WgradNorm& args_;
+  const WorkGrid& grid_;
   Segment now_, next_;
   int segment_ = 0, segment_end_ = 0;
-  int tiles_, stride_, block_k_;
+  int stride_, block_k_;
 };
 
 }  // namespace gradnorm

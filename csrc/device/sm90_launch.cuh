@@ -39,13 +39,14 @@ inline void require(bool holds, const char* what) {
 
 template <typename C>
 void start(const WgradNorm& args, void* stream) {
-  const int64_t work_tiles = wgrad_norm_sm90_rows(args.d_in, args.d_out, C::kColumns) / kConsumers * args.splits;
-  require(work_tiles <= 0x7fffffff, "more tiles than a 32-bit number counts");
+  const WorkGrid grid = grid_of<C>(args);
+  const int64_t tiles = grid.items() * C::kCluster;
+  require(tiles <= 0x7fffffff, "more tiles than a 32-bit number counts");
   const int64_t room = args.multiprocessors / C::kCluster * C::kCluster;
-  const int64_t blocks = work_tiles < room ? work_tiles : room;
+  const int64_t blocks = tiles < room ? tiles : room;
   launch_clusters(kName, wgrad_norm_kernel<C>, blocks, C::kCluster, kThreads, Shared<C>::kBytes, stream,
                   ragged_map(args.x, args.x_stride, args.tokens, args.d_in, args.type, C::kTokens),
-                  ragged_map(args.dy, args.dy_stride, args.tokens, args.d_out, args.type, C::kTokens), args);
+                  ragged_map(args.dy, args.dy_stride, args.tokens, args.d_out, args.type, C::kTokens), args, grid);
 }
 
 // Launches the tile of this position in tiles.h if its columns are args.block_n, in clusters of kCluster blocks. False

@@ -35,7 +35,7 @@ constexpr int kMnMajor = 1;  // 9.7.15.5.1.2: imm-trans is 1 where M or N is con
 struct Tag {
   int flags;
   int sample;     // -1: not measured
-  int sum_index;  // the group, or the index in `workspace`
+  int sum_index;  // the group, or if kStored the index in `workspace`
   int tile;
   int k_tiles;  // stages
   int steps;   // of 16 tokens at the end of the first stage; the others are full
@@ -45,7 +45,8 @@ enum Flag : int {
   kGroupEnds = 2,
   kFirstGroup = 4,  // the first and the last group of this tile
   kLastGroup = 8,
-  kExit = 16,
+  kStored = 16,  // sums go to `workspace`
+  kExit = 32,
 };
 
 // A type of operands, a tile of tiles.h, and the blocks of a cluster: 1, or 2 that take tiles below each other and load

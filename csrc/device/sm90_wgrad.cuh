@@ -1,6 +1,6 @@
 // Segmented wgrad for sm_90a: dW tiles, ||G_i||^2 and ||sum of G_i||^2 from one pass over the tokens.
 //
-// A block owns a tile of 128 rows (d_out) by kColumns columns (d_in), for one split of the segments. Its first
+// A block owns a tile of 128 rows (d_out) by kColumns columns (d_in), for all segments or for one split of them. Its first
 // warpgroup, the producer, is one thread that walks the segments and keeps copies of K tiles in flight, across samples
 // and tiles. The other two, the consumers, own 64 rows each and multiply what arrives. At a sample's end they square
 // their accumulators and add them to the running sum in registers, while the producer's copies of the next sample, and
@@ -40,12 +40,18 @@ struct SegmentWalk {
   }
 };
 
-// The tile that block `rank` of a cluster takes of a work item: a tile for one split of the segments, or as many tiles,
-// one below the other, as the cluster has blocks.
+// The work items of a cluster: where it has several blocks, as many tiles at a time, one below the other.
 template <typename C>
-__device__ __forceinline__ TilePlace place_in(int item, int rank, int tile_rows, int tile_columns, int group_m) {
-  const int band = C::kCluster > 1 ? max(group_m / C::kCluster, 1) : group_m;
-  TilePlace place = place_of(item, tile_rows / C::kCluster, tile_columns, band);
+WorkGrid grid_of(const WgradNorm& args) {
+  const int rows = (args.d_out - 1) / kTileRows + 1, columns = (args.d_in - 1) / C::kColumns + 1;
+  const int band = args.group_m / C::kCluster;
+  return {rows / C::kCluster, columns, args.whole_rows / C::kCluster, args.splits, band > 1 ? band : 1};
+}
+
+// Where the tile of block `rank` of a cluster is.
+template <typename C>
+__device__ __forceinline__ TilePlace place_in(const WorkGrid& grid, int tile, int rank) {
+  TilePlace place = grid.place_of(tile);
   place.row = place.row * C::kCluster + rank;
   return place;
 }
@@ -62,16 +68,16 @@ __device__ __forceinline__ void wait_free(const Shared<C>& shared, int stage, ui
 
 template <typename C>
 __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap* dy_map, const WgradNorm& args,
-                                        int tile_rows, int tile_columns, const Shared<C>& shared) {
+                                        const WorkGrid& grid, const Shared<C>& shared) {
   tensor_map_prefetch(x_map);
   tensor_map_prefetch(dy_map);
   Ring<C::kStages> ring;
-  const int rank = static_cast<int>(blockIdx.x) % C::kCluster, items = tile_rows / C::kCluster * tile_columns;
-  for (int item = blockIdx.x / C::kCluster; item < items * args.splits; item += gridDim.x / C::kCluster) {
-    const TilePlace place = place_in<C>(item, rank, tile_rows, tile_columns, args.group_m);
-    const int tile = item % items * C::kCluster + rank;
+  const int rank = static_cast<int>(blockIdx.x) % C::kCluster, items = static_cast<int>(grid.items());
+  for (int item = blockIdx.x / C::kCluster; item < items; item += gridDim.x / C::kCluster) {
+    const int split = grid.split_of(item), tile = grid.tile_of(item);
+    const TilePlace place = place_in<C>(grid, tile, rank);
     const int first_row = place.row * kTileRows, first_column = place.column * C::kColumns;
-    SegmentWalk walk{args, load_global(args.split_start + place.split), load_global(args.split_start + place.split + 1)};
+    SegmentWalk walk{args, grid.first_segment(args.split_start, split), grid.segment_end(args.split_start, split)};
     Segment segment{}, following{};
     int first_group = kFirstGroup;
     for (bool more = walk.next(segment); more; segment = following) {
@@ -80,8 +86,8 @@ __device__ __forceinline__ void produce(const TensorMap* x_map, const TensorMap*
       // The first K tile takes the rows that do not fill one, and the consumers' loop over the others has no condition.
       int rows = (segment.end - segment.row - 1) % C::kTokens + 1;
       const int k_tiles = (segment.end - segment.row - 1) / C::kTokens + 1;
-      Tag tag{0, segment.sample, segment.group, tile, k_tiles, (rows - 1) / kStepTokens + 1};
-      if (args.workspace != nullptr) tag.sum_index += place.split;
+      Tag tag{split < 0 ? 0 : kStored, segment.sample, segment.group + max(split, 0), tile * C::kCluster + rank,
+              k_tiles, (rows - 1) / kStepTokens + 1};
       if (group_ends || following.sample != segment.sample) tag.flags |= kSampleEnds;
       if (group_ends) {
         tag.flags |= kGroupEnds | first_group | (more ? 0 : kLastGroup);
@@ -223,18 +229,19 @@ __device__ __forceinline__ Fragment fragment_of(const WgradNorm& args, const Til
 template <typename C>
 __device__ __forceinline__ void finish_group(const WgradNorm& args, const Shared<C>& shared, Consumer& me,
                                              const Tag& tag, const Fragment& in, float (&sum)[C::kFragment]) {
-  const bool even = args.d_in % 2 == 0;
-  float* to = args.workspace;  // where the sum is stored in fp32, or null
-  if (to != nullptr) {
-    to += int64_t{tag.sum_index} * args.d_out * args.d_in;
+  const bool even = args.d_in % 2 == 0, stored = tag.flags & kStored;
+  const int above = stored ? args.whole_rows * kTileRows : 0;  // rows of the weight that are not in the workspace
+  float* to = nullptr;  // where the sum is stored in fp32, or null
+  if (stored) {
+    to = args.workspace + int64_t{tag.sum_index} * (args.d_out - above) * args.d_in;
   } else {
     const int64_t partial = int64_t{2} * tag.tile + me.group;
     me.store_sum(shared, in.sum_of_squares(sum), args.group_sq + partial * args.groups + tag.sum_index);
     if (args.weight_grad == nullptr) return;
     if (!(tag.flags & kLastGroup)) to = args.running;
   }
-  const int64_t first = int64_t{in.row} * args.d_in + in.column;
-  if (args.workspace == nullptr && !(tag.flags & kFirstGroup)) {
+  const int64_t first = int64_t{in.row - above} * args.d_in + in.column;
+  if (!stored && !(tag.flags & kFirstGroup)) {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       const float* from = args.running + first + 8 * upper * args.d_in;
@@ -262,8 +269,7 @@ __device__ __forceinline__ void finish_group(const WgradNorm& args, const Shared
 }
 
 template <typename C>
-__device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, int tile_columns, const Shared<C>& shared,
-                                        Consumer me) {
+__device__ __forceinline__ void consume(const WgradNorm& args, const WorkGrid& grid, const Shared<C>& shared, Consumer me) {
   const uint64_t dy_base = panel_descriptor<C>(shared.rows(0, me.group));
   const uint64_t x_base = panel_descriptor<C>(shared.columns(0, 0));
   float product[C::kFragment];
@@ -327,8 +333,8 @@ __device__ __forceinline__ void consume(const WgradNorm& args, int tile_rows, in
       me.release(shared, stage);
       if (tag.flags & kSampleEnds) {
         if (tag.tile != tile) {
-          const int item = tag.tile / C::kCluster, rank = tag.tile % C::kCluster;
-          in = fragment_of<C>(args, place_in<C>(item, rank, tile_rows, tile_columns, args.group_m), me);
+          const TilePlace place = place_in<C>(grid, tag.tile / C::kCluster, tag.tile % C::kCluster);
+          in = fragment_of<C>(args, place, me);
         }
         tile = tag.tile;
         if (tag.sample >= 0) {
@@ -359,7 +365,7 @@ __device__ __forceinline__ void leave_cluster() {
 template <typename C>
 __global__ void __launch_bounds__(kThreads, 1)
     wgrad_norm_kernel(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap dy_map,
-                      const __grid_constant__ WgradNorm args) {
+                      const __grid_constant__ WgradNorm args, const __grid_constant__ WorkGrid grid) {
   const Shared<C> shared{(shared_base() + 1023) / 1024 * 1024};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
@@ -374,17 +380,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     sync_block();
   }
-  const int tile_rows = (args.d_out - 1) / kTileRows + 1, tile_columns = (args.d_in - 1) / C::kColumns + 1;
   const int warp = warp_uniform(static_cast<int>(threadIdx.x) / 32);
   if (warp < 4) {
     registers_release<C::kProducerRegisters>();
     if (threadIdx.x != 0) return;
-    produce<C>(&x_map, &dy_map, args, tile_rows, tile_columns, shared);
+    produce<C>(&x_map, &dy_map, args, grid, shared);
     leave_cluster<C>();
   } else {
     registers_acquire<C::kConsumerRegisters>();
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    consume<C>(args, tile_rows, tile_columns, shared, Consumer{warp / 4 - 1, warp % 4, lane});
+    consume<C>(args, grid, shared, Consumer{warp / 4 - 1, warp % 4, lane});
     leave_cluster<C>();
   }
 }

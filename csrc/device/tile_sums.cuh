@@ -77,13 +77,15 @@ __device__ __forceinline__ float2 load_pair(const float* matrix, int rows, int c
   return pair;
 }
 
-// A pair of the group's sum goes where the launch wants it: to `workspace`, or into weight_grad, which for several groups is
-// kept in fp32 in `running` until the tile's last group.
+// A pair of the group's sum goes to its place in `workspace`, which has the rows of the weight from `above` on; or, where that
+// is negative, into weight_grad, which for several groups is kept in fp32 in `running` until the tile's last group.
 template <int kType>
-__device__ __forceinline__ void store_sum(const WgradNorm& args, int sum_index, bool first, bool last, int row, int column,
-                                          float2 pair) {
-  if (args.workspace != nullptr) {
-    store_pair(args.workspace + static_cast<int64_t>(sum_index) * args.d_out * args.d_in, args.d_out, args.d_in, row, column, pair);
+__device__ __forceinline__ void store_sum(const WgradNorm& args, int sum_index, int above, bool first, bool last, int row,
+                                          int column, float2 pair) {
+  if (above >= 0) {
+    const int rows = args.d_out - above;
+    float* sum = args.workspace + static_cast<int64_t>(sum_index) * rows * args.d_in;
+    store_pair(sum, rows, args.d_in, row - above, column, pair);
     return;
   }
   if (!first) {

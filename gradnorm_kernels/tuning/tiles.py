@@ -75,7 +75,8 @@ class CudaConfig:
     ``arch``: 80 or 90. ``columns``: of d_in per tile, one of the tiles in ``csrc/tiles.h``. ``group_m``: rows of tiles
     that are walked together. ``staggered``: on Hopper the second consumer of a block stays a stage behind the first.
     ``clusters``: on Hopper two blocks take tiles below each other and each loads half of x for both, by multicast, if
-    :func:`cluster_size` allows it. Off by default: no GPU has run it.
+    :func:`cluster_size` allows it. Off by default: no GPU has run it. ``split_last``: the tokens of the last rows of
+    tiles may be split while those of the others are not.
     """
 
     arch: int
@@ -83,6 +84,7 @@ class CudaConfig:
     group_m: int = 8
     staggered: bool = True
     clusters: bool = False
+    split_last: bool = True
 
     @property
     def key(self) -> str:
@@ -184,7 +186,9 @@ NESTED_TILES: dict[tuple[str, int], list[TritonTile]] = {
 #: What the benchmarks time, by name; each on its architecture.
 CUDA_CANDIDATES = {
     "columns_128": CudaCandidate(CudaConfig(90, 128), "1024 tiles at 4096 x 4096: 7.8 rounds of 132 multiprocessors"),
-    "columns_192": CudaCandidate(CudaConfig(90, 192), "fewer bytes from L2 per product; 704 tiles: 5.3 rounds"),
+    "columns_192": CudaCandidate(
+        CudaConfig(90, 192), "fewer bytes from L2 per product; 704 tiles: five rounds, and 44 tiles in parts"
+    ),
     "columns_256": CudaCandidate(CudaConfig(90, 256), "the fewest bytes from L2; 512 tiles: 3.9 rounds"),
     "columns_128_abreast": CudaCandidate(CudaConfig(90, 128, staggered=False), "what staggering the consumers costs"),
     "columns_192_abreast": CudaCandidate(CudaConfig(90, 192, staggered=False), "what staggering the consumers costs"),
@@ -193,12 +197,15 @@ CUDA_CANDIDATES = {
     "columns_256_band_16": CudaCandidate(
         CudaConfig(90, 256, group_m=16), "a round of 132 tiles is 2048 rows by 2112 columns, the squarest band"
     ),
+    "columns_192_unsplit": CudaCandidate(
+        CudaConfig(90, 192, split_last=False), "704 tiles in six rounds: what splitting the last rows gains"
+    ),
     "columns_192_clusters": CudaCandidate(CudaConfig(90, 192, clusters=True), "x from L2 once for two blocks"),
     "columns_256_clusters": CudaCandidate(CudaConfig(90, 256, clusters=True), "x from L2 once for two blocks"),
     "sm80_columns_128": CudaCandidate(
         CudaConfig(80, 128), "an A100: ten rounds at 4096 x 4096, the port of shared memory full"
     ),
-    "sm80_columns_192": CudaCandidate(CudaConfig(80, 192), "an A100: seven longer rounds, the port at 79%"),
+    "sm80_columns_192": CudaCandidate(CudaConfig(80, 192), "an A100: six and a half longer rounds, the port at 79%"),
 }
 
 _forced: dict[str, Any] = {}
@@ -235,21 +242,39 @@ def tile_cycles(arch: int, columns: int, shared_memory: int) -> float:
     return max(128 * columns / rate, port / (0.9 * 128))
 
 
-def cuda_config(arch: int, columns: Sequence[int], shared_memory: int, rounds: Callable[[int], float]) -> CudaConfig:
+def end_cycles(arch: int, columns: int) -> float:
+    """Estimated cycles of a multiprocessor that a sample's end costs beside the products, for samples of 128 tokens.
+
+    By ``tools/sm_event_model.py`` (a test compares them). Hopper's second consumer multiplies while the first ends a
+    sample, but with 256 columns half of the group's sum passes the port of shared memory, which is full already.
+    """
+    if arch < 90:
+        return 535.0
+    return {128: 239.0, 192: 203.0, 256: 1161.0}.get(columns, 0.0)
+
+
+def cuda_config(
+    arch: int, columns: Sequence[int], shared_memory: int, rounds: Callable[[int], float], ends: float = 0.0
+) -> CudaConfig:
     """The launch of the CUDA wgrad, from the ``columns`` that tiles are compiled for.
 
-    ``argmin over columns of rounds(columns) tile_cycles(columns)``, the estimated time per token; the narrowest of
-    equals. ``rounds``: how many tiles of that width the busiest multiprocessor takes, as a share of all tokens.
-    ``shared_memory``: see :func:`tile_cycles`. No GPU has run this choice. On an H200 it takes 256 columns at 4096 x
-    4096: four rounds of 16.5 cycles per token, where 192 columns take six of 13.7 and 128 take eight of 11.
+    ``argmin over columns of rounds(columns) (tile_cycles(columns) + ends end_cycles(columns))``, the estimated time per
+    token; the narrowest of equals. ``rounds``: how many tiles of that width the busiest multiprocessor takes, as a
+    share of all tokens. ``ends``: ends of samples per token. ``shared_memory``: see :func:`tile_cycles`.
+
+    No GPU has run this choice. On an H200 it takes 256 columns at 4096 x 4096 and long samples: four rounds of 16.5
+    cycles per token, where 192 columns take 5.4 of 13.7 (the last rows of tiles are split) and 128 take eight of 11.
+    For samples below about 450 tokens it takes 192.
 
     Raises ValueError if a forced config names a tile that is not compiled.
     """
     chosen: CudaConfig | None = _forced.get(CudaConfig(arch, 0).key)
     if chosen is None:
-        chosen = CudaConfig(
-            arch, min(sorted(columns), key=lambda width: rounds(width) * tile_cycles(arch, width, shared_memory))
-        )
+
+        def time(width: int) -> float:
+            return rounds(width) * (tile_cycles(arch, width, shared_memory) + ends * end_cycles(arch, width))
+
+        chosen = CudaConfig(arch, min(sorted(columns), key=time))
     if chosen.columns not in columns:
         raise ValueError(
             f"columns must be one of {sorted(columns)} on sm_{arch}, the tiles of csrc/tiles.h, got {chosen.columns}"

@@ -18,7 +18,7 @@ import torch
 
 from gradnorm_kernels import checks, ops, reference, traps
 from gradnorm_kernels.backends import Plan, cuda, native
-from gradnorm_kernels.backends.cuda import schedule, segment_table, wgrad
+from gradnorm_kernels.backends.cuda import schedule, segment_table, splits, wgrad
 from gradnorm_kernels.backends.cuda.launch import old_driver, operand
 from gradnorm_kernels.segments import PlainSegments, Segments
 from gradnorm_kernels.tuning.tiles import CudaConfig, forced
@@ -115,28 +115,48 @@ def launches(context: HostContext, monkeypatch: pytest.MonkeyPatch) -> list[str]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "groups", "launched"),
+    ("lengths", "groups", "d_out", "multiprocessors", "whole_rows"),
     [
         # Few long samples: splits that end anywhere, sums of samples in the workspace.
-        ([1500, 777], [0, 1], ["schedule", "wgrad_norm_sm80", "split_fixup", "finish"]),
+        ([1500, 777], [0, 1], 24, 7, 0),
         # Many samples on a small weight: splits between samples.
-        ([97, 60, 113] * 13, [0, 1, 1] * 13, ["schedule", "wgrad_norm_sm80", "split_fixup", "finish"]),
+        ([97, 60, 113] * 13, [0, 1, 1] * 13, 24, 7, 0),
         # A sample that goes on through the next split: that one is empty, and leaves nothing in the workspace.
-        ([3] * 16 + [900] + [4] * 16, [0] * 33, ["schedule", "wgrad_norm_sm80", "split_fixup", "finish"]),
+        ([3] * 16 + [900] + [4] * 16, [0] * 33, 24, 7, 0),
+        # Three tiles on two multiprocessors: the tokens of the last one are split.
+        ([97, 60, 113] * 4, [0] * 12, 300, 2, 2),
+        # The same with groups: whole rows have a running sum, and the group in the middle is in both splits.
+        ([97, 0, 60, 113] * 4, [0] * 5 + [2] * 7 + [3] * 4, 300, 2, 2),
     ],
 )
 def test_splits(
-    host: Host, monkeypatch: pytest.MonkeyPatch, lengths: list[int], groups: list[int], launched: list[str]
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    groups: list[int],
+    d_out: int,
+    multiprocessors: int,
+    whole_rows: int,
 ) -> None:
-    """More multiprocessors than tiles: the tokens are split, and squares are taken of whole sums."""
-    context = host_context(host, multiprocessors=7)
+    """Multiprocessors would have no tile: the tokens are split, and squares are taken of whole sums."""
+    context = host_context(host, multiprocessors=multiprocessors)
     install(monkeypatch, context)
     names = launches(context, monkeypatch)
-    case = traps.packed(lengths, 40, 24, BF16, group_ids=groups)
+    chosen: list[splits.Split] = []
+    choose = splits.choose
+
+    def noted(*args: Any, **options: Any) -> splits.Split:
+        chosen.append(choose(*args, **options))
+        return chosen[-1]
+
+    monkeypatch.setattr(splits, "choose", noted)
+    case = traps.packed(lengths, 40, d_out, BF16, group_ids=groups)
     result = traps.check(case, "cuda", "wgrad", weight_grad=True)
-    assert names[: len(launched)] == launched
-    # One tile and no split: the same numbers from the plain way.
-    monkeypatch.setattr(wgrad, "splits", lambda *_: 1)
+    assert names[:4] == ["schedule", "wgrad_norm_sm80", "split_fixup", "finish"]
+    assert chosen[-1].whole_rows == whole_rows and chosen[-1].parts > 1
+    assert chosen[-1].anywhere == (len(lengths) == 2)
+    # No split: the same numbers from the plain way.
+    monkeypatch.setattr(splits, "choose", lambda arch, tile_rows, *_, **__: splits.Split(tile_rows, 1, False, 1.0, 1.0))
     del names[:]
     plain = ops.fused_grad_norm(
         case.x, case.dy, case.cu_seqlens, group_ids=case.group_ids, weight_grad=True, algorithm="wgrad", backend="cuda"
@@ -156,7 +176,7 @@ def test_the_groups_gram_with_a_small_workspace(
     """
     names = launches(context, monkeypatch)
     copies = groups if groups <= context.module.FIXUP_GROUPS else 2 * groups
-    monkeypatch.setattr(wgrad, "_WORKSPACE", copies * 4 * 70 * 130)
+    monkeypatch.setattr(wgrad, "WORKSPACE", copies * 4 * 70 * 130)
     products: list[bool] = []
     original = wgrad.split_fixup
 
@@ -323,7 +343,7 @@ def finish_fields(**fields: object) -> dict[str, object]:
     """The arguments of the epilogue of one sample and one group, whose squared norm is absent."""
     tensors = ("wgrad_samples", "wgrad_groups", "fixup_samples", "fixup_groups", "gram_samples", "sample_span")
     tensors += ("gram_groups", "group_span", "pairs", "products", "group_gram", "weight_grad")
-    sizes = ("wgrad_rows", "fixup_rows", "sample_reach", "group_reach", "partials", "slabs", "d_in")
+    sizes = ("wgrad_rows", "wgrad_group_rows", "fixup_rows", "sample_reach", "group_reach", "partials", "slabs", "d_in")
     state, info = torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
     out = {name: torch.zeros(1, dtype=torch.float64) for name in ("sample_sq", "group_sq")}
     flags = {"first": True, "last": True, "samples": 1, "groups": 1}
@@ -458,13 +478,6 @@ def test_more_segments_than_threads(context: HostContext, splits: int) -> None:
     cuts = [p * tokens // splits for p in range(splits)]
     expected = [sum(begin >= cut for cut in cuts) - 1 for begin in sample_begins]
     assert [p for p, split in enumerate(pieces(made.wgrad)) for _ in split] == expected
-
-
-def test_how_many_splits() -> None:
-    assert wgrad.splits(1024, 65536, 132) == 1  # 4096 x 4096: eight rounds
-    assert wgrad.splits(20, 65536, 132) > 4
-    assert wgrad.splits(20, 200, 132) == 1
-    assert all(wgrad.splits(tiles, 100000, 108) <= 108 for tiles in range(1, 300, 7))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,22 @@ MUTATIONS = {
         Patch(SEGMENTS, r" \|\| next_\.sample != now_\.sample\) ends", r" || true) ends"),
         WRONG,
     ),
+    "a whole tile with the segments of a split": (
+        Patch(SEGMENTS, r"split < 0 \? splits : split \+ 1", "max(split, 0) + 1"),
+        WRONG,
+    ),
+    "split tiles placed among the whole ones": (
+        Patch(SEGMENTS, r"whole \? 0 : whole_rows", "0"),
+        f"outside of every buffer|write the same|{WRONG}",
+    ),
+    "rows above the workspace counted": (
+        Patch("device/tile_sums.cuh", r"rows, args\.d_in, row - above", "rows, args.d_in, row"),
+        f"outside of every buffer|{WRONG}",
+    ),
+    "whole rows left out of a group's norm": (
+        Patch(REDUCE, r"if \(args\.wgrad_groups != nullptr\)", "if (state == kWgrad)"),
+        WRONG,
+    ),
     "rows that do not touch are one run": (Patch(SEGMENTS, r" && start == segment\.end", ""), WRONG),
     # The Gram.
     "Gram: no wait": (Patch(GRAM, r"copy_wait<kStages - 2>\(\);", ""), COPY),
@@ -122,6 +138,7 @@ SLOW = {
     *("a sample's end inside a sample", "Gram: terms written over a stage in use"),
     *("rows that do not touch are one run", "Gram: the neighbour's terms count", "the diagonal counts twice"),
     *("a stage is left before it is read", "columns of x in another place"),
+    *("split tiles placed among the whole ones", "rows above the workspace counted"),
     *("one place for two scans", "a sample's last piece is left out", "no barrier before the epilogue's sums"),
 }
 
@@ -144,9 +161,11 @@ def fault(monkeypatch: pytest.MonkeyPatch, host: Host) -> str:
     split = traps.packed([300, 500], 40, 24, torch.float16, group_ids=[0, 0])
     gaps = traps.packed([3, 4, 40, 5], 24, 16, torch.bfloat16, group_ids=[0, 1, 0, 0])
     plain = traps.packed([3, 2], 16, 16, torch.bfloat16)  # the prologue checks cu_seqlens
+    # Two rows of tiles are whole, the third one is split.
+    rest = traps.packed([97, 60, 113] * 4, 40, 300, torch.bfloat16, group_ids=[0] * 5 + [1] * 7)
     for case, multiprocessors, algorithm, columns in (
         *((several, 2, "wgrad", 128), (several, 2, "gram", 128)),
-        *((split, 5, "wgrad", 128), (gaps, 1, "gram", 128), (plain, 1, "wgrad", 128)),
+        *((split, 5, "wgrad", 128), (rest, 2, "wgrad", 128), (gaps, 1, "gram", 128), (plain, 1, "wgrad", 128)),
         (several, 2, "wgrad", 192),
     ):
         install(monkeypatch, host_context(host, multiprocessors=multiprocessors))

@@ -37,6 +37,9 @@ CASES = {
     "only sums": Case((7, 65), 24, 40, weight_grad=False),
     "splits": Case((7, 5, 1, 64, 100), 210, 77, groups=(0, 0, 0, 1, 1), splits=3, parts=True, multiprocessors=4),
     "group sums": Case((70, 5, 9), 33, 130, groups=(0, 1, 3), parts=True),
+    "last rows": Case(
+        (7, 5, 1, 64, 100), 210, 300, groups=(0, 0, 0, 1, 1), splits=3, parts=True, whole_rows=2, multiprocessors=3
+    ),
     "neighbour": Case((20, 64), 72, 40),
     "one at the end": Case((20, 1), 24, 40),
     "nan": Case((20, 20, 20, 130, 7), 72, 130, groups=(0, 0, 1, 1, 2), poison=(float("nan"), 1)),
@@ -62,6 +65,7 @@ class Defect(NamedTuple):
 
 
 KERNEL, TILES, LAUNCH = "device/sm90_wgrad.cuh", "device/sm90_tiles.cuh", "device/sm90_launch.cuh"
+SEGMENTS = "device/segments.cuh"
 SOURCES = ("wgrad_norm_sm90.cu", "wgrad_norm_sm90_clusters.cu")
 FRAGMENT = "device/sm90_fragment.cuh"
 # Two accesses that nothing orders, in the words of the host execution: which of them, is up to the schedule.
@@ -147,7 +151,26 @@ DEFECTS = {
     "samples run together": Defect(KERNEL, r"following\.sample != segment\.sample", "false", "numbers"),
     "rows apart joined": Defect(KERNEL, r"here\.row == segment\.end", "true", "numbers", "apart"),
     "part of another split": Defect(
-        KERNEL, r"tag\.sum_index \+= place\.split;", ";", "numbers|write the same", "splits"
+        KERNEL, r"segment\.group \+ max\(split, 0\)", "segment.group", "numbers|write the same", "splits"
+    ),
+    "a whole tile with the segments of a split": Defect(
+        SEGMENTS, r"split < 0 \? splits : split \+ 1", "max(split, 0) + 1", "numbers", "last rows"
+    ),
+    "a tile of another split": Defect(
+        SEGMENTS,
+        r"\(item - whole_tiles\) / split_tiles",
+        "(item - whole_tiles) / split_tiles % 2",
+        "numbers|write the same",
+        "last rows",
+    ),
+    "whole rows in the workspace": Defect(
+        KERNEL, r"split < 0 \? 0 : kStored", "kStored", "outside of every buffer|numbers", "last rows"
+    ),
+    "rows above the workspace counted": Defect(
+        KERNEL, r"in\.row - above", "in.row", "outside of every buffer|numbers|write the same", "last rows"
+    ),
+    "split tiles placed among the whole ones": Defect(
+        SEGMENTS, r"whole \? 0 : whole_rows", "0", "numbers|write the same|outside of every buffer", "last rows"
     ),
     "running sum forgotten": Defect(KERNEL, r"first_group = 0;", ";", "numbers"),
     "columns behind the matrix": Defect(FRAGMENT, r"columns\(\) > 2 \* kCount - 7", "true", "numbers", "inf"),
@@ -309,7 +332,7 @@ def test_the_widest_tile_agrees_with_the_reference(host: Host, name: str) -> Non
 
 
 PAIRED = [name for name in CASES if CASES[name].block_n == 192 and CASES[name].cluster == 1]
-BRIEF = {("apart", 128), ("splits", 192), ("group sums", 256), ("inf", 256)}
+BRIEF = {("apart", 128), ("splits", 192), ("group sums", 256), ("inf", 256), ("last rows", 192)}
 IN_CLUSTERS = [
     pytest.param(name, width, marks=[pytest.mark.slow] * ((name, width) not in BRIEF))
     for name in PAIRED
@@ -367,10 +390,21 @@ def test_refuses_what_the_copy_engine_cannot_take(host: Host, monkeypatch: pytes
         run(host, replace(EDGES, d_out=100, cluster=2), seed=1)
     with pytest.raises(RuntimeError, match="a cluster needs as many multiprocessors as it has blocks"):
         run(host, replace(EDGES, multiprocessors=1, cluster=2), seed=1)
+    with pytest.raises(RuntimeError, match="takes tiles in pairs, and whole_rows is odd"):
+        run(host, replace(paired(CASES["last rows"]), whole_rows=1), seed=1)
     launch = host.module.wgrad_norm_sm90
     monkeypatch.setattr(host.module, "wgrad_norm_sm90", lambda **fields: launch(**{**fields, "x_stride": 0}))
     with pytest.raises(RuntimeError, match="with rows a positive multiple of 8 elements apart"):
         run(host, EDGES, seed=1)
+    for wrong, text in (
+        ({"whole_rows": 4}, "whole_rows must be 0 to the number of rows of tiles"),
+        ({"workspace": 0}, "workspace must be given exactly where some rows of tiles are not whole"),
+        ({"whole_rows": 3}, "workspace must be given exactly where some rows of tiles are not whole"),
+        ({"whole_rows": 0}, "group_sq must be given exactly where some rows of tiles are whole"),
+    ):
+        monkeypatch.setattr(host.module, "wgrad_norm_sm90", lambda wrong=wrong, **fields: launch(**{**fields, **wrong}))
+        with pytest.raises(RuntimeError, match=f"wgrad_norm_sm90: {text}"):
+            run(host, CASES["last rows"], seed=1)
 
 
 @pytest.mark.parametrize("name", DEFECTS)

@@ -97,6 +97,7 @@ def test_tiles_that_are_asked_for_are_launched_and_right(
     wanted = {f"columns_{width}": (width, True, 8, 1) for width in (128, 192, 256)}
     wanted |= {"columns_192_band_12": (192, True, 12, 1), "columns_256_band_16": (256, True, 16, 1)}
     wanted |= {f"columns_{width}_abreast": (width, False, 8, 1) for width in (128, 192, 256)}
+    wanted["columns_192_unsplit"] = wanted["columns_192"]
     wanted |= {f"columns_{width}_clusters": (width, True, 8, 2) for width in (192, 256)}
     wanted |= {f"sm80_columns_{width}": (width, True, 8, 1) for width in (128, 192)}
     assert set(seen) == {(f"wgrad_norm_sm{config.arch}", *wanted[name])}

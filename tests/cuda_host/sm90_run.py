@@ -23,8 +23,9 @@ class Case:
     """One launch. Segment i has ``lengths[i]`` rows of sample ``samples[i]`` and group ``groups[i]``.
 
     ``gap`` rows of NaN, of no segment, follow each segment. ``unmeasured``: samples without a norm. ``parts``: the
-    groups' sums of each of ``splits`` go to the workspace. ``poison``: a value for one element of dy, and its segment.
-    ``stride``: elements from one row of x to the next, for matrices of more than 2^31.
+    groups' sums of each of ``splits`` go to the workspace, but for the first ``whole_rows`` rows of tiles. ``poison``:
+    a value for one element of dy, and its segment. ``stride``: elements from one row of x to the next, for matrices of
+    more than 2^31.
     """
 
     lengths: tuple[int, ...]
@@ -36,6 +37,7 @@ class Case:
     unmeasured: tuple[int, ...] = ()
     splits: int = 1
     parts: bool = False
+    whole_rows: int = 0
     weight_grad: bool = True
     poison: tuple[float, int] | None = None
     stride: int = 0
@@ -74,16 +76,18 @@ def random_case(seed: int) -> Case:
         samples.append(samples[-1] + fresh)
         groups.append(groups[-1] + (draw.choice((0, 0, 1, 2)) if fresh else 0))
     parts = draw.random() < 0.4
+    d_out = draw.choice((4, 8, 23, 64, 70, 128, 136, 200, 300))
     return Case(
         tuple(lengths),
         d_in=draw.choice((1, 8, 19, 64, 72, 100, 128, 192, 193, 200, 256, 384, 400)),
-        d_out=draw.choice((4, 8, 23, 64, 70, 128, 136, 200, 300)),
+        d_out=d_out,
         samples=tuple(samples),
         groups=tuple(groups),
         gap=draw.choice((0, 0, 5)),
         unmeasured=tuple(sample for sample in set(samples) if draw.random() < 0.2),
         splits=draw.randint(1, min(4, samples[-1] + 1)) if parts else 1,
         parts=parts,
+        whole_rows=draw.randint(0, (d_out - 1) // 128) if parts else 0,
         weight_grad=draw.random() < 0.8,
         poison=draw.choice((None, None, (NAN, 0), (float("inf"), 0))),
         multiprocessors=draw.randint(1, 7),
@@ -97,7 +101,8 @@ def random_case(seed: int) -> Case:
 def paired(case: Case) -> Case:
     """The same in clusters of two blocks, with an even number of rows of tiles and multiprocessors for two clusters."""
     d_out = case.d_out if -(-case.d_out // 128) % 2 == 0 else case.d_out + 128
-    return replace(case, d_out=d_out, cluster=2, multiprocessors=max(case.multiprocessors, 5))
+    whole_rows = case.whole_rows // 2 * 2
+    return replace(case, d_out=d_out, whole_rows=whole_rows, cluster=2, multiprocessors=max(case.multiprocessors, 5))
 
 
 def virtual(count: int, dtype: torch.dtype) -> Tensor:
@@ -147,7 +152,11 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
     begins = [i for i in segments if i == 0 or samples[i] != samples[i - 1]]
     cuts = [begins[p * len(begins) // case.splits] for p in range(case.splits)] + [len(segments)]
     parts = case.parts
-    weight = case.d_out * case.d_in
+    # The weight's rows above this one are those of whole rows of tiles.
+    above = min(128 * case.whole_rows, case.d_out) if parts else case.d_out
+    whole_rows = case.whole_rows if parts else -(-case.d_out // 128)
+    below = case.d_out - above
+    whole = case.weight_grad and above > 0
     buffers = {
         "x": x,
         "dy": dy,
@@ -157,12 +166,10 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
         "segment_group": _ints(list(groups)),
         "split_start": _ints(cuts),
         "sample_sq": torch.zeros(rows, count),
-        "group_sq": None if parts else torch.zeros(rows, kinds),
-        "workspace": virtual((case.splits + kinds - 1) * weight, torch.float32) if parts else None,
-        "weight_grad": torch.full((case.d_out, case.d_in), NAN, dtype=case.dtype)
-        if case.weight_grad and not parts
-        else None,
-        "running": torch.full((case.d_out, case.d_in), NAN) if case.weight_grad and kinds > 1 and not parts else None,
+        "group_sq": torch.zeros(rows // -(-case.d_out // 128) * whole_rows, kinds) if whole_rows else None,
+        "workspace": virtual((case.splits + kinds - 1) * below * case.d_in, torch.float32) if parts else None,
+        "weight_grad": torch.full((above, case.d_in), NAN, dtype=case.dtype) if whole else None,
+        "running": torch.full((above, case.d_in), NAN) if whole and kinds > 1 else None,
     }
     host.reset(seed)
     for buffer in buffers.values():
@@ -181,6 +188,7 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
         samples=count,
         groups=kinds,
         splits=case.splits,
+        whole_rows=whole_rows,
         block_n=case.block_n,
         group_m=case.group_m,
         staggered=case.staggered,
@@ -201,20 +209,25 @@ def run(host: Host, case: Case, seed: int) -> tuple[Result, Result]:
     for sample in case.unmeasured:
         expected_sq[sample] = 0.0
     sample_sq = buffers["sample_sq"].double().sum(0)
+    group_sq = torch.zeros(len(present), dtype=torch.float64)
+    weight_grad = expected_weight.clone()
+    if whole_rows:
+        group_sq += buffers["group_sq"].double().sum(0)[present]
+    if whole:
+        weight_grad[:above] = buffers["weight_grad"].double()
     if parts:
-        group_sq, weight_grad = _from_parts(buffers["workspace"], case, cuts, groups)
-    else:
-        group_sq = buffers["group_sq"].double().sum(0)[present]
-        weight_grad = buffers["weight_grad"].double() if case.weight_grad else expected_weight
+        more, weight_grad[above:] = _from_parts(buffers["workspace"], (below, case.d_in), case.splits, cuts, groups)
+        group_sq += more
     return Result(sample_sq, group_sq, weight_grad), Result(expected_sq, expected_group, expected_weight)
 
 
-def _from_parts(flat: Tensor, case: Case, cuts: list[int], groups: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _from_parts(
+    flat: Tensor, shape: tuple[int, int], splits: int, cuts: list[int], groups: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
     """The groups' squared norms, and the sum of all, from what each split left of each group."""
-    shape = (case.d_out, case.d_in)
-    weight = case.d_out * case.d_in
+    weight = shape[0] * shape[1]
     sums: dict[int, Tensor] = {}
-    for split in range(case.splits):
+    for split in range(splits):
         for group in sorted(set(groups[cuts[split] : cuts[split + 1]])):
             sum_index = split + group
             part = flat[sum_index * weight : (sum_index + 1) * weight].double()
@@ -226,7 +239,7 @@ def _from_parts(flat: Tensor, case: Case, cuts: list[int], groups: tuple[int, ..
 def differences(case: Case, result: Result, expected: Result) -> list[str]:
     """What is not what it should be, in words; empty if all is."""
     found = []
-    rounding = NORMS[case.dtype] if case.parts else WEIGHT_GRAD[case.dtype]
+    rounding = NORMS[case.dtype] if case.parts and not case.whole_rows else WEIGHT_GRAD[case.dtype]
     bounds = {"sample_sq": NORMS[case.dtype], "group_sq": NORMS[case.dtype], "weight_grad": rounding}
     for name, bound in bounds.items():
         is_, should = getattr(result, name), getattr(expected, name)

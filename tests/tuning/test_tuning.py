@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gradnorm_kernels import backends
-from gradnorm_kernels.backends.cuda import wgrad
+from gradnorm_kernels.backends.cuda import splits, wgrad
 from gradnorm_kernels.backends.cuda.launch import LaunchContext
 from gradnorm_kernels.tuning import costs, tiles
 from gradnorm_kernels.tuning.costs import Chip, Costs
@@ -253,6 +253,13 @@ def test_the_cuda_tile_on_ampere_is_chosen_by_rounds_and_the_shared_memory_port(
     assert tile_columns(gpu, (128, 192), d_in, d_out) == columns
 
 
+@pytest.mark.parametrize(("length", "columns"), [(2048, 256), (600, 256), (400, 192), (64, 192)])
+def test_short_samples_take_the_tile_whose_ends_cost_less(length: int, columns: int) -> None:
+    """Below about 450 tokens at 4096 x 4096: with 256 columns an end is five times as long as with 192."""
+    context = LaunchContext(SimpleNamespace(WGRAD_TILES={90: [128, 192, 256]}), *H200, 0)
+    assert wgrad.launch_config(context, 4096, 4096, 16384, 16384 // length).columns == columns
+
+
 def forced_or_chosen(arch: int, *widths: int) -> CudaConfig:
     return tiles.cuda_config(arch, widths, costs.SHARED_MEMORY[arch], lambda columns: 1.0)
 
@@ -294,11 +301,15 @@ def test_the_notes_have_the_cuda_tile_of_every_layer() -> None:
     assert len(rows) == 12
     for d_in, d_out, told in ((int(row[0]), int(row[1]), row[2]) for row in rows):
         columns = wgrad.launch_config(context, d_in, d_out, 16384).columns
-        count = wgrad.tile_count(d_in, d_out, columns)
-        parts = wgrad.splits(count, 16384, multiprocessors)
-        rounds = -(-count * parts // multiprocessors)
-        use = d_in * d_out / (count * 128 * columns) * count * parts / (multiprocessors * rounds)
-        assert told == f"{columns}, {count} x {parts}, {rounds}, {use:.0%}", (d_in, d_out)
+        tile_rows, tile_columns = wgrad.tile_grid(d_in, d_out, columns)
+        split = wgrad.choose_split(context, columns, d_in, d_out, 16384)
+        counts = [split.whole_rows * tile_columns, (tile_rows - split.whole_rows) * tile_columns]
+        busiest = splits.busiest(*counts, split.parts, split.share, multiprocessors)
+        written = zip((f"{counts[0]} x 1", f"{counts[1]} x {split.parts}"), map(str, busiest), counts, strict=True)
+        shown = [(tiles, rounds) for tiles, rounds, count in written if count]
+        rounds = busiest[0] + busiest[1] * split.share
+        use = d_in * d_out / (128 * columns * multiprocessors * rounds)
+        assert told == f"{columns}, {' + '.join(s[0] for s in shown)}, {' + '.join(s[1] for s in shown)}, {use:.0%}"
 
 
 def test_blackwell_takes_hopper_s_tiles_where_it_has_none() -> None:

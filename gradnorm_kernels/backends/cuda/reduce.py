@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SquareSums:
-    """Partial sums of one launch, float32: squares of ``sample`` [rows, N] and ``group`` [rows, K], or None.
+    """Partial sums of one launch, float32: squares of ``sample`` [rows, N] and ``group`` [rows', K], or None.
 
     ``products`` [slabs, K, K], or None: inner products of the groups' sums, by slabs of the weight. Those above the
     diagonal count.
@@ -25,7 +25,6 @@ class SquareSums:
 
     sample: Tensor | None
     group: Tensor | None
-    rows: int
     products: Tensor | None = None
 
 
@@ -73,7 +72,7 @@ def split_fixup(
         type=element,
         weight_grad=weight_grad,
     )
-    return SquareSums(sample_sq, group_sq, rows, of_pairs)
+    return SquareSums(sample_sq, group_sq, of_pairs)
 
 
 def finish(
@@ -93,7 +92,7 @@ def finish(
     ``of_samples`` and ``of_groups``, of all rows, count in the ``first`` pass; ``of_groups`` is pairwise where the Gram
     is wanted. ``first``: the results hold nothing yet. Of weight_grad only the first row becomes NaN.
     """
-    wgrad, fixup = of_wgrad or SquareSums(None, None, 0), of_fixup or SquareSums(None, None, 0)
+    wgrad, fixup = of_wgrad or SquareSums(None, None), of_fixup or SquareSums(None, None)
     tokens = schedule.tokens
     products = fixup.products
     pairwise = of_groups is not None and results.group_gram is not None
@@ -106,10 +105,11 @@ def finish(
         groups=schedule.groups,
         wgrad_samples=wgrad.sample,
         wgrad_groups=wgrad.group,
-        wgrad_rows=wgrad.rows,
+        wgrad_rows=_rows(wgrad.sample),
+        wgrad_group_rows=_rows(wgrad.group),
         fixup_samples=fixup.sample,
         fixup_groups=fixup.group,
-        fixup_rows=fixup.rows,
+        fixup_rows=_rows(fixup.group),
         gram_samples=None if of_samples is None else of_samples.partial,
         sample_span=None if tokens is None else tokens.sample_span,
         sample_reach=0 if of_samples is None else of_samples.reach,
@@ -128,6 +128,10 @@ def finish(
         weight_grad=weight_grad,
         d_in=0 if weight_grad is None else weight_grad.shape[1],
     )
+
+
+def _rows(partial: Tensor | None) -> int:
+    return 0 if partial is None else len(partial)
 
 
 def finish_pairs(context: LaunchContext, gram: Tensor, schedule: Schedule, of_groups: GramPartials) -> None:

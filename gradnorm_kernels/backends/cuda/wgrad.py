@@ -1,14 +1,16 @@
 """Norms and sums from tiles of the weight's gradient: how the pass is split, launched and summed up.
 
 The kernel (``csrc/wgrad_norm_sm80.cu``, ``csrc/wgrad_norm_sm90.cu``) reads the tokens once and takes squares at the end
-of each sample and group. Where the weight has fewer tiles than the GPU has multiprocessors, the tokens are split. The
-splits' sums then go to a workspace, and the split-K fix-up adds them before it squares. A split ends between samples;
-where there are too few samples for that, it ends anywhere, and the workspace holds the sums of samples.
+of each sample and group. Where the weight's tiles leave multiprocessors without work, the tokens of all tiles or of the
+last rows of tiles are split (``splits.py``). The splits' sums then go to a workspace, and the split-K fix-up adds them
+before it squares. A split ends between samples; where there are too few samples for that, it ends anywhere, and the
+workspace holds the sums of samples.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +20,14 @@ from ...tuning.tiles import CudaConfig, cluster_size, cuda_config
 from .. import native
 from ..base import Results
 from ..torch.numerics import exact_matmuls
-from . import gram
+from . import gram, splits
 from .launch import LaunchContext
 from .reduce import SquareSums, finish, split_fixup
 from .schedule import Schedule, build, segment_count
+from .splits import BLOCK_M, WORKSPACE, Split
 
-BLOCK_M = 128
-# The most bytes of workspace. Where more would be needed, the rows of the weight are taken in several passes.
-_WORKSPACE = 256 << 20
-# The most bytes of workspace for splits that end anywhere.
-_SAMPLE_WORKSPACE = 64 << 20
 # Elements of the groups' sums whose products are added in float32, at most; float64 from there on.
 _SLAB = 1 << 16
-# The fewest tokens of a split.
-_SPLIT_TOKENS = 256
 
 
 def run(
@@ -53,30 +49,35 @@ def run(
     # The workspace holds a sum of every group, twice where the fix-up does not take their inner products.
     copies = groups if groups <= context.module.FIXUP_GROUPS else 2 * groups
     # Rows of the weight per pass: all, unless the workspace must hold the groups' sums of each of them.
-    rows = max(BLOCK_M, _WORKSPACE // (4 * d_in * copies) // BLOCK_M * BLOCK_M) if store_sums else d_out
-    config = launch_config(context, d_in, min(rows, d_out), len(x))
-    wanted = splits(tile_count(d_in, min(rows, d_out), config.columns), len(x), context.multiprocessors)
+    rows = max(BLOCK_M, WORKSPACE // (4 * d_in * copies) // BLOCK_M * BLOCK_M) if store_sums else d_out
     few = min(segments.samples, segment_count(segments))
-    size = 4 * d_out * d_in
-    anywhere = wanted > 1 and few < 4 * wanted and (wanted + few) * size <= _SAMPLE_WORKSPACE and not store_sums
-    if not (anywhere or store_sums) and (wanted + groups) * size > _WORKSPACE:
-        wanted = max(1, _WORKSPACE // size - groups)
+    # A pass for the groups' inner products stores their sums in any case: no row of tiles is whole there.
+    kinds = {"samples": few, "groups": 1 if store_sums else groups, "some": not store_sums, "cut": not store_sums}
+    # Where the mean length is one that the Gram takes, the pass goes on across the ends of samples.
+    ends = few if len(x) > gram_tokens * few else 0
+    config = launch_config(context, d_in, min(rows, d_out), len(x), ends, **kinds)
+    kinds["some"] = config.split_last and not store_sums
+    split = choose_split(context, config.columns, d_in, min(rows, d_out), len(x), 1 + config.clusters, **kinds)
+    if store_sums:
+        split = split._replace(whole_rows=0)
+    stored = split.parts > 1 or store_sums
     schedule = build(
         context,
         segments,
         len(x),
         x.device,
         gram_tokens=gram_tokens,
-        splits=wanted,
-        anywhere=anywhere,
-        stored=wanted > 1 or store_sums,
+        splits=split.parts,
+        anywhere=split.anywhere,
+        stored=stored,
         samples_by_gram=gram_tokens > 0,
     )
     results = Results.empty(x, segments.samples, groups, weight_grad, group_gram)
     short = gram.partial_sums(context, x, dy, schedule, gram_tokens) if gram_tokens > 0 else None
     for lo in range(0, d_out, rows):
         part = None if weight_grad is None else weight_grad[lo : lo + rows]
-        of_wgrad, of_fixup = _pass(context, config, x, dy[:, lo : lo + rows], schedule, part, store_sums)
+        columns = dy[:, lo : lo + rows]
+        of_wgrad, of_fixup = _pass(context, config, x, columns, schedule, part, split.whole_rows, store_sums)
         finish(
             context,
             results,
@@ -90,41 +91,36 @@ def run(
     return results
 
 
-def tile_count(d_in: int, d_out: int, columns: int) -> int:
-    """Tiles of 128 rows and ``columns`` columns of a weight."""
-    return -(-d_out // BLOCK_M) * -(-d_in // columns)
+def tile_grid(d_in: int, d_out: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) of tiles of a weight, each of 128 rows and ``columns`` columns."""
+    return -(-d_out // BLOCK_M), -(-d_in // columns)
 
 
-def launch_config(context: LaunchContext, d_in: int, d_out: int, tokens: int) -> CudaConfig:
-    """The tile and its order for a pass over ``d_out`` rows of a layer's weight."""
+def choose_split(
+    context: LaunchContext,
+    columns: int,
+    d_in: int,
+    d_out: int,
+    tokens: int,
+    row_step: int = 1,
+    **kinds: Any,
+) -> Split:
+    """How the tokens of a pass over ``d_out`` rows of the weight are split; see :func:`.splits.choose`."""
+    grid = tile_grid(d_in, d_out, columns)
+    return splits.choose(context.arch, *grid, d_in, tokens, context.multiprocessors, row_step=row_step, **kinds)
+
+
+def launch_config(
+    context: LaunchContext, d_in: int, d_out: int, tokens: int, ends: int = 0, **kinds: Any
+) -> CudaConfig:
+    """The tile and its order for a pass over ``d_out`` rows of the weight. ``ends``: of samples that are measured."""
     return cuda_config(
         context.arch,
         context.module.WGRAD_TILES[context.arch],
         context.shared_memory,
-        lambda columns: _split(tile_count(d_in, d_out, columns), tokens, context.multiprocessors)[1],
+        lambda columns: choose_split(context, columns, d_in, d_out, tokens, **kinds).price,
+        ends / tokens,
     )
-
-
-def splits(tiles: int, tokens: int, multiprocessors: int) -> int:
-    """How many splits: the fewest rounds of blocks, plus the cost of storing sums."""
-    return _split(tiles, tokens, multiprocessors)[0]
-
-
-def _split(tiles: int, tokens: int, multiprocessors: int) -> tuple[int, float]:
-    """(the number of splits, its price in rounds over all tokens).
-
-    The cost of storing a split's tile and reading it again (192 KiB at 2 TB/s, against 128 x 128 products per token at
-    2.9 TFLOP/s per multiprocessor) is counted from an A100's data sheet, not measured.
-    """
-    best, price = 1, -(-tiles // multiprocessors) * 1.0
-    for count in range(2, min(multiprocessors, tokens // _SPLIT_TOKENS) + 1):
-        stored = 8.7 * tiles * count / tokens
-        if tiles / multiprocessors + stored >= price:  # not even full rounds would be cheaper, here and further on
-            break
-        cost = -(-tiles * count // multiprocessors) / count + stored
-        if cost < price:
-            best, price = count, cost
-    return best, price
 
 
 def _pass(
@@ -134,28 +130,32 @@ def _pass(
     dy: Tensor,
     schedule: Schedule,
     weight_grad: Tensor | None,
+    whole_rows: int,
     store_sums: bool,
 ) -> tuple[SquareSums, SquareSums | None]:
-    """One pass over rows of the weight: squares of wgrad, and what the fix-up finds, inner products included."""
+    """One pass over rows of the weight: squares of wgrad, and what the fix-up finds, inner products included.
+
+    The upper ``whole_rows`` rows of tiles are whole; the fix-up has the rest of the weight.
+    """
     d_in, d_out = x.shape[1], dy.shape[1]
+    above = min(whole_rows * BLOCK_M, d_out)
+    whole, split = (None, None) if weight_grad is None else (weight_grad[:above], weight_grad[above:])
+    running = None
+    if whole is not None and schedule.groups > 1:
+        running = torch.empty(whole.shape, dtype=torch.float32, device=x.device)
     if schedule.fixup is None:
-        running = None
-        if weight_grad is not None and schedule.groups > 1:
-            running = torch.empty(weight_grad.shape, dtype=torch.float32, device=x.device)
-        return _launch(context, config, x, dy, schedule, None, weight_grad, running), None
+        return _launch(context, config, x, dy, schedule, whole_rows, None, whole, running), None
     assert schedule.wgrad is not None
-    elements = d_out * d_in
+    elements = (d_out - above) * d_in
     held = schedule.wgrad.splits + len(schedule.fixup.outer) - 1
     workspace = torch.empty(held, elements, dtype=torch.float32, device=x.device)
-    of_wgrad = _launch(context, config, x, dy, schedule, workspace, None, None)
+    of_wgrad = _launch(context, config, x, dy, schedule, whole_rows, workspace, whole, running)
     products = store_sums and schedule.groups <= context.module.FIXUP_GROUPS
     sums, slabs = None, -(-elements // _SLAB)
     if store_sums and not products:
         # With zeros behind the last element, so that all slabs are one product.
         sums = torch.empty(schedule.groups, slabs * -(-elements // slabs), dtype=torch.float32, device=x.device)
-    of_fixup = split_fixup(
-        context, workspace, schedule, weight_grad, native.TYPES[x.dtype], products=products, sums=sums
-    )
+    of_fixup = split_fixup(context, workspace, schedule, split, native.TYPES[x.dtype], products=products, sums=sums)
     if sums is not None:
         parts = sums.unflatten(1, (slabs, -1)).transpose(0, 1)
         with exact_matmuls(x.device):
@@ -169,20 +169,23 @@ def _launch(
     x: Tensor,
     dy: Tensor,
     schedule: Schedule,
+    whole_rows: int,
     workspace: Tensor | None,
     weight_grad: Tensor | None,
     running: Tensor | None,
 ) -> SquareSums:
-    """One launch: the partial sums of squares per tile, of groups only where there is no ``workspace``."""
+    """One launch: the partial sums of squares per tile, of groups in the whole rows of tiles."""
     tables = schedule.wgrad
     assert tables is not None
     d_in, d_out = x.shape[1], dy.shape[1]
     name = f"wgrad_norm_sm{context.arch}"
+    tile_rows, tile_columns = tile_grid(d_in, d_out, config.columns)
     rows = context.size(f"{name}_rows", d_in=d_in, d_out=d_out, block_n=config.columns)
     sample_sq = torch.empty(rows, schedule.samples, dtype=torch.float32, device=x.device)
     group_sq = None
-    if workspace is None:
-        group_sq = torch.empty(rows, schedule.groups, dtype=torch.float32, device=x.device)
+    if whole_rows:
+        group_sq = torch.empty(rows // tile_rows * whole_rows, schedule.groups, dtype=torch.float32, device=x.device)
+    items = tile_columns * (whole_rows + (tile_rows - whole_rows) * tables.splits)
     context.launch(
         name,
         x=x,
@@ -202,6 +205,7 @@ def _launch(
         groups=schedule.groups if schedule.fixup is None else len(schedule.fixup.outer),
         split_start=tables.split_start,
         splits=tables.splits,
+        whole_rows=whole_rows,
         sample_sq=sample_sq,
         group_sq=group_sq,
         workspace=workspace,
@@ -210,12 +214,7 @@ def _launch(
         block_n=config.columns,
         group_m=config.group_m,
         staggered=config.staggered,
-        cluster=cluster_size(
-            config,
-            -(-d_out // BLOCK_M),
-            tile_count(d_in, d_out, config.columns) * tables.splits,
-            context.multiprocessors,
-        ),
+        cluster=cluster_size(config, tile_rows, items, context.multiprocessors),
         multiprocessors=context.multiprocessors,
     )
-    return SquareSums(sample_sq, group_sq, rows)
+    return SquareSums(sample_sq, group_sq)
