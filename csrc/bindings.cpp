@@ -1,13 +1,14 @@
 // The Python module gradnorm_kernels._C: build_info() and the launchers of launchers.h. The only file that knows pybind11.
 //
-// Pointers arrive as integers (torch's data_ptr(), a stream's cuda_stream): no header of torch is needed, and one build
-// serves every torch. Launchers run without the interpreter lock.
+// Pointers arrive as integers (a stream's cuda_stream), as objects with a method data_ptr() (tensors), or as None: no
+// header of torch is needed, and one build serves every torch. Launchers run without the interpreter lock.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #include "launchers.h"
@@ -19,12 +20,6 @@ namespace {
 
 using Address = std::uintptr_t;
 using Unlocked = py::call_guard<py::gil_scoped_release>;
-
-// The pointer behind an address; 0 is a null pointer.
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::vector<std::string> split(const char* text) {
   std::vector<std::string> parts;
@@ -51,6 +46,21 @@ py::dict build_info() {
   return info;
 }
 
+// A name as a Python string, which is made once: a launch has thirty of them, and there are some launches in each call.
+// `name` is a literal.
+PyObject* interned(const char* name) {
+  static std::unordered_map<const char*, PyObject*> known;
+  PyObject*& found = known[name];
+  if (found == nullptr) found = PyUnicode_InternFromString(name);
+  return found;
+}
+
+Address address_of(py::handle value) {
+  if (value.is_none()) return 0;
+  if (PyLong_Check(value.ptr())) return value.cast<Address>();
+  return value.attr("data_ptr")().cast<Address>();
+}
+
 // The keyword arguments of a call, by which the fields of a launch are named; each must be there and be used.
 class Fields {
  public:
@@ -58,11 +68,12 @@ class Fields {
 
   template <typename T>
   void operator()(const char* name, T& field) {
-    if (!given_.contains(name)) throw py::type_error(std::string("missing argument: ") + name);
+    const py::handle value = PyDict_GetItem(given_.ptr(), interned(name));
+    if (!value) throw py::type_error(std::string("missing argument: ") + name);
     if constexpr (std::is_pointer_v<T>) {
-      field = reinterpret_cast<T>(given_[name].cast<Address>());
+      field = reinterpret_cast<T>(address_of(value));
     } else {
-      field = given_[name].cast<T>();
+      field = value.cast<T>();
     }
     ++used_;
   }

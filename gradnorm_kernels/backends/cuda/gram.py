@@ -27,7 +27,9 @@ def norms(
     context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments | PlainSegments, group_gram: bool
 ) -> Results:
     """Everything but dW from pairs of tokens, for x [T, d_in] and dy [T, d_out]."""
-    schedule = build(context, segments, len(x), x.device, gram_tokens=len(x), samples_by_gram=True, groups_by_gram=True)
+    schedule = build(
+        context, segments, x.shape[0], x.device, gram_tokens=x.shape[0], samples_by_gram=True, groups_by_gram=True
+    )
     of_samples = partial_sums(context, x, dy, schedule, None)
     of_groups = partial_sums(context, x, dy, schedule, None, by_group=True, pairwise=group_gram)
     results = Results.empty(x, segments.samples, segments.groups, None, group_gram)
@@ -37,7 +39,7 @@ def norms(
 
 def pairs(context: LaunchContext, x: Tensor, dy: Tensor, segments: Segments) -> Tensor:
     """The inner products of the groups' sums: [K, K] float64."""
-    schedule = build(context, segments, len(x), x.device, gram_tokens=len(x), groups_by_gram=True)
+    schedule = build(context, segments, x.shape[0], x.device, gram_tokens=x.shape[0], groups_by_gram=True)
     of_groups = partial_sums(context, x, dy, schedule, None, by_group=True, pairwise=True)
     gram = x.new_empty(segments.groups, segments.groups, dtype=torch.float64)
     reduce.finish_pairs(context, gram, schedule, of_groups)
@@ -60,7 +62,7 @@ def partial_sums(
     tokens = schedule.tokens
     assert tokens is not None
     rank, ranks = (tokens.group_rank, tokens.ranks[1]) if by_group else (tokens.sample_rank, tokens.ranks[0])
-    tiles = -(-len(x) // context.module.GRAM_TILE)
+    tiles = -(-x.shape[0] // context.module.GRAM_TILE)
     reach = tiles
     if limit is not None:
         # How many tiles apart the tokens of one sample can be, plus the tile itself.
@@ -74,7 +76,7 @@ def partial_sums(
         x_stride=x.stride(0),
         dy_stride=dy.stride(0),
         type=native.TYPES[x.dtype],
-        tokens=len(x),
+        tokens=x.shape[0],
         d_in=x.shape[1],
         d_out=dy.shape[1],
         token_row=tokens.row,

@@ -39,18 +39,11 @@ class LaunchContext:
         Raises RuntimeError that names the launch if the device refuses it. The tensors need not outlive the call: torch
         reuses their memory in the order of the stream.
         """
-        plain = {key: _address(value) for key, value in fields.items()}
-        getattr(self.module, name)(**plain, stream=self.stream)
+        getattr(self.module, name)(**fields, stream=self.stream)
 
     def size(self, name: str, **sizes: int) -> int:
         """The number of rows of a launch's results."""
         return int(getattr(self.module, name)(**sizes))
-
-
-def _address(value: object) -> object:
-    if value is None:
-        return 0
-    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 @contextmanager

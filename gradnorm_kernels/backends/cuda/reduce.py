@@ -61,7 +61,7 @@ def split_fixup(
         split_last=tables.last,
         outer=tables.outer,
         inner_sample=tables.sample,
-        inner=len(tables.outer),
+        inner=tables.outer.shape[0],
         samples=schedule.samples,
         groups=schedule.groups,
         sample_sq=sample_sq,
@@ -131,7 +131,7 @@ def finish(
 
 
 def _rows(partial: Tensor | None) -> int:
-    return 0 if partial is None else len(partial)
+    return 0 if partial is None else partial.shape[0]
 
 
 def finish_pairs(context: LaunchContext, gram: Tensor, schedule: Schedule, of_groups: GramPartials) -> None:

@@ -31,7 +31,7 @@ class WgradTables:
     @property
     def splits(self) -> int:
         """The number of splits."""
-        return len(self.split_start) - 1
+        return self.split_start.shape[0] - 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Schedule:
 
 def segment_count(segments: Segments | PlainSegments) -> int:
     """S, the number of segments, empty ones included."""
-    return segments.samples if isinstance(segments, PlainSegments) else len(segments.start)
+    return segments.samples if isinstance(segments, PlainSegments) else segments.start.shape[0]
 
 
 def build(

@@ -54,17 +54,17 @@ def run(
     # A pass for the groups' inner products stores their sums in any case: no row of tiles is whole there.
     kinds = {"samples": few, "groups": 1 if store_sums else groups, "some": not store_sums, "cut": not store_sums}
     # Where the mean length is one that the Gram takes, the pass goes on across the ends of samples.
-    ends = few if len(x) > gram_tokens * few else 0
-    config = launch_config(context, d_in, min(rows, d_out), len(x), ends, **kinds)
+    ends = few if x.shape[0] > gram_tokens * few else 0
+    config = launch_config(context, d_in, min(rows, d_out), x.shape[0], ends, **kinds)
     kinds["some"] = config.split_last and not store_sums
-    split = choose_split(context, config.columns, d_in, min(rows, d_out), len(x), 1 + config.clusters, **kinds)
+    split = choose_split(context, config.columns, d_in, min(rows, d_out), x.shape[0], 1 + config.clusters, **kinds)
     if store_sums:
         split = split._replace(whole_rows=0)
     stored = split.parts > 1 or store_sums
     schedule = build(
         context,
         segments,
-        len(x),
+        x.shape[0],
         x.device,
         gram_tokens=gram_tokens,
         splits=split.parts,
@@ -147,7 +147,7 @@ def _pass(
         return _launch(context, config, x, dy, schedule, whole_rows, None, whole, running), None
     assert schedule.wgrad is not None
     elements = (d_out - above) * d_in
-    held = schedule.wgrad.splits + len(schedule.fixup.outer) - 1
+    held = schedule.wgrad.splits + schedule.fixup.outer.shape[0] - 1
     workspace = torch.empty(held, elements, dtype=torch.float32, device=x.device)
     of_wgrad = _launch(context, config, x, dy, schedule, whole_rows, workspace, whole, running)
     products = store_sums and schedule.groups <= context.module.FIXUP_GROUPS
@@ -193,16 +193,16 @@ def _launch(
         x_stride=x.stride(0),
         dy_stride=dy.stride(0),
         type=native.TYPES[x.dtype],
-        tokens=len(x),
+        tokens=x.shape[0],
         d_in=d_in,
         d_out=d_out,
         segment_start=tables.start,
         segment_end=tables.end,
         segment_sample=tables.sample,
         segment_group=tables.group,
-        segments=len(tables.start),
+        segments=tables.start.shape[0],
         samples=schedule.samples,
-        groups=schedule.groups if schedule.fixup is None else len(schedule.fixup.outer),
+        groups=schedule.groups if schedule.fixup is None else schedule.fixup.outer.shape[0],
         split_start=tables.split_start,
         splits=tables.splits,
         whole_rows=whole_rows,
