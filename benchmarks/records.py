@@ -29,6 +29,7 @@ _ROWS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "step": ({"variant", "status"}, {"seconds", "baseline_seconds", "ratio", "peak_bytes"}),
     "cpu_ratio": ({"d", "length", "ragged", "tokens", "provider"}, {"ratio", "lower_quartile", "upper_quartile"}),
+    "host_time": ({"d", "length", "call", "launches"}, {"seconds", "lower_quartile", "upper_quartile"}),
 }
 #: ok: right and measured. wrong: its numbers are wrong, so it has no speed. failed: it raised, crashed or hung.
 #: unable: it does not apply here.

@@ -224,6 +224,11 @@ def forced(config: KernelConfig | CudaConfig) -> Iterator[None]:
             _forced[config.key] = before
 
 
+def all_forced() -> tuple[Any, ...]:
+    """The configs that are forced now, for the key of a cached choice."""
+    return tuple(_forced.values())
+
+
 def tile_cycles(arch: int, columns: int, shared_memory: int) -> float:
     """Estimated cycles of a multiprocessor per token of a tile of 128 x ``columns``, by the slowest of its parts.
 

@@ -411,8 +411,9 @@ Piece = tuple[int, int, int]
 
 def pieces(tables: schedule.WgradTables) -> list[list[Piece]]:
     """(first row, row after the last, inner sum) of each segment, by splits."""
-    found = list(zip(tables.start.tolist(), tables.end.tolist(), tables.group.tolist(), strict=True))
-    begins = tables.split_start.tolist()
+    columns = (table.tensor().tolist() for table in (tables.start, tables.end, tables.group))
+    found = list(zip(*columns, strict=True))
+    begins = tables.split_start.tensor().tolist()
     assert begins[0] == 0
     return [found[a:b] for a, b in pairwise(begins)]
 
@@ -427,10 +428,10 @@ def test_splits_end_between_samples(context: HostContext) -> None:
         [(45, 50, 1), (50, 100, 1)],
         [],
     ]
-    assert made.fixup.first.tolist() == [0, 1, 1] and made.fixup.last.tolist() == [0, 1, 0]
-    assert made.fixup.outer.tolist() == [0, 1, 2] and made.fixup.sample is None
-    assert made.state.tolist() == [1, 1, 1, 0, 1, 2, 2, 0], "sample 3 and group 2 are absent"
-    assert made.info.tolist() == [1, 0]
+    assert made.fixup.first.tensor().tolist() == [0, 1, 1] and made.fixup.last.tensor().tolist() == [0, 1, 0]
+    assert made.fixup.outer.tensor().tolist() == [0, 1, 2] and made.fixup.sample is None
+    assert made.state.tensor().tolist() == [1, 1, 1, 0, 1, 2, 2, 0], "sample 3 and group 2 are absent"
+    assert made.info.tensor().tolist() == [1, 0]
 
 
 def test_splits_anywhere_cut_samples(context: HostContext) -> None:
@@ -444,21 +445,21 @@ def test_splits_anywhere_cut_samples(context: HostContext) -> None:
         [(50, 70, 0), (70, 75, 1)],
         [(75, 90, 1), (90, 100, 1)],
     ]
-    assert made.wgrad.sample[:6].tolist() == [-1] * 6
-    assert made.fixup.first.tolist() == [0, 2, 1] and made.fixup.last.tolist() == [2, 3, 0]
-    assert made.fixup.sample.tolist() == [0, 2, -1] and made.fixup.outer.tolist() == [0, 0, 0]
-    assert made.state.tolist() == [2, 0, 2, 2]
+    assert made.wgrad.sample.tensor()[:6].tolist() == [-1] * 6
+    assert made.fixup.first.tensor().tolist() == [0, 2, 1] and made.fixup.last.tensor().tolist() == [2, 3, 0]
+    assert made.fixup.sample.tensor().tolist() == [0, 2, -1] and made.fixup.outer.tensor().tolist() == [0, 0, 0]
+    assert made.state.tensor().tolist() == [2, 0, 2, 2]
 
 
 def test_short_samples_are_for_the_gram(context: HostContext) -> None:
     given = segments([3, 40, 0, 2, 5, 30], [0, 1, 2, 2, 2, 3], [0, 0, 1, 1, 1, 1])
     made = schedule.build(context, given, 80, CPU, gram_tokens=7, splits=1, samples_by_gram=True)
     assert made.wgrad is not None and made.tokens is not None and made.tokens.sample_rank is not None
-    assert made.state.tolist() == [3, 1, 3, 1, 1, 1] and made.info.tolist() == [1, 10]
-    assert made.wgrad.sample[:5].tolist() == [-1, 1, -1, -1, 3]
-    assert made.tokens.row[:10].tolist() == [0, 1, 2, 43, 44, 45, 46, 47, 48, 49]
-    assert made.tokens.sample_rank[:10].tolist() == [0] * 3 + [2] * 7
-    spans = made.tokens.sample_span.view(4, 3).tolist()
+    assert made.state.tensor().tolist() == [3, 1, 3, 1, 1, 1] and made.info.tensor().tolist() == [1, 10]
+    assert made.wgrad.sample.tensor()[:5].tolist() == [-1, 1, -1, -1, 3]
+    assert made.tokens.row.tensor()[:10].tolist() == [0, 1, 2, 43, 44, 45, 46, 47, 48, 49]
+    assert made.tokens.sample_rank.tensor()[:10].tolist() == [0] * 3 + [2] * 7
+    spans = made.tokens.sample_span.tensor().view(4, 3).tolist()
     assert spans[0] == [0, 3, 0] and spans[2] == [3, 10, 2]
 
 

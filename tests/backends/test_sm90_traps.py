@@ -64,9 +64,9 @@ def test_pairs(launched: list[str]) -> None:
 
 def test_every_tile_is_chosen(host: Host) -> None:
     """On the 132 multiprocessors of an H200, by rounds and bytes."""
-    context = host_context(host, arch=90, multiprocessors=132)
+    gpu = host_context(host, arch=90, multiprocessors=132).gpu
     shapes = {128: (128, 4096), 192: (576, 576), 256: (4096, 4096)}
-    assert {columns: wgrad.launch_config(context, *shape, 16384).columns for columns, shape in shapes.items()} == {
+    assert {columns: wgrad.launch_config(gpu, *shape, 16384).columns for columns, shape in shapes.items()} == {
         columns: columns for columns in shapes
     }
 
@@ -101,6 +101,6 @@ def test_tiles_that_are_asked_for_are_launched_and_right(
     wanted |= {f"columns_{width}_clusters": (width, True, 8, 2) for width in (192, 256)}
     wanted |= {f"sm80_columns_{width}": (width, True, 8, 1) for width in (128, 192)}
     assert set(seen) == {(f"wgrad_norm_sm{config.arch}", *wanted[name])}
-    assert wgrad.launch_config(host_context(host, arch=90), 128, 128, 99).columns == 128, (
+    assert wgrad.launch_config(host_context(host, arch=90).gpu, 128, 128, 99).columns == 128, (
         "the tiles stay as they were afterwards"
     )

@@ -164,12 +164,15 @@ def _cuda(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda, host: Host) -> None:
     run = launch.LaunchContext.launch
 
     def launched(context: launch.LaunchContext, name: str, **fields: object) -> None:
+        tables = {key: value for key, value in fields.items() if isinstance(value, launch.Table)}
         tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor)}
-        _seen(fake, name, tensors, context.stream)
+        _seen(fake, name, tensors | {key: table.memory for key, table in tables.items()}, context.stream)
         assert context.stream == torch.cuda.current_stream().cuda_stream, f"{name} goes to another stream"
         if fake.silent and name != "segment_table":
             return
         host.reset(len(fake.launches))
+        for table in tables.values():
+            host.region(table.data_ptr(), 4 * table.size)
         for tensor in tensors.values():
             if tensor.numel():
                 last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -16,7 +16,7 @@ import torch
 
 from gradnorm_kernels import backends
 from gradnorm_kernels.backends.cuda import splits, wgrad
-from gradnorm_kernels.backends.cuda.launch import LaunchContext
+from gradnorm_kernels.backends.cuda.launch import Gpu
 from gradnorm_kernels.tuning import costs, tiles
 from gradnorm_kernels.tuning.costs import Chip, Costs
 from gradnorm_kernels.tuning.tiles import CUDA_CANDIDATES, CudaConfig, KernelConfig
@@ -256,8 +256,9 @@ def test_the_cuda_tile_on_ampere_is_chosen_by_rounds_and_the_shared_memory_port(
 @pytest.mark.parametrize(("length", "columns"), [(2048, 256), (600, 256), (400, 192), (64, 192)])
 def test_short_samples_take_the_tile_whose_ends_cost_less(length: int, columns: int) -> None:
     """Below about 450 tokens at 4096 x 4096: with 256 columns an end is five times as long as with 192."""
-    context = LaunchContext(SimpleNamespace(WGRAD_TILES={90: [128, 192, 256]}), *H200, 0)
-    assert wgrad.launch_config(context, 4096, 4096, 16384, 16384 // length).columns == columns
+    arch, multiprocessors, shared_memory = H200
+    gpu = Gpu(arch, (128, 192, 256), multiprocessors, shared_memory)
+    assert wgrad.launch_config(gpu, 4096, 4096, 16384, 16384 // length).columns == columns
 
 
 def forced_or_chosen(arch: int, *widths: int) -> CudaConfig:
@@ -294,15 +295,14 @@ def test_clusters_are_of_two_blocks_where_the_rule_says_so(
 
 def test_the_notes_have_the_cuda_tile_of_every_layer() -> None:
     """Columns, tiles x parts, rounds and use in the table of ``docs/gpu-notes.md``, for 16384 tokens on an H200."""
-    module = SimpleNamespace(WGRAD_TILES={90: [128, 192, 256]})
     arch, multiprocessors, shared_memory = H200
-    context = LaunchContext(module, arch, multiprocessors, shared_memory, 0)
+    gpu = Gpu(arch, (128, 192, 256), multiprocessors, shared_memory)
     rows = re.findall(r"^\| \S+\.\w+ \| (\d+) → (\d+) \|.* \| (.*) \|$", NOTES.read_text(), re.M)
     assert len(rows) == 12
     for d_in, d_out, told in ((int(row[0]), int(row[1]), row[2]) for row in rows):
-        columns = wgrad.launch_config(context, d_in, d_out, 16384).columns
+        columns = wgrad.launch_config(gpu, d_in, d_out, 16384).columns
         tile_rows, tile_columns = wgrad.tile_grid(d_in, d_out, columns)
-        split = wgrad.choose_split(context, columns, d_in, d_out, 16384)
+        split = wgrad.choose_split(gpu, columns, d_in, d_out, 16384)
         counts = [split.whole_rows * tile_columns, (tile_rows - split.whole_rows) * tile_columns]
         busiest = splits.busiest(*counts, split.parts, split.share, multiprocessors)
         written = zip((f"{counts[0]} x 1", f"{counts[1]} x {split.parts}"), map(str, busiest), counts, strict=True)

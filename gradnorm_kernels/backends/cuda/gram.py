@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from .launch import LaunchContext
 from .schedule import Schedule, build
 
 
-@dataclass(frozen=True)
-class GramPartials:
+class GramPartials(NamedTuple):
     """What a launch left: ``partial`` [partials, reach], or [partials, partials] pairwise, float32."""
 
     partial: Tensor
@@ -81,7 +80,7 @@ def partial_sums(
         d_out=dy.shape[1],
         token_row=tokens.row,
         token_rank=rank,
-        count=tokens.count,
+        count=tokens.total,
         reach=reach,
         pairwise=pairwise,
         partials=partials,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,22 +19,52 @@ from .. import native
 ARCHITECTURES = {8: 80, 9: 90}
 
 
-@dataclass(frozen=True)
-class LaunchContext:
-    """The device and stream of one call.
+class Table(NamedTuple):
+    """``size`` int32 elements of ``memory`` from ``start`` on: a view for launches.
 
-    ``module`` is ``gradnorm_kernels._C``; ``arch`` says which weight-gradient kernel runs (80 or 90).
+    A tensor of its own would take the host ten times longer to make, and a call has up to eighteen.
+    """
+
+    memory: Tensor
+    start: int
+    size: int
+
+    def data_ptr(self) -> int:
+        """The address of the first element."""
+        return self.memory.data_ptr() + 4 * self.start
+
+    def part(self, start: int, size: int) -> Table:
+        """``size`` elements from ``start`` on."""
+        return Table(self.memory, self.start + start, size)
+
+    def tensor(self) -> Tensor:
+        """The elements as a tensor."""
+        return self.memory[self.start : self.start + self.size]
+
+
+class Gpu(NamedTuple):
+    """What the choice of a launch depends on.
+
+    ``arch`` says which weight-gradient kernel runs (80 or 90). ``columns``: of the tiles that it is compiled for.
     ``shared_memory``: bytes that a block may have.
     """
 
-    module: Any
     arch: int
+    columns: tuple[int, ...]
     multiprocessors: int
     shared_memory: int
+
+
+@dataclass(frozen=True)
+class LaunchContext:
+    """The device and stream of one call. ``module`` is ``gradnorm_kernels._C``."""
+
+    module: Any
+    gpu: Gpu
     stream: int
 
     def launch(self, name: str, **fields: object) -> None:
-        """Start a launch of ``csrc/launchers.h``: fields by name, a tensor for its address, None for a null pointer.
+        """Start a launch of ``csrc/launchers.h``: fields by name, a tensor or table for its address, None for null.
 
         Raises RuntimeError that names the launch if the device refuses it. The tensors need not outlive the call: torch
         reuses their memory in the order of the stream.
@@ -49,13 +79,18 @@ class LaunchContext:
 @contextmanager
 def launch_context(device: torch.device) -> Iterator[LaunchContext]:
     """The launch context of ``device``, which is current inside. Raises RuntimeError for a GPU without kernels."""
+    gpu = _gpu(device)
+    with torch.cuda.device(device):
+        yield LaunchContext(native.module(), gpu, torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _gpu(device: torch.device) -> Gpu:
     arch = architecture(torch.cuda.get_device_capability(device))
     if arch is None:
         raise RuntimeError(f"backend='cuda' cannot run on {device}: {_no_kernels(torch.cuda.get_device_name(device))}")
-    with torch.cuda.device(device):
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-        stream = torch.cuda.current_stream(device).cuda_stream
-        yield LaunchContext(native.module(), arch, count, shared_memory(device), stream)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return Gpu(arch, tuple(native.module().WGRAD_TILES[arch]), count, shared_memory(device))
 
 
 def architecture(capability: tuple[int, int]) -> int | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
     from .gram import GramPartials
 
 
-@dataclass(frozen=True)
-class SquareSums:
+class SquareSums(NamedTuple):
     """Partial sums of one launch, float32: squares of ``sample`` [rows, N] and ``group`` [rows', K], or None.
 
     ``products`` [slabs, K, K], or None: inner products of the groups' sums, by slabs of the weight. Those above the
@@ -61,7 +59,7 @@ def split_fixup(
         split_last=tables.last,
         outer=tables.outer,
         inner_sample=tables.sample,
-        inner=tables.outer.shape[0],
+        inner=tables.outer.size,
         samples=schedule.samples,
         groups=schedule.groups,
         sample_sq=sample_sq,
@@ -137,7 +135,13 @@ def _rows(partial: Tensor | None) -> int:
 def finish_pairs(context: LaunchContext, gram: Tensor, schedule: Schedule, of_groups: GramPartials) -> None:
     """Fill ``gram`` [K, K] float64 from the pairwise partial sums of the groups."""
     groups_only = Schedule(
-        0, schedule.groups, schedule.info, schedule.state[schedule.samples :], None, None, schedule.tokens
+        0,
+        schedule.groups,
+        schedule.info,
+        schedule.state.part(schedule.samples, schedule.groups),
+        None,
+        None,
+        schedule.tokens,
     )
     nothing = gram.new_empty(0)
     finish(context, Results(nothing, gram.new_empty(len(gram)), None, gram), groups_only, of_groups=of_groups)

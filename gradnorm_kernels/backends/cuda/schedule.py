@@ -5,77 +5,73 @@ It reads no value back, and no table has to be zeroed before or after it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from ...segments import PlainSegments, Segments, vectors
-from .launch import LaunchContext
+from ...segments import PlainSegments, Segments
+from .launch import LaunchContext, Table
 
 
-@dataclass(frozen=True)
-class WgradTables:
-    """Segments without empty ones, and the splits that they are in; see WgradNorm in csrc/launchers.h. All int32.
+class WgradTables(NamedTuple):
+    """Segments without empty ones, and the splits that they are in; see WgradNorm in csrc/launchers.h.
 
     ``start``, ``end``, ``sample``, ``group``: [S + splits], used as far as ``split_start`` [splits + 1] says.
     ``sample`` is -1 where it is not measured. ``group`` is the inner sum that a segment belongs to.
     """
 
-    start: Tensor
-    end: Tensor
-    sample: Tensor
-    group: Tensor
-    split_start: Tensor
+    start: Table
+    end: Table
+    sample: Table
+    group: Table
+    split_start: Table
 
     @property
     def splits(self) -> int:
         """The number of splits."""
-        return self.split_start.shape[0] - 1
+        return self.split_start.size - 1
 
 
-@dataclass(frozen=True)
-class FixupTables:
-    """Which splits hold an inner sum, and whose it is; see SplitFixup in csrc/launchers.h. All [inner] int32.
+class FixupTables(NamedTuple):
+    """Which splits hold an inner sum, and whose it is; see SplitFixup in csrc/launchers.h. All [inner].
 
     ``sample`` is None where inner sums are the groups'.
     """
 
-    first: Tensor
-    last: Tensor
-    outer: Tensor
-    sample: Tensor | None
+    first: Table
+    last: Table
+    outer: Table
+    sample: Table | None
 
 
-@dataclass(frozen=True)
-class TokenTables:
-    """The tokens that are for the Gram, in the order of the segments; see Gram and Span in csrc/launchers.h. All int32.
+class TokenTables(NamedTuple):
+    """The tokens that are for the Gram, in the order of the segments; see Gram and Span in csrc/launchers.h.
 
     ``row``: [T]. ``sample_rank``, ``group_rank``: [T] or None. ``sample_span``: [N, 3]. ``group_span``: [K, 3] or None.
-    ``count``: [1], how many there are. ``ranks``: the most samples, and the most groups, that have tokens.
+    ``total``: [1], how many there are. ``ranks``: the most samples, and the most groups, that have tokens.
     """
 
-    row: Tensor
-    sample_rank: Tensor | None
-    group_rank: Tensor | None
-    sample_span: Tensor
-    group_span: Tensor | None
-    count: Tensor
+    row: Table
+    sample_rank: Table | None
+    group_rank: Table | None
+    sample_span: Table
+    group_span: Table | None
+    total: Table
     ranks: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """The tables of a call.
 
-    ``info``: [2] int32, 1 if the values of the index tensors were in range, else 0; and the number of tokens for the
-    Gram. ``state``: [N + K] int32, where the squared norm of each sample and then of each group is found.
+    ``info``: [2], 1 if the values of the index tensors were in range, else 0; and the number of tokens for the Gram.
+    ``state``: [N + K], where the squared norm of each sample and then of each group is found.
     """
 
     samples: int
     groups: int
-    info: Tensor
-    state: Tensor
+    info: Table
+    state: Table
     wgrad: WgradTables | None
     fixup: FixupTables | None
     tokens: TokenTables | None
@@ -110,31 +106,19 @@ def build(
     samples, groups, count = segments.samples, segments.groups, segment_count(segments)
     by_gram = gram_tokens > 0
     inner = min(samples, count) if anywhere else groups
-    pieces = count + splits if splits else 0
-    in_fixup, in_gram = inner if stored else 0, tokens if by_gram else 0
-    sizes = {
-        "workspace": 7 * (count + 1),
-        "spans": 2 * samples,
-        "info": 2,
-        "state": samples + groups,
-        "segment_start": pieces,
-        "segment_end": pieces,
-        "segment_sample": pieces,
-        "segment_group": pieces,
-        "split_start": splits + 1 if splits else 0,
-        "split_first": in_fixup,
-        "split_last": in_fixup,
-        "outer": in_fixup,
-        "inner_sample": in_fixup if anywhere else 0,
-        "token_row": in_gram,
-        "sample_rank": tokens if samples_by_gram else 0,
-        "group_rank": tokens if groups_by_gram else 0,
-        "sample_span": 3 * samples if by_gram else 0,
-        "group_span": 3 * groups if groups_by_gram else 0,
-    }
-    wanted = {name: size for name, size in sizes.items() if size}
-    out: dict[str, Tensor | None] = dict.fromkeys(sizes)
-    out.update(zip(wanted, vectors(list(wanted.values()), torch.int32, device), strict=True))
+    places, size = _layout(
+        samples,
+        groups,
+        count,
+        tokens if by_gram else 0,
+        splits,
+        inner if stored else 0,
+        anywhere,
+        samples_by_gram,
+        groups_by_gram,
+    )
+    memory = torch.empty(size, dtype=torch.int32, device=device)
+    out = {name: None if place is None else Table(memory, *place) for name, place in places.items()}
     context.launch(
         "schedule",
         **_given(segments),
@@ -150,7 +134,7 @@ def build(
         **out,
     )
 
-    def table(name: str) -> Tensor:
+    def table(name: str) -> Table:
         found = out[name]
         assert found is not None
         return found
@@ -172,10 +156,57 @@ def build(
             out["group_rank"],
             table("sample_span"),
             out["group_span"],
-            info[1:],
+            info.part(1, 1),
             ranks,
         )
     return Schedule(samples, groups, info, table("state"), wgrad, fixup, of_gram)
+
+
+# A call's layout is that of the next layer of the same shape: counting it again would take longer than a launch.
+@lru_cache(maxsize=4096)
+def _layout(
+    samples: int,
+    groups: int,
+    segments: int,
+    gram_tokens: int,
+    splits: int,
+    inner: int,
+    anywhere: bool,
+    samples_by_gram: bool,
+    groups_by_gram: bool,
+) -> tuple[dict[str, tuple[int, int] | None], int]:
+    """(where in the memory each table starts and how many elements it has, None without any; the memory's elements).
+
+    ``gram_tokens``: tokens that may be for the Gram. ``inner``: of the inner sums that are stored. Each starts at a
+    multiple of 16 bytes.
+    """
+    pieces = segments + splits if splits else 0
+    sizes = {
+        "workspace": 7 * (segments + 1),
+        "spans": 2 * samples,
+        "info": 2,
+        "state": samples + groups,
+        "segment_start": pieces,
+        "segment_end": pieces,
+        "segment_sample": pieces,
+        "segment_group": pieces,
+        "split_start": splits + 1 if splits else 0,
+        "split_first": inner,
+        "split_last": inner,
+        "outer": inner,
+        "inner_sample": inner if anywhere else 0,
+        "token_row": gram_tokens,
+        "sample_rank": gram_tokens if samples_by_gram else 0,
+        "group_rank": gram_tokens if groups_by_gram else 0,
+        "sample_span": 3 * samples if gram_tokens else 0,
+        "group_span": 3 * groups if groups_by_gram else 0,
+    }
+    places: dict[str, tuple[int, int] | None] = {}
+    at = 0
+    for name, size in sizes.items():
+        places[name] = (at, size) if size else None
+        at += -(-size // 4) * 4
+    return places, at
 
 
 def _given(segments: Segments | PlainSegments) -> dict[str, object]:

@@ -9,19 +9,19 @@ workspace holds the sums of samples.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...segments import PlainSegments, Segments
-from ...tuning.tiles import CudaConfig, cluster_size, cuda_config
+from ...tuning.tiles import CudaConfig, all_forced, cluster_size, cuda_config
 from .. import native
 from ..base import Results
 from ..torch.numerics import exact_matmuls
 from . import gram, splits
-from .launch import LaunchContext
+from .launch import Gpu, LaunchContext
 from .reduce import SquareSums, finish, split_fixup
 from .schedule import Schedule, build, segment_count
 from .splits import BLOCK_M, WORKSPACE, Split
@@ -46,20 +46,13 @@ def run(
     """
     d_in, d_out, groups = x.shape[1], dy.shape[1], segments.groups
     store_sums = group_gram and groups > 1
-    # The workspace holds a sum of every group, twice where the fix-up does not take their inner products.
-    copies = groups if groups <= context.module.FIXUP_GROUPS else 2 * groups
-    # Rows of the weight per pass: all, unless the workspace must hold the groups' sums of each of them.
-    rows = max(BLOCK_M, WORKSPACE // (4 * d_in * copies) // BLOCK_M * BLOCK_M) if store_sums else d_out
     few = min(segments.samples, segment_count(segments))
-    # A pass for the groups' inner products stores their sums in any case: no row of tiles is whole there.
-    kinds = {"samples": few, "groups": 1 if store_sums else groups, "some": not store_sums, "cut": not store_sums}
     # Where the mean length is one that the Gram takes, the pass goes on across the ends of samples.
     ends = few if x.shape[0] > gram_tokens * few else 0
-    config = launch_config(context, d_in, min(rows, d_out), x.shape[0], ends, **kinds)
-    kinds["some"] = config.split_last and not store_sums
-    split = choose_split(context, config.columns, d_in, min(rows, d_out), x.shape[0], 1 + config.clusters, **kinds)
-    if store_sums:
-        split = split._replace(whole_rows=0)
+    most = context.module.FIXUP_GROUPS
+    rows, config, split = choose_launch(
+        context.gpu, all_forced(), d_in, d_out, x.shape[0], few, groups, ends, most if store_sums else None
+    )
     stored = split.parts > 1 or store_sums
     schedule = build(
         context,
@@ -91,13 +84,44 @@ def run(
     return results
 
 
+# Cached for the next layer of the same shape: the choice would take the host longer than a launch.
+@lru_cache(maxsize=4096)
+def choose_launch(
+    gpu: Gpu,
+    forced: tuple[CudaConfig, ...],
+    d_in: int,
+    d_out: int,
+    tokens: int,
+    samples: int,
+    groups: int,
+    ends: int,
+    fixup_groups: int | None,
+) -> tuple[int, CudaConfig, Split]:
+    """(rows of the weight per pass, the tile and its order, how the tokens are split).
+
+    ``forced``: what :func:`all_forced` says, on which the choice depends. ``ends``: of samples that are measured.
+    ``fixup_groups``: the most groups whose inner products the fix-up takes; None: they are not wanted.
+    """
+    rows, pairs = d_out, fixup_groups is not None
+    if fixup_groups is not None:
+        # The workspace holds a sum of every group, twice where the fix-up does not take their inner products.
+        copies = groups if groups <= fixup_groups else 2 * groups
+        rows = min(d_out, max(BLOCK_M, WORKSPACE // (4 * d_in * copies) // BLOCK_M * BLOCK_M))
+    # A pass for the groups' inner products stores their sums in any case: no row of tiles is whole there.
+    kinds = {"samples": samples, "groups": 1 if pairs else groups, "some": not pairs, "cut": not pairs}
+    config = launch_config(gpu, d_in, rows, tokens, ends, **kinds)
+    kinds["some"] = config.split_last and not pairs
+    split = choose_split(gpu, config.columns, d_in, rows, tokens, 1 + config.clusters, **kinds)
+    return rows, config, split._replace(whole_rows=0) if pairs else split
+
+
 def tile_grid(d_in: int, d_out: int, columns: int) -> tuple[int, int]:
     """(rows, columns) of tiles of a weight, each of 128 rows and ``columns`` columns."""
     return -(-d_out // BLOCK_M), -(-d_in // columns)
 
 
 def choose_split(
-    context: LaunchContext,
+    gpu: Gpu,
     columns: int,
     d_in: int,
     d_out: int,
@@ -107,18 +131,16 @@ def choose_split(
 ) -> Split:
     """How the tokens of a pass over ``d_out`` rows of the weight are split; see :func:`.splits.choose`."""
     grid = tile_grid(d_in, d_out, columns)
-    return splits.choose(context.arch, *grid, d_in, tokens, context.multiprocessors, row_step=row_step, **kinds)
+    return splits.choose(gpu.arch, *grid, d_in, tokens, gpu.multiprocessors, row_step=row_step, **kinds)
 
 
-def launch_config(
-    context: LaunchContext, d_in: int, d_out: int, tokens: int, ends: int = 0, **kinds: Any
-) -> CudaConfig:
+def launch_config(gpu: Gpu, d_in: int, d_out: int, tokens: int, ends: int = 0, **kinds: Any) -> CudaConfig:
     """The tile and its order for a pass over ``d_out`` rows of the weight. ``ends``: of samples that are measured."""
     return cuda_config(
-        context.arch,
-        context.module.WGRAD_TILES[context.arch],
-        context.shared_memory,
-        lambda columns: choose_split(context, columns, d_in, d_out, tokens, **kinds).price,
+        gpu.arch,
+        gpu.columns,
+        gpu.shared_memory,
+        lambda columns: choose_split(gpu, columns, d_in, d_out, tokens, **kinds).price,
         ends / tokens,
     )
 
@@ -147,7 +169,7 @@ def _pass(
         return _launch(context, config, x, dy, schedule, whole_rows, None, whole, running), None
     assert schedule.wgrad is not None
     elements = (d_out - above) * d_in
-    held = schedule.wgrad.splits + schedule.fixup.outer.shape[0] - 1
+    held = schedule.wgrad.splits + schedule.fixup.outer.size - 1
     workspace = torch.empty(held, elements, dtype=torch.float32, device=x.device)
     of_wgrad = _launch(context, config, x, dy, schedule, whole_rows, workspace, whole, running)
     products = store_sums and schedule.groups <= context.module.FIXUP_GROUPS
@@ -159,7 +181,7 @@ def _pass(
     if sums is not None:
         parts = sums.unflatten(1, (slabs, -1)).transpose(0, 1)
         with exact_matmuls(x.device):
-            of_fixup = replace(of_fixup, products=torch.bmm(parts, parts.mT))
+            of_fixup = of_fixup._replace(products=torch.bmm(parts, parts.mT))
     return of_wgrad, of_fixup
 
 
@@ -178,7 +200,7 @@ def _launch(
     tables = schedule.wgrad
     assert tables is not None
     d_in, d_out = x.shape[1], dy.shape[1]
-    name = f"wgrad_norm_sm{context.arch}"
+    name = f"wgrad_norm_sm{context.gpu.arch}"
     tile_rows, tile_columns = tile_grid(d_in, d_out, config.columns)
     rows = context.size(f"{name}_rows", d_in=d_in, d_out=d_out, block_n=config.columns)
     sample_sq = torch.empty(rows, schedule.samples, dtype=torch.float32, device=x.device)
@@ -200,9 +222,9 @@ def _launch(
         segment_end=tables.end,
         segment_sample=tables.sample,
         segment_group=tables.group,
-        segments=tables.start.shape[0],
+        segments=tables.start.size,
         samples=schedule.samples,
-        groups=schedule.groups if schedule.fixup is None else schedule.fixup.outer.shape[0],
+        groups=schedule.groups if schedule.fixup is None else schedule.fixup.outer.size,
         split_start=tables.split_start,
         splits=tables.splits,
         whole_rows=whole_rows,
@@ -214,7 +236,7 @@ def _launch(
         block_n=config.columns,
         group_m=config.group_m,
         staggered=config.staggered,
-        cluster=cluster_size(config, tile_rows, items, context.multiprocessors),
-        multiprocessors=context.multiprocessors,
+        cluster=cluster_size(config, tile_rows, items, context.gpu.multiprocessors),
+        multiprocessors=context.gpu.multiprocessors,
     )
     return SquareSums(sample_sq, group_sq)
