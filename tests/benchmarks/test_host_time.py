@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import host_time
+from benchmarks import host_time, records
 from gradnorm_kernels import backends, ops
 from gradnorm_kernels.backends import native
 
@@ -48,3 +49,17 @@ def test_nothing_stays_replaced() -> None:
     assert backends.status() == before
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run"):
         ops.fused_grad_norm(x, dy, backend="cuda")
+
+
+def test_the_table_in_the_docs_is_that_of_the_result_file() -> None:
+    record = records.read(records.RESULTS / "host_time-epyc-2-cores.json")
+    text = (records.RESULTS.parents[1] / "docs" / "benchmarks.md").read_text()
+    section = text[text.index("## Host time of a call\n") :].partition("\n## ")[0]
+    printed = re.findall(r"^\| (\d+) \| (\d+) \| (.*) \|$", section, re.MULTILINE)
+    found = {(int(d), int(length), *cells.split(" | ")) for d, length, cells in printed}
+    expected: dict[tuple[int, int], list[str]] = {}
+    for row in record["rows"]:
+        expected.setdefault((row["d"], row["length"]), []).append(f"{1e6 * row['seconds']:.0f} ({row['launches']})")
+    assert found == {(*shape, *cells) for shape, cells in expected.items()}
+    times = [1e6 * row["seconds"] for row in record["rows"]]
+    assert f"missed: {min(times):.0f} to {max(times):.0f} µs" in " ".join(section.split())
