@@ -37,6 +37,24 @@ def test_the_pages_tables_follow_from_the_stored_results() -> None:
         assert table in page
 
 
+def test_the_page_says_what_the_repeated_run_found() -> None:
+    results = [
+        json.loads(path.read_text()) for path in sorted((ROOT / "docs/study/intervals_repeat").glob("seed*.json"))
+    ]
+    page = " ".join((ROOT / "docs" / "study" / "intervals.md").read_text().partition("## Repeated")[2].split())
+    assert len(results) == 3 and {result["commit"] for result in results} == {"367d0a2d72eb"}
+
+    def shares(low: float, high: float, key: str = "held") -> dict[str, str]:
+        return {row["method"]: f"{row[key]:.0%}" for row in intervals.coverage(results, (low, high))}
+
+    held, lowest = shares(MIN_INFORMATIVE, math.inf), shares(MIN_INFORMATIVE, math.inf, "lowest")
+    assert f"`normal` holds U in {held['normal']} of draws and `chosen` in {held['chosen']}" in page
+    assert f"in the worst task and n they do in {lowest['normal']} and {lowest['chosen']}" in page
+    assert f"`bootstrap_t` holds it least often again, in {held['bootstrap_t']}" in page
+    assert min(held.values(), key=lambda share: float(share[:-1])) == held["bootstrap_t"]
+    assert f"`normal` holds U in {shares(3, 4)['normal']}, with four in {shares(4, 5)['normal']}" in page
+
+
 def test_the_bound_is_where_the_jackknifes_interval_holds_u_in_nine_of_ten_draws() -> None:
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "docs/study/intervals").glob("seed*.json"))]
 
