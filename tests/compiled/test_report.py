@@ -51,6 +51,17 @@ def test_nothing_spills(lines: Lines) -> None:
     assert not bad, "\n".join(f"{what}: {line}" for what, line in bad)
 
 
+def test_hoppers_form_with_the_fewest_registers_to_spare() -> None:
+    """dW of several groups, whose tiles have parts outside the matrix: two running sums and a mask."""
+    form = {"SPLIT": False, "ONE_GROUP": False, "WEIGHT_GRAD": True, "STORE_SUMS": False, "EDGES": True}
+    jobs = [job for job in report._all_jobs() if job.kernel.fn.__name__ == "wgrad_sm90_kernel"]
+    jobs = [job for job in jobs if (job.arch, job.element) == (90, "bf16") and form.items() <= job.constants.items()]
+    assert jobs
+    for job in jobs:
+        line = report.compile_job(job)
+        assert line["wgmma"] and not complaints(line), json.dumps(line)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in report.CHIPS if arch not in report.ARCHITECTURES])
 def test_the_same_source_on_other_chips(arch: int) -> None:
