@@ -6,8 +6,8 @@
 A file of ``ops`` gives, per model, dtype and kind of batch, the time relative to dW alone against the tokens per
 sample, with quartiles and one panel per layer: one picture with all providers, and one of ours on a linear axis around
 1. Then the rates under the device's measured ceilings. A file of ``step`` gives time and peak memory of each variant
-relative to the plain step, a file of ``cpu_ratio`` the ratios by width. A wrong or failed row is a gap in its line and
-is named below.
+relative to the plain step, a file of ``cpu_ratio`` the ratios by width, one of ``host_time`` the time of each call. A
+wrong or failed row is a gap in its line and is named below.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ def run(options: argparse.Namespace) -> int:
     matplotlib.use("Agg")
     options.out.mkdir(parents=True, exist_ok=True)
     empty = False
-    draw: dict[str, Callable[..., list[Path]]] = {"ops": _draw_ops, "step": _draw_step, "cpu_ratio": _draw_cpu_ratio}
+    draw: dict[str, Callable[..., list[Path]]] = {
+        "ops": _draw_ops,
+        "step": _draw_step,
+        "cpu_ratio": _draw_cpu_ratio,
+        "host_time": _draw_host_time,
+    }
     for path in options.files:
         record = records.read(path)
         record["rows"] = [row for row in record["rows"] if _asked_for(row, options.providers)]
@@ -299,6 +304,27 @@ def _draw_cpu_ratio(record: dict[str, Any], rows: list[Row], stem: Path, kind: s
         _lines(axis, own, styles, lambda row: [row[key] for key in ("lower_quartile", "ratio", "upper_quartile")])
         axis.set_title(f"d_in = d_out = {d}", fontsize=9)
         axis.set_ylabel("time over dW alone")
+    handles, labels = _legend(axes)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.suptitle(_title(record), fontsize=9)
+    return [_save(figure, stem, "", kind)]
+
+
+def _draw_host_time(record: dict[str, Any], rows: list[Row], stem: Path, kind: str) -> list[Path]:
+    calls, widths = _unique(row["call"] for row in rows), _unique(row["d"] for row in rows)
+    figure, axes = _panels(len(widths))
+    for axis, d in zip(axes, widths, strict=True):
+        for length in _unique(row["length"] for row in rows):
+            own = [row for row in rows if (row["d"], row["length"]) == (d, length)]
+            middle = [1e6 * row["seconds"] for row in own]
+            below = [1e6 * (row["seconds"] - row["lower_quartile"]) for row in own]
+            above = [1e6 * (row["upper_quartile"] - row["seconds"]) for row in own]
+            at = [calls.index(row["call"]) for row in own]
+            axis.errorbar(at, middle, (below, above), fmt="o", label=f"{length} tokens per sample")
+        axis.set_xticks(range(len(calls)), calls, fontsize=8)
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"d_in = d_out = {d}", fontsize=9)
+        axis.set_ylabel("host time of a call, microseconds")
     handles, labels = _legend(axes)
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(_title(record), fontsize=9)

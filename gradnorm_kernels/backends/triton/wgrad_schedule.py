@@ -160,7 +160,7 @@ def inside_matrix(tile, row, column, d_in, d_out, EDGES: tl.constexpr, BLOCK_M: 
     Outside, products have the padding of one operand as a factor: 0, but NaN where the other one is infinite.
     """
     if EDGES:
-        # Counted from the tile's corner: constants are compared, where columns of the matrix would take a register each.
+        # Counted from the tile's corner: constants are compared, where the matrix's columns would take a register each.
         width = tl.where(tl.arange(0, BLOCK_M) < d_out - row * BLOCK_M, d_in - column * BLOCK_N, 0)
         return tl.where(tl.arange(0, BLOCK_N)[None, :] < width[:, None], tile, 0.0)
     else:
